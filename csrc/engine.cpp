@@ -1,0 +1,608 @@
+// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels. One task is one visit (a run of
+// RoIs on one image) for one block: a line of 64 bytes, 16 floats or 8 doubles, per pixel.
+//
+//   forward       pack the pixels that a window is the first to touch into lines [H * W][line];
+//                 x pass: rows_x_bins = F Ax^T; y pass: tile = Ay rows_x_bins; unpack the tile.
+//   adjoint       load d_output's tile; y pass: rows_x_bins = Ay^T tile; x pass: add
+//                 rows_x_bins Ax to the lines; unpack the pixels that it was the last to touch.
+//   box_gradient  the same passes, with the last one replaced by a dot product.
+//
+// This file is compiled once per instruction set, into a namespace named after it. It must not
+// instantiate anything with external linkage that another file instantiates too (no std:: containers
+// or algorithms): the linker could keep the copy with the wrong instructions.
+#include "engine.hpp"
+
+#include "memory.hpp"
+#include "parallel.hpp"
+#include "simd.hpp"
+#include "windows.hpp"
+
+namespace roialign {
+namespace ROIALIGN_ISA {
+namespace {
+
+constexpr int kTaps = 8;                              // taps of one pass over the lines
+constexpr int64_t kPrefetch = 6;                      // groups ahead
+constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
+constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
+
+template <class T> struct AccumulatorOf { using type = float; };
+template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+
+template <class T> inline T least_of(T a, T b) { return b < a ? b : a; }
+template <class T> inline T most_of(T a, T b) { return a < b ? b : a; }
+
+// --- Passes over lines ----------------------------------------------------------------------------
+
+// out[out_at[j]] (+)= sum over t of weight[t] * in[in_at[j] + at[t]], for j in [0, count).
+template <class Real, int taps, bool accumulate>
+void contract_taps(const Real* weight, const int64_t* at, const Real* in, const int64_t* in_at,
+                   Real* out, const int64_t* out_at, int64_t count) {
+  Vector<Real> w[taps > 0 ? taps : 1];
+  const Real* source[taps > 0 ? taps : 1];
+  for (int t = 0; t < taps; ++t) {
+    w[t] = broadcast(weight[t]);
+    source[t] = in + at[t];
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Line<Real> sum = accumulate ? load(out + out_at[j]) : Line<Real>{};
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(source[t] + in_at[j]));
+    store(out + out_at[j], sum);
+  }
+}
+
+template <class Real>
+using Contract = void (*)(const Real*, const int64_t*, const Real*, const int64_t*, Real*,
+                          const int64_t*, int64_t);
+
+template <class Real, bool accumulate>
+constexpr Contract<Real> kContract[kTaps + 1] = {
+    contract_taps<Real, 0, accumulate>, contract_taps<Real, 1, accumulate>,
+    contract_taps<Real, 2, accumulate>, contract_taps<Real, 3, accumulate>,
+    contract_taps<Real, 4, accumulate>, contract_taps<Real, 5, accumulate>,
+    contract_taps<Real, 6, accumulate>, contract_taps<Real, 7, accumulate>,
+    contract_taps<Real, 8, accumulate>};
+
+// Where the lines of a pass are: line j of the inner loop at at[j].
+struct Lines {
+  const int64_t* at;
+  int64_t count;
+};
+
+// For every row i of `matrix`: out[i * out_step] (+)= sum over t of weight * in[index * in_step].
+// `place` renames an index (null: none), as `out_place` does rows.
+template <class Real>
+void multiply(const Axis<Real>& matrix, int64_t rows, const Real* in, const int64_t* place,
+              int64_t in_step, const int64_t* in_at, Real* out, const int64_t* out_place,
+              int64_t out_step, const int64_t* out_at, int64_t count, bool accumulate) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Real* to = out + (out_place ? out_place[i] : i) * out_step;
+    int64_t t = matrix.first[i];
+    const int64_t end = matrix.first[i + 1];
+    bool add = accumulate;
+    do {
+      const int taps = int(least_of<int64_t>(end - t, kTaps));
+      int64_t at[kTaps];
+      for (int s = 0; s < taps; ++s) {
+        const int64_t index = matrix.index[t + s];
+        at[s] = (place ? place[index] : index) * in_step;
+      }
+      (add ? kContract<Real, true> : kContract<Real, false>)[taps](
+          matrix.weight[0] + t, at, in, in_at, to, out_at, count);
+      add = true;
+      t += taps;
+    } while (t < end);
+  }
+}
+
+// sum[t] = sum over j of g[g_at[j]] * in[in_at[j] + at[t]].
+template <class Real, int taps>
+void dot_taps(const Real* g, const int64_t* g_at, const Real* in, const int64_t* in_at,
+              const int64_t* at, int64_t count, Line<Real>* result) {
+  Line<Real> sum[taps] = {};
+  const Real* source[taps];
+  for (int t = 0; t < taps; ++t) source[t] = in + at[t];
+  for (int64_t j = 0; j < count; ++j) {
+    const Line<Real> d = load(g + g_at[j]);
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) multiply_add(sum[t], d, load(source[t] + in_at[j]));
+  }
+  for (int t = 0; t < taps; ++t) result[t] = sum[t];
+}
+
+template <class Real>
+using Dot = void (*)(const Real*, const int64_t*, const Real*, const int64_t*, const int64_t*,
+                     int64_t, Line<Real>*);
+
+constexpr int kDots = 4;  // sums held in registers
+template <class Real>
+constexpr Dot<Real> kDot[kDots + 1] = {nullptr, dot_taps<Real, 1>, dot_taps<Real, 2>,
+                                       dot_taps<Real, 3>, dot_taps<Real, 4>};
+
+// result[e] += sum over rows i and entries t of slope_e * <g[i * g_step], in[index * in_step]>,
+// for the box's start and end e. A slope of zero multiplies nothing.
+template <class Real>
+void dot_slopes(const Axis<Real>& slopes, int64_t rows, const Real* g, int64_t g_step,
+                const int64_t* g_at, const Real* in, const int64_t* place, int64_t in_step,
+                const int64_t* in_at, int64_t count, Line<Real> result[2]) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t end = slopes.first[i + 1];
+    for (int64_t t = slopes.first[i]; t < end;) {
+      const int taps = int(least_of<int64_t>(end - t, kDots));
+      int64_t at[kDots];
+      for (int s = 0; s < taps; ++s) {
+        const int64_t index = slopes.index[t + s];
+        at[s] = (place ? place[index] : index) * in_step;
+      }
+      Line<Real> sum[kDots];
+      kDot<Real>[taps](g + i * g_step, g_at, in, in_at, at, count, sum);
+      for (int s = 0; s < taps; ++s) {
+        for (int e = 0; e < 2; ++e) {
+          const Real slope = slopes.weight[e][t + s];
+          if (slope != 0) multiply_add(result[e], broadcast(slope), sum[s]);
+        }
+      }
+      t += taps;
+    }
+  }
+}
+
+// --- Between arrays and lines ---------------------------------------------------------------------
+
+// A block of channels of one image, or of one RoI's d_output or output.
+template <class T>
+struct Plane {
+  T* data;
+  int64_t width, pixels;
+  int64_t channel_stride, row_stride, pixel_stride;
+  int channels;  // of the block, at most a line's
+};
+
+template <class T>
+Plane<T> plane_of(const Tensor& tensor, int64_t n, int64_t block) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  const int64_t channels = tensor.shape[1] - block * lanes;
+  return {static_cast<T*>(tensor.data) + n * tensor.stride[0] + block * lanes * tensor.stride[1],
+          tensor.shape[3],
+          tensor.shape[2] * tensor.shape[3],
+          tensor.stride[1],
+          tensor.stride[2],
+          tensor.stride[3],
+          int(least_of<int64_t>(channels, lanes))};
+}
+
+// Calls body(pointer, count, done) for the runs of equally spaced pixels in [first, first + count).
+template <class T, class Body>
+void for_runs(const Plane<T>& plane, int64_t first, int64_t count, Body body) {
+  if (plane.row_stride == plane.width * plane.pixel_stride) {
+    body(plane.data + first * plane.pixel_stride, count, int64_t{0});
+    return;
+  }
+  for (int64_t done = 0; done < count;) {
+    const int64_t y = (first + done) / plane.width, x = (first + done) % plane.width;
+    const int64_t run = least_of(count - done, plane.width - x);
+    body(plane.data + y * plane.row_stride + x * plane.pixel_stride, run, done);
+    done += run;
+  }
+}
+
+inline void transpose_rows(const float* rows, int64_t stride, int64_t count, float* lines) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) rows_to_lines(rows + i, stride, lines + i * 16);
+  for (; i < count; ++i) {
+    for (int c = 0; c < 16; ++c) lines[i * 16 + c] = rows[c * stride + i];
+  }
+}
+inline void transpose_rows(const double* rows, int64_t stride, int64_t count, double* lines) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < 8; ++c) lines[i * 8 + c] = rows[c * stride + i];
+  }
+}
+inline void transpose_lines(const float* lines, int64_t count, float* rows, int64_t stride) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) lines_to_rows(lines + i * 16, rows + i, stride);
+  for (; i < count; ++i) {
+    for (int c = 0; c < 16; ++c) rows[c * stride + i] = lines[i * 16 + c];
+  }
+}
+inline void transpose_lines(const double* lines, int64_t count, double* rows, int64_t stride) {
+  for (int c = 0; c < 8; ++c) {
+    for (int64_t i = 0; i < count; ++i) rows[c * stride + i] = lines[i * 8 + c];
+  }
+}
+
+template <class T> inline bool same(const T*, const T*) { return true; }
+template <class T, class Real> inline bool same(const T*, const Real*) { return false; }
+
+// Pixels [first, first + count) of the plane as lines; absent channels are 0. `rows` is scratch.
+template <class T, class Real>
+void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real* lines, Real* rows) {
+  constexpr int lanes = kLanes<Real>;
+  for_runs(plane, first, count, [&](const T* p, int64_t run, int64_t done) {
+    Real* to = lines + done * lanes;
+    if (plane.channels == lanes && plane.channel_stride == 1) {
+      for (int64_t i = 0; i < run; ++i) widen_run(p + i * plane.pixel_stride, lanes, to + i * lanes);
+    } else if (plane.pixel_stride == 1) {
+      const Real* from = rows;
+      int64_t stride = run;
+      if (same(p, from) && plane.channels == lanes) {
+        from = reinterpret_cast<const Real*>(p);
+        stride = plane.channel_stride;
+      } else {
+        for (int c = 0; c < plane.channels; ++c) {
+          widen_run(p + c * plane.channel_stride, run, rows + c * run);
+        }
+        for (int64_t i = plane.channels * run; i < lanes * run; ++i) rows[i] = 0;
+      }
+      transpose_rows(from, stride, run, to);
+    } else {
+      for (int64_t i = 0; i < run; ++i) {
+        for (int c = 0; c < lanes; ++c) {
+          to[i * lanes + c] =
+              c < plane.channels ? widen(p[i * plane.pixel_stride + c * plane.channel_stride]) : 0;
+        }
+      }
+    }
+  });
+}
+
+inline void copy_out(void* to, const void* from, int64_t bytes, bool streamed) {
+  if (streamed) stream(to, from, size_t(bytes));
+  else std::memcpy(to, from, size_t(bytes));
+}
+
+// The inverse. `rows` and `narrowed` are scratch for the pixels' lines.
+template <class T, class Real>
+void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines, Real* rows,
+                 T* narrowed, bool streamed) {
+  constexpr int lanes = kLanes<Real>;
+  for_runs(plane, first, count, [&](T* p, int64_t run, int64_t done) {
+    const Real* from = lines + done * lanes;
+    if (plane.channels == lanes && plane.channel_stride == 1) {
+      for (int64_t i = 0; i < run; ++i) {
+        narrow_run(from + i * lanes, lanes, narrowed);
+        copy_out(p + i * plane.pixel_stride, narrowed, lanes * int64_t(sizeof(T)), streamed);
+      }
+    } else if (plane.pixel_stride == 1) {
+      if (same(p, rows) && plane.channels == lanes && !streamed) {
+        transpose_lines(from, run, reinterpret_cast<Real*>(p), plane.channel_stride);
+        return;
+      }
+      transpose_lines(from, run, rows, run);
+      T* out = narrowed;
+      if (same(p, rows)) out = reinterpret_cast<T*>(rows);
+      else narrow_run(rows, plane.channels * run, narrowed);
+      if (plane.channel_stride == run) {  // channels follow each other: one piece
+        copy_out(p, out, plane.channels * run * int64_t(sizeof(T)), streamed);
+      } else {
+        for (int c = 0; c < plane.channels; ++c) {
+          copy_out(p + c * plane.channel_stride, out + c * run, run * int64_t(sizeof(T)), streamed);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < run; ++i) {
+        for (int c = 0; c < plane.channels; ++c) {
+          narrow(from[i * lanes + c], p[i * plane.pixel_stride + c * plane.channel_stride]);
+        }
+      }
+    }
+  });
+}
+
+// Asks for the memory of a run of pixels before it is needed.
+template <class T>
+void prefetch_pixels(const Plane<const T>& plane, int64_t first, int64_t count) {
+  const int64_t y = first / plane.width, x = first % plane.width;
+  const T* p = plane.data + y * plane.row_stride + x * plane.pixel_stride;
+  if (plane.channel_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) prefetch(p + i * plane.pixel_stride);
+  } else {
+    for (int c = 0; c < plane.channels; ++c) prefetch(p + c * plane.channel_stride);
+  }
+}
+
+// --- Scratch --------------------------------------------------------------------------------------
+
+// What a task works in, cut from the thread's scratch. Every part starts on a line.
+template <class T, class Real>
+struct Workspace {
+  Real* map;            // [H * W] lines: packed features, or the sums of d_features
+  Real* rows_x_bins;    // [rows of a window][Q] lines: between the two passes
+  Real* tile;           // [P][Q] lines
+  Real* rows;           // channel rows of a tile or a group
+  T* narrowed;          // the same in the array's dtype
+  int64_t* row_at;      // map rows of the window
+  int64_t* bins_at;     // rows of rows_x_bins
+  int64_t* q_at;        // lines of a row of bins
+
+  Workspace(int64_t pixels, int64_t max_rows, const int64_t bins[2]) {
+    const int64_t tile_lines = bins[0] * bins[1];
+    const int64_t stage = most_of(tile_lines, kGroup);
+    const int64_t sizes[] = {(pixels + kGroup) * kLineBytes,
+                             max_rows * bins[1] * kLineBytes,
+                             tile_lines * kLineBytes,
+                             stage * kLineBytes,
+                             stage * kLineBytes,
+                             max_rows * int64_t(sizeof(int64_t)),
+                             max_rows * int64_t(sizeof(int64_t)),
+                             bins[1] * int64_t(sizeof(int64_t))};
+    int64_t at[9] = {0};
+    for (int i = 0; i < 8; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
+    char* base = static_cast<char*>(thread_scratch(size_t(at[8])));
+    map = reinterpret_cast<Real*>(base + at[0]);
+    rows_x_bins = reinterpret_cast<Real*>(base + at[1]);
+    tile = reinterpret_cast<Real*>(base + at[2]);
+    rows = reinterpret_cast<Real*>(base + at[3]);
+    narrowed = reinterpret_cast<T*>(base + at[4]);
+    row_at = reinterpret_cast<int64_t*>(base + at[5]);
+    bins_at = reinterpret_cast<int64_t*>(base + at[6]);
+    q_at = reinterpret_cast<int64_t*>(base + at[7]);
+    for (int64_t r = 0; r < max_rows; ++r) bins_at[r] = r * bins[1] * kLanes<Real>;
+    for (int64_t q = 0; q < bins[1]; ++q) q_at[q] = q * kLanes<Real>;
+  }
+  ~Workspace() { trim_thread_scratch(); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+};
+
+// The map that the passes read: packed lines, or the features themselves.
+template <class Real>
+struct Source {
+  const Real* data;
+  int64_t row_step, pixel_step;
+};
+
+template <class Real>
+void place_rows(const Axis<Real>& y, int64_t row_step, int64_t* row_at) {
+  for (int64_t r = 0; r < y.pixel_count; ++r) row_at[r] = y.pixels[r] * row_step;
+}
+
+// --- The operations -------------------------------------------------------------------------------
+
+template <class T>
+Plane<const T> source_plane(const Tensor& tensor, int64_t n, int64_t block) {
+  return plane_of<const T>(tensor, n, block);
+}
+
+// Packs what window i of the visit is the first to touch, and asks for what comes next.
+template <class T, class Real>
+void pack(const Plane<const T>& plane, const Visit<Real>& visit, int64_t i, Real* map, Real* rows) {
+  const int64_t total = visit.begin[visit.count];
+  for (int64_t g = visit.begin[i]; g < visit.begin[i + 1]; ++g) {
+    if (g + kPrefetch < total) {
+      prefetch_pixels<T>(plane, visit.groups[g + kPrefetch] * kGroup, kGroup);
+    }
+    const int64_t first = visit.groups[g] * kGroup;
+    load_lines(plane, first, least_of(kGroup, plane.pixels - first), map + first * kLanes<Real>, rows);
+  }
+}
+
+// Runs body(visit, block) for all tasks.
+template <class Real, class Body>
+void for_tasks(const Windows<Real>& windows, int64_t blocks, int threads, Body body) {
+  const int64_t work = windows.work * blocks;
+  parallel_for(windows.visit_count * blocks, work < kSerialWork ? 1 : threads, [&](int64_t task) {
+    body(windows.visits[task / blocks], task % blocks);
+  });
+}
+
+template <class Real>
+int64_t blocks_of(const Tensor& tensor) {
+  return (tensor.shape[1] + kLanes<Real> - 1) / kLanes<Real>;
+}
+
+int64_t count_of(const Tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3]; }
+
+template <class T>
+void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
+             const Tensor& output, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = output.shape + 2;
+  const int64_t blocks = blocks_of<Real>(features), width = features.shape[3];
+  const int64_t line = kLanes<Real>;
+  const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
+  const Windows<Real> windows =
+      build_windows(Operation::forward, rois, static_cast<const Real*>(tangent), params,
+                    features.shape, bins, blocks, threads);
+  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
+    const Plane<const T> plane = source_plane<T>(features, visit.image, block);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
+    for (int64_t i = 0; i < visit.count; ++i) {
+      const Window<Real>& window = visit.windows[i];
+      pack(plane, visit, i, work.map, work.rows);
+      if (!window.term_count) std::memset(work.tile, 0, size_t(bins[0] * bins[1] * kLineBytes));
+      for (int s = 0; s < window.term_count; ++s) {
+        const Axis<Real>& y = window.term[s].y;
+        const Axis<Real>& x = window.term[s].x;
+        place_rows(y, width * line, work.row_at);
+        multiply(x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
+                 work.bins_at, y.pixel_count, false);
+        multiply(y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at, work.tile, nullptr,
+                 bins[1] * line, work.q_at, bins[1], s > 0);
+      }
+      store_lines(plane_of<T>(output, window.roi, block), 0, bins[0] * bins[1], work.tile, work.rows,
+                  work.narrowed, streamed);
+    }
+    if (streamed) stream_fence();
+  });
+}
+
+// Loads RoI `roi` of d_output and asks for the next one.
+template <class T, class Real>
+void load_tile(const Tensor& d_output, const Visit<Real>& visit, int64_t i, int64_t block,
+               Workspace<T, Real>& work) {
+  const Plane<const T> tile = source_plane<T>(d_output, visit.windows[i].roi, block);
+  if (i + 1 < visit.count) {
+    const Plane<const T> next = source_plane<T>(d_output, visit.windows[i + 1].roi, block);
+    if (next.pixel_stride == 1 && next.channel_stride == next.pixels) {
+      const char* p = reinterpret_cast<const char*>(next.data);
+      const int64_t bytes = next.pixels * next.channels * int64_t(sizeof(T));
+      for (int64_t b = 0; b < bytes; b += kLineBytes) prefetch(p + b);
+    } else if (next.channel_stride == 1) {
+      prefetch_pixels<T>(next, 0, next.pixels);
+    }
+  }
+  load_lines(tile, 0, tile.pixels, work.tile, work.rows);
+}
+
+template <class T>
+void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
+             const Tensor& d_features, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = d_output.shape + 2;
+  const int64_t blocks = blocks_of<Real>(d_features), width = d_features.shape[3];
+  const int64_t line = kLanes<Real>;
+  const bool streamed = count_of(d_features) * int64_t(sizeof(T)) > kStreamBytes;
+  const Windows<Real> windows =
+      build_windows(Operation::adjoint, rois, static_cast<const Real*>(tangent), params,
+                    d_features.shape, bins, blocks, threads);
+  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
+    const Plane<T> plane = plane_of<T>(d_features, visit.image, block);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
+    const auto unpack = [&](int64_t group, const Real* lines) {
+      const int64_t first = group * kGroup;
+      store_lines(plane, first, least_of(kGroup, plane.pixels - first), lines, work.rows,
+                  work.narrowed, streamed);
+    };
+    for (int64_t i = 0; i < visit.count; ++i) {
+      const Window<Real>& window = visit.windows[i];
+      for (int64_t g = visit.begin[i]; g < visit.begin[i + 1]; ++g) {
+        std::memset(work.map + visit.groups[g] * kGroup * line, 0, size_t(kGroup * kLineBytes));
+      }
+      if (window.term_count) load_tile(d_output, visit, i, block, work);
+      for (int s = 0; s < window.term_count; ++s) {
+        const Axis<Real>& y = window.term[s].y;
+        const Axis<Real>& x = window.term[s].x;
+        place_rows(y, width * line, work.row_at);
+        multiply(y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
+                 nullptr, bins[1] * line, work.q_at, bins[1], false);
+        multiply(x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at, work.map, x.pixels,
+                 line, work.row_at, y.pixel_count, true);
+      }
+      for (int64_t g = visit.last_begin[i]; g < visit.last_begin[i + 1]; ++g) {
+        unpack(visit.last_groups[g], work.map + visit.last_groups[g] * kGroup * line);
+      }
+    }
+    std::memset(work.map, 0, size_t(kGroup * kLineBytes));
+    for (int64_t g = 0; g < visit.untouched_count; ++g) unpack(visit.untouched[g], work.map);
+    if (streamed) stream_fence();
+  });
+}
+
+template <class Real>
+Real sum_of(const Line<Real>& line) {
+  Real lanes[kLanes<Real>], sum = 0;
+  store(lanes, line);
+  for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
+  return sum;
+}
+
+template <class T>
+void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& rois,
+                  const Params& params, void* d_boxes, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = d_output.shape + 2;
+  const int64_t blocks = blocks_of<Real>(features), width = features.shape[3];
+  const int64_t line = kLanes<Real>;
+  const Windows<Real> windows =
+      build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
+                          blocks, threads);
+  // One row of partial sums per block of channels, added in order: the same bits for any threads.
+  const int64_t count = rois.count * 4;
+  const size_t bytes = size_t(most_of<int64_t>(1, blocks * count)) * sizeof(Real);
+  Real* partial = static_cast<Real*>(map_memory(bytes));
+  struct Owner {
+    void* memory;
+    size_t bytes;
+    ~Owner() { unmap_memory(memory, bytes); }
+  } const owner{partial, bytes};
+  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
+    const Plane<const T> plane = source_plane<T>(features, visit.image, block);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
+    for (int64_t i = 0; i < visit.count; ++i) {
+      const Window<Real>& window = visit.windows[i];
+      Line<Real> d_x[2] = {}, d_y[2] = {};
+      pack(plane, visit, i, work.map, work.rows);
+      if (window.term_count) {
+        load_tile(d_output, visit, i, block, work);
+        // d_output pulled back to the map's rows, against the slopes of x.
+        const Axis<Real>& y = window.term[0].y;
+        const Axis<Real>& x_slopes = window.term[0].x;
+        place_rows(y, width * line, work.row_at);
+        multiply(y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
+                 nullptr, bins[1] * line, work.q_at, bins[1], false);
+        dot_slopes(x_slopes, bins[1], work.rows_x_bins, line, work.bins_at, work.map, x_slopes.pixels,
+                   line, work.row_at, y.pixel_count, d_x);
+        // The features' rows by bins of x, against the slopes of y.
+        const Axis<Real>& y_slopes = window.term[1].y;
+        const Axis<Real>& x = window.term[1].x;
+        place_rows(y_slopes, width * line, work.row_at);
+        multiply(x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
+                 work.bins_at, y_slopes.pixel_count, false);
+        for (int64_t q = 0; q < bins[1]; ++q) {  // a bin without samples does not read d_output
+          if (x.first[q] < x.first[q + 1]) continue;
+          for (int64_t p = 0; p < bins[0]; ++p) {
+            std::memset(work.tile + (p * bins[1] + q) * line, 0, kLineBytes);
+          }
+        }
+        dot_slopes(y_slopes, bins[0], work.tile, bins[1] * line, work.q_at, work.rows_x_bins, nullptr,
+                   bins[1] * line, work.q_at, bins[1], d_y);
+      }
+      Real* d_box = partial + block * count + window.roi * 4;
+      d_box[0] = sum_of(d_x[0]);
+      d_box[1] = sum_of(d_y[0]);
+      d_box[2] = sum_of(d_x[1]);
+      d_box[3] = sum_of(d_y[1]);
+    }
+  });
+  Real* result = static_cast<Real*>(d_boxes);
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += double(partial[block * count + i]);
+    result[i] = Real(sum);
+  }
+}
+
+template <class Run>
+void by_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::float16: return run(half{});
+    case DType::bfloat16: return run(bfloat16{});
+    case DType::float32: return run(float{});
+    default: return run(double{});
+  }
+}
+
+void forward_any(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
+                 const Tensor& output, int threads) {
+  by_dtype(features.dtype, [&](auto t) {
+    forward<decltype(t)>(features, rois, tangent, params, output, threads);
+  });
+}
+
+void adjoint_any(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
+                 const Tensor& d_features, int threads) {
+  by_dtype(d_output.dtype, [&](auto t) {
+    adjoint<decltype(t)>(d_output, rois, tangent, params, d_features, threads);
+  });
+}
+
+void box_gradient_any(const Tensor& d_output, const Tensor& features, const Rois& rois,
+                      const Params& params, void* d_boxes, int threads) {
+  by_dtype(features.dtype, [&](auto t) {
+    box_gradient<decltype(t)>(d_output, features, rois, params, d_boxes, threads);
+  });
+}
+
+}  // namespace
+
+#define ROIALIGN_STRING(x) #x
+#define ROIALIGN_NAME(x) ROIALIGN_STRING(x)
+
+extern const Engine engine;
+const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA), forward_any, adjoint_any, box_gradient_any};
+
+}  // namespace ROIALIGN_ISA
+}  // namespace roialign

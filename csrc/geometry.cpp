@@ -1,0 +1,161 @@
+// Built with floating-point contraction off: a fused multiply-add would move coordinates.
+#include "geometry.hpp"
+
+#include <cmath>
+
+namespace roialign {
+namespace {
+
+constexpr int64_t kWideSamples = int64_t{1} << 22;  // more: positions in double
+constexpr int64_t kMaxSamples = int64_t{1} << 31;   // more: the mean vanishes
+
+// docs/spec.md, equation (1): where the box starts, how long a bin is, how many samples it has.
+template <class Real>
+struct Grid {
+  Real start;
+  Real bin;
+  int64_t samples;
+  bool clamped;  // min_size holds the size, so it does not move with the box's end
+};
+
+template <class Real>
+Grid<Real> grid_of(Real lo, Real hi, const Convention& c, int64_t bins, int64_t sampling_ratio,
+                   Real scale) {
+  const Real input = Real(c.input_offset), pixel = Real(c.pixel_offset);
+  const Real start = (lo + input) * scale - pixel;
+  const Real end = (hi + input + Real(c.end_offset)) * scale - pixel;
+  Real size = end - start;
+  const bool clamped = c.has_min_size && size < Real(c.min_size);
+  if (clamped) size = Real(c.min_size);
+  if (!std::isfinite(size)) return {start, 0, 0, clamped};
+  const Real bin = size / Real(bins);
+  int64_t samples = sampling_ratio;
+  if (samples <= 0) {
+    const Real wanted = c.adaptive_floor ? std::fmax(Real(1), std::floor(bin)) : std::ceil(bin);
+    samples = !(size > 0) || !(wanted <= Real(kMaxSamples)) ? 0 : int64_t(wanted);
+  }
+  return {start, bin, samples > kMaxSamples ? 0 : samples, clamped};
+}
+
+// Equation (2): the position of sample i of bin k.
+template <class Real>
+struct Positions {
+  Real start, bin, samples;
+  Real operator()(int64_t k, int64_t i) const {
+    return start + Real(k) * bin + ((Real(i) + Real(0.5)) * bin) / samples;
+  }
+};
+
+// The least j in [0, n) at which the monotone `reached` holds, or n.
+template <class Predicate>
+int64_t least(int64_t n, Predicate reached) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (reached(middle)) high = middle; else low = middle + 1;
+  }
+  return low;
+}
+
+// Adds to the entry of `index` in the bin that starts at `begin`. Samples come in ascending order,
+// so the entry is one of the last two or a new one.
+void add(Taps& taps, int64_t begin, int64_t index, double weight0, double weight1) {
+  const int64_t count = int64_t(taps.index.size());
+  for (int64_t t = count - 1; t >= begin && t >= count - 2; --t) {
+    if (taps.index[t] == index) {
+      taps.weight[0][t] += weight0;
+      taps.weight[1][t] += weight1;
+      return;
+    }
+  }
+  taps.index.push_back(index);
+  taps.weight[0].push_back(weight0);
+  taps.weight[1].push_back(weight1);
+}
+
+// Scales the bin's sums and drops entries that are zero in Real: a pixel without weight is not read.
+template <class Real>
+void finish_bin(Taps& taps, int64_t begin, double scale) {
+  int64_t kept = begin;
+  for (int64_t t = begin; t < int64_t(taps.index.size()); ++t) {
+    const double weight0 = Real(taps.weight[0][t] * scale);
+    const double weight1 = Real(taps.weight[1][t] * scale);
+    if (weight0 == 0 && weight1 == 0) continue;
+    taps.index[kept] = taps.index[t];
+    taps.weight[0][kept] = weight0;
+    taps.weight[1][kept] = weight1;
+    ++kept;
+  }
+  taps.index.resize(kept);
+  taps.weight[0].resize(kept);
+  taps.weight[1].resize(kept);
+  taps.first.push_back(kept);
+}
+
+// Equation (3): the taps of the samples that are inside, merged per bin.
+template <class Real, class Position>
+void add_samples(const Positions<Position>& position, int64_t k, const Grid<Real>& grid,
+                 int64_t bins, int64_t size, Taps& values, Taps* slopes) {
+  const int64_t n = grid.samples, begin = values.first.back();
+  const auto ascending = [&](int64_t j) { return grid.bin < 0 ? n - 1 - j : j; };
+  const auto at = [&](int64_t j) { return position(k, ascending(j)); };
+  int64_t from = 0, to = n;
+  if (!(at(0) >= -1 && at(n - 1) <= Position(size))) {
+    from = least(n, [&](int64_t j) { return at(j) >= -1; });
+    to = least(n, [&](int64_t j) { return !(at(j) <= Position(size)); });
+  }
+  for (int64_t j = from; j < to; ++j) {
+    const Position raw = at(j), p = raw < 0 ? 0 : raw;
+    const int64_t lo = int64_t(p);  // p >= 0: the integer part is the floor
+    if (lo >= size - 1) {
+      add(values, begin, size - 1, 1, 0);
+      continue;
+    }
+    const double fraction = p - Position(lo);
+    add(values, begin, lo, 1 - fraction, 0);
+    if (fraction != 0) add(values, begin, lo + 1, fraction, 0);
+    if (slopes && raw >= 0) {
+      const double t = (double(k) + (double(ascending(j)) + 0.5) / double(n)) / double(bins);
+      const double in_lo = grid.clamped ? 1 : 1 - t, in_hi = grid.clamped ? 0 : t;
+      add(*slopes, slopes->first.back(), lo, -in_lo, -in_hi);
+      add(*slopes, slopes->first.back(), lo + 1, in_lo, in_hi);
+    }
+  }
+}
+
+void clear(Taps& taps) {
+  taps.first.assign(1, 0);
+  taps.index.clear();
+  taps.weight[0].clear();
+  taps.weight[1].clear();
+}
+
+}  // namespace
+
+template <class Real>
+void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
+               int64_t size, Real scale, Taps& values, Taps* slopes) {
+  const Grid<Real> grid = grid_of(lo, hi, convention, bins, sampling_ratio, scale);
+  const int64_t n = grid.samples;
+  clear(values);
+  if (slopes) clear(*slopes);
+  for (int64_t k = 0; k < bins; ++k) {
+    if (n > kWideSamples) {
+      add_samples(Positions<double>{grid.start, grid.bin, double(n)}, k, grid, bins, size, values,
+                  slopes);
+    } else if (n > 0) {
+      add_samples(Positions<Real>{grid.start, grid.bin, Real(n)}, k, grid, bins, size, values,
+                  slopes);
+    }
+    const double mean = 1 / double(n > 0 ? n : 1);
+    finish_bin<Real>(values, values.first.back(), mean);
+    if (slopes) finish_bin<Real>(*slopes, slopes->first.back(), mean * double(scale));
+  }
+}
+
+template void axis_taps(float, float, const Convention&, int64_t, int64_t, int64_t, float, Taps&,
+                        Taps*);
+template void axis_taps(double, double, const Convention&, int64_t, int64_t, int64_t, double, Taps&,
+                        Taps*);
+
+}  // namespace roialign

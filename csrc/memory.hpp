@@ -1,0 +1,25 @@
+// Large buffers on huge pages, and a small cache of freed ones: fresh pages cost more than the kernel.
+#pragma once
+
+#include <cstddef>
+
+namespace roialign {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// Memory aligned to 64 bytes; from kHugePage on, its own huge-page-advised mapping that costs nothing
+// until it is touched. Throws std::bad_alloc.
+void* map_memory(std::size_t bytes);
+void unmap_memory(void* memory, std::size_t bytes);
+
+// The same through the cache of freed buffers (ROIALIGN_CACHE_MB, default 64, 0 turns it off).
+void* take_buffer(std::size_t bytes);
+void give_buffer(void* memory, std::size_t bytes);
+
+// Scratch of the calling thread, kept between calls: at least `bytes`, contents undefined. A later
+// call on the same thread may move it.
+void* thread_scratch(std::size_t bytes);
+// Gives back the calling thread's scratch if it is too large to keep.
+void trim_thread_scratch();
+
+}  // namespace roialign

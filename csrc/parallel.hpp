@@ -1,0 +1,22 @@
+// A pool of threads of our own: no OpenMP runtime is linked.
+#pragma once
+
+#include <cstdint>
+
+namespace roialign {
+
+// CPUs that this process may use: its affinity and its cgroup's quota.
+int available_cpus();
+
+// Runs body(context, task) for every task in [0, tasks) on at most `threads` threads, the caller
+// among them. If the pool is busy the caller works alone: it never waits for another call.
+void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task),
+                  void* context);
+
+template <class Body>
+void parallel_for(int64_t tasks, int threads, Body&& body) {
+  parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); },
+               static_cast<void*>(&body));
+}
+
+}  // namespace roialign

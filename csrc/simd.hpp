@@ -1,0 +1,308 @@
+// The vector register of the instruction set that this file is compiled for, and what of it has no
+// portable spelling. Included by engine.cpp only, once per instruction set: no external names.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace roialign {
+namespace ROIALIGN_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLineBytes = 64;                      // one pixel of one block of channels
+constexpr int kParts = kLineBytes / kVectorBytes;   // vectors of a line
+
+#define ROIALIGN_UNROLL _Pragma("GCC unroll 4")
+
+template <class Real>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(kVectorBytes), aligned(sizeof(Real)), may_alias));
+};
+template <class Real>
+using Vector = typename VectorOf<Real>::type;
+
+// A line: 64 bytes of channels, 16 floats or 8 doubles, of one pixel.
+template <class Real>
+constexpr int kLanes = kLineBytes / int(sizeof(Real));
+
+template <class Real>
+struct Line {
+  Vector<Real> part[kParts];
+};
+
+template <class Real>
+inline Line<Real> load(const Real* p) {
+  Line<Real> line;
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
+    line.part[v] = *reinterpret_cast<const Vector<Real>*>(p + v * (kLanes<Real> / kParts));
+  }
+  return line;
+}
+
+template <class Real>
+inline void store(Real* p, const Line<Real>& line) {
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
+    *reinterpret_cast<Vector<Real>*>(p + v * (kLanes<Real> / kParts)) = line.part[v];
+  }
+}
+
+template <class Real>
+inline Vector<Real> broadcast(Real value) {
+  return value - Vector<Real>{};
+}
+
+// acc += weight * line; contraction makes it one instruction where there is one.
+template <class Real>
+inline void multiply_add(Line<Real>& acc, Vector<Real> weight, const Line<Real>& line) {
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += weight * line.part[v];
+}
+
+template <class Real>
+inline void multiply_add(Line<Real>& acc, const Line<Real>& a, const Line<Real>& b) {
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += a.part[v] * b.part[v];
+}
+
+// --- 4 pixels x 16 channels of floats: between channel rows in memory and four lines ---------------
+// A vector is some 128-bit lanes; each lane is transposed as a 4 x 4 tile by in-lane shuffles.
+
+#if defined(__AVX512F__)
+using Quad = __m512;
+inline Quad low_singles(Quad a, Quad b) { return _mm512_unpacklo_ps(a, b); }
+inline Quad high_singles(Quad a, Quad b) { return _mm512_unpackhi_ps(a, b); }
+inline Quad low_pairs(Quad a, Quad b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+inline Quad high_pairs(Quad a, Quad b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+// Lane l from p + 4 l stride.
+inline Quad gather_lanes(const float* p, int64_t stride) {
+  Quad q = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  q = _mm512_insertf32x4(q, _mm_loadu_ps(p + 4 * stride), 1);
+  q = _mm512_insertf32x4(q, _mm_loadu_ps(p + 8 * stride), 2);
+  return _mm512_insertf32x4(q, _mm_loadu_ps(p + 12 * stride), 3);
+}
+inline void scatter_lanes(float* p, int64_t stride, Quad q) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(q));
+  _mm_storeu_ps(p + 4 * stride, _mm512_extractf32x4_ps(q, 1));
+  _mm_storeu_ps(p + 8 * stride, _mm512_extractf32x4_ps(q, 2));
+  _mm_storeu_ps(p + 12 * stride, _mm512_extractf32x4_ps(q, 3));
+}
+#elif defined(__AVX2__)
+using Quad = __m256;
+inline Quad low_singles(Quad a, Quad b) { return _mm256_unpacklo_ps(a, b); }
+inline Quad high_singles(Quad a, Quad b) { return _mm256_unpackhi_ps(a, b); }
+inline Quad low_pairs(Quad a, Quad b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline Quad high_pairs(Quad a, Quad b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+inline Quad gather_lanes(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+}
+inline void scatter_lanes(float* p, int64_t stride, Quad q) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(q));
+  _mm_storeu_ps(p + 4 * stride, _mm256_extractf128_ps(q, 1));
+}
+#elif defined(__SSE2__)
+using Quad = __m128;
+inline Quad low_singles(Quad a, Quad b) { return _mm_unpacklo_ps(a, b); }
+inline Quad high_singles(Quad a, Quad b) { return _mm_unpackhi_ps(a, b); }
+inline Quad low_pairs(Quad a, Quad b) { return _mm_movelh_ps(a, b); }
+inline Quad high_pairs(Quad a, Quad b) { return _mm_movehl_ps(b, a); }
+inline Quad gather_lanes(const float* p, int64_t) { return _mm_loadu_ps(p); }
+inline void scatter_lanes(float* p, int64_t, Quad q) { _mm_storeu_ps(p, q); }
+#elif defined(__ARM_NEON)
+using Quad = float32x4_t;
+inline Quad low_singles(Quad a, Quad b) { return vzip1q_f32(a, b); }
+inline Quad high_singles(Quad a, Quad b) { return vzip2q_f32(a, b); }
+inline Quad low_pairs(Quad a, Quad b) {
+  return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+inline Quad high_pairs(Quad a, Quad b) {
+  return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+}
+inline Quad gather_lanes(const float* p, int64_t) { return vld1q_f32(p); }
+inline void scatter_lanes(float* p, int64_t, Quad q) { vst1q_f32(p, q); }
+#endif
+
+inline void transpose_lanes(Quad& a, Quad& b, Quad& c, Quad& d) {
+  const Quad ab0 = low_singles(a, b), ab1 = high_singles(a, b);
+  const Quad cd0 = low_singles(c, d), cd1 = high_singles(c, d);
+  a = low_pairs(ab0, cd0);
+  b = high_pairs(ab0, cd0);
+  c = low_pairs(ab1, cd1);
+  d = high_pairs(ab1, cd1);
+}
+
+constexpr int kPartLanes = kVectorBytes / 4;  // floats of a vector
+
+// Four pixels of 16 channel rows `stride` apart into four lines.
+inline void rows_to_lines(const float* rows, int64_t stride, float* lines) {
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
+    const float* p = rows + v * kPartLanes * stride;
+    Quad a = gather_lanes(p, stride), b = gather_lanes(p + stride, stride);
+    Quad c = gather_lanes(p + 2 * stride, stride), d = gather_lanes(p + 3 * stride, stride);
+    transpose_lanes(a, b, c, d);
+    std::memcpy(lines + v * kPartLanes, &a, sizeof a);
+    std::memcpy(lines + v * kPartLanes + 16, &b, sizeof b);
+    std::memcpy(lines + v * kPartLanes + 32, &c, sizeof c);
+    std::memcpy(lines + v * kPartLanes + 48, &d, sizeof d);
+  }
+}
+
+inline void lines_to_rows(const float* lines, float* rows, int64_t stride) {
+  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
+    Quad a, b, c, d;
+    std::memcpy(&a, lines + v * kPartLanes, sizeof a);
+    std::memcpy(&b, lines + v * kPartLanes + 16, sizeof b);
+    std::memcpy(&c, lines + v * kPartLanes + 32, sizeof c);
+    std::memcpy(&d, lines + v * kPartLanes + 48, sizeof d);
+    transpose_lanes(a, b, c, d);
+    float* p = rows + v * kPartLanes * stride;
+    scatter_lanes(p, stride, a);
+    scatter_lanes(p + stride, stride, b);
+    scatter_lanes(p + 2 * stride, stride, c);
+    scatter_lanes(p + 3 * stride, stride, d);
+  }
+}
+
+// --- 16-bit floats --------------------------------------------------------------------------------
+
+struct half { uint16_t bits; };
+struct bfloat16 { uint16_t bits; };
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float widen(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+inline void narrow(float x, bfloat16& result) {  // to nearest even; a NaN stays one
+  const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  result.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+inline void narrow(float x, float& result) { result = x; }
+inline void narrow(double x, double& result) { result = x; }
+
+#if defined(__F16C__)
+inline float widen(half x) { return _cvtsh_ss(x.bits); }
+inline void narrow(float x, half& result) { result.bits = uint16_t(_cvtss_sh(x, 0)); }
+#else
+inline float widen(half x) {
+  // Scaling by 2^112 moves the exponent's bias, and makes subnormals normal.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const float scaled = float_of(magnitude) * float_of(0x77800000);
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | magnitude : bits_of(scaled);
+  return float_of(special | uint32_t(x.bits & 0x8000) << 16);
+}
+inline void narrow(float x, half& result) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
+  // Below 2^-14 adding 1/2 leaves the rounded subnormal in the low bits.
+  const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t half_bits = magnitude < 0x38800000 ? small : normal;
+  if (magnitude >= 0x477ff000) half_bits = 0x7c00;
+  if (magnitude > 0x7f800000) half_bits = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  result.bits = uint16_t(half_bits | ((bits >> 16) & 0x8000));
+}
+#endif
+
+template <class From>
+inline void widen_run(const From* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class To>
+inline void narrow_run(const float* from, int64_t count, To* to) {
+  for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+}
+inline void widen_run(const double* from, int64_t count, double* to) {
+  std::memcpy(to, from, size_t(count) * sizeof(double));
+}
+inline void narrow_run(const double* from, int64_t count, double* to) {
+  std::memcpy(to, from, size_t(count) * sizeof(double));
+}
+#if defined(__F16C__)
+inline void widen_run(const half* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+inline void narrow_run(const float* from, int64_t count, half* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  }
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+#endif
+
+// --- Memory ---------------------------------------------------------------------------------------
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Copies past the caches: whole 64-byte lines by non-temporal stores, the ragged ends plainly.
+inline void stream(void* to, const void* from, size_t bytes) {
+#if defined(__SSE2__)
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  size_t head = size_t(-reinterpret_cast<intptr_t>(out) & (kLineBytes - 1));
+  if (head > bytes) head = bytes;
+  std::memcpy(out, in, head);
+  for (out += head, in += head, bytes -= head; bytes >= kLineBytes;
+       out += kLineBytes, in += kLineBytes, bytes -= kLineBytes) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#elif defined(__AVX2__)
+    for (int v = 0; v < 2; ++v) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + v,
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in) + v));
+    }
+#else
+    for (int v = 0; v < 4; ++v) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out) + v,
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(in) + v));
+    }
+#endif
+  }
+  std::memcpy(out, in, bytes);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// Orders streamed stores before whatever tells another thread that they are done.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace ROIALIGN_ISA
+}  // namespace roialign

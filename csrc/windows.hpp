@@ -1,0 +1,75 @@
+// All taps of one call, built once before the engine runs: one window per RoI, in the order in which
+// the engine visits them, and the pixels that each window is the first or the last to touch.
+#pragma once
+
+#include <cstdint>
+
+#include "params.hpp"
+
+namespace roialign {
+
+// Pixels travel between a map and the engine's scratch in groups of this many.
+constexpr int64_t kGroup = 16;
+
+// One axis of one window: a sparse matrix over the window's own pixels. Row i has the entries
+// [first[i], first[i + 1]); an entry's `index` counts along `pixels` where rows are bins, and along
+// the bins where the matrix is transposed and its rows are `pixels`.
+template <class Real>
+struct Axis {
+  const int64_t* pixels;     // the distinct rows (columns) of the map that have weight
+  int64_t pixel_count;
+  const int64_t* first;
+  const int64_t* index;
+  const Real* weight[2];     // values: [0]; slopes: in the box's start, in its end
+};
+
+// One product y . F . x^T of sparse matrices. The plain operations have one term; with a box tangent
+// there are two, and the box gradient's two give the boxes' x and y.
+template <class Real>
+struct Term {
+  Axis<Real> y, x;
+};
+
+template <class Real>
+struct Window {
+  int64_t roi;
+  int term_count;            // 0: the image index is bad
+  Term<Real> term[2];
+};
+
+enum class Operation { forward, adjoint, box_gradient };
+
+// A run of windows of one image that one engine task visits in order (for its channels).
+template <class Real>
+struct Visit {
+  int64_t image;
+  const Window<Real>* windows;
+  int64_t count;
+  const int64_t* groups;     // groups first (touched last) by window i: [begin[i], begin[i + 1])
+  const int64_t* begin;
+  const int64_t* last_groups;  // adjoint only: groups whose last window is i
+  const int64_t* last_begin;
+  const int64_t* untouched;    // adjoint only: groups that no window touches
+  int64_t untouched_count;
+};
+
+template <class Real>
+struct Windows {
+  const Visit<Real>* visits;
+  int64_t visit_count;
+  int64_t max_rows;          // the most pixel rows of a term
+  int64_t area;              // pixels of all terms
+  int64_t work;              // multiply-adds per channel
+};
+
+// The first RoI whose image index is not an integer in [0, images), or -1.
+int64_t bad_image_index(const Rois& rois, int64_t images);
+
+// Builds into storage of the calling thread, valid until its next call. `tangent` is a direction
+// (K, 4) in the boxes, or null. Work is cut into visits by shape only.
+template <class Real>
+Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* tangent,
+                            const Params& params, const int64_t map_shape[4], const int64_t bins[2],
+                            int64_t tasks_per_visit, int threads);
+
+}  // namespace roialign

@@ -1,0 +1,33 @@
+"""RoIAlign: exact, fast, deterministic, differentiable in features and boxes.
+
+Start with :class:`ROIAlign` (MindSpore's operator) or :func:`roi_align` (every convention by name).
+"""
+
+from roialign._api import (
+    ROIAlign,
+    get_num_threads,
+    roi_align,
+    roi_align_adjoint,
+    roi_align_box_gradient,
+    set_num_threads,
+)
+from roialign._conventions import Convention, conventions
+
+__all__ = [
+    "Convention",
+    "ROIAlign",
+    "conventions",
+    "get_num_threads",
+    "roi_align",
+    "roi_align_adjoint",
+    "roi_align_box_gradient",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, so only when asked
+
+        return version("roialign")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,334 @@
+"""The public functions: checks, then the adapter of the arrays that came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from roialign import _checks, _conventions
+from roialign import numpy as _numpy
+from roialign._threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "ROIAlign",
+    "get_num_threads",
+    "roi_align",
+    "roi_align_adjoint",
+    "roi_align_box_gradient",
+    "set_num_threads",
+]
+
+
+class _Rule:
+    """The arguments that all operations share: their types at once, their values in `resolve`."""
+
+    def __init__(self, spatial_scale, sampling_ratio, convention, reduction) -> None:
+        self._scale = _checks.reals("spatial_scale", spatial_scale)
+        self._ratio = _checks.integer("sampling_ratio", sampling_ratio)
+        if not isinstance(convention, (str, _conventions.Convention)):
+            raise TypeError(
+                "`convention` must be a name or a Convention, "
+                f"got {_checks.type_name(convention)}"
+            )
+        self._convention = convention
+        self._reduction = _checks.string("reduction", reduction)
+
+    def resolve(self) -> dict[str, Any]:
+        _checks.reduction(self._reduction)
+        return {
+            "spatial_scale": _checks.scales("spatial_scale", self._scale),
+            "sampling_ratio": self._ratio,
+            "convention": _conventions.resolve(self._convention),
+        }
+
+
+def roi_align(
+    features: Any,
+    rois: Any,
+    output_size: int | tuple[int, int],
+    *,
+    spatial_scale: float | tuple[float, float] = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | _conventions.Convention = "half_pixel",
+    reduction: str = "mean",
+    out: Any = None,
+) -> Any:
+    """Pools every region of interest to a fixed grid by averaging bilinear samples.
+
+    No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
+    (arXiv:1703.06870).
+
+    Args:
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        rois: an array (K, 5) of rows ``(image_index, x1, y1, x2, y2)``; or a tuple
+            ``(boxes (K, 4), image_index (K,))`` with an integer index; or a list of N arrays
+            (K_i, 4). Boxes are in image pixels, of any float or integer dtype, read as float32
+            (float64 if the features are float64).
+        output_size: bins (P, Q), or an int for both.
+        spatial_scale: feature pixels per image pixel, or a pair (scale_y, scale_x).
+        sampling_ratio: samples per bin and axis; <= 0 adapts their number to the box.
+        convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
+            or a :class:`Convention`.
+        reduction: "mean".
+        out: an array for the result: its shape and dtype, writeable, overlapping no input.
+
+    Returns:
+        (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
+        channels_last memory order if the features are.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, size, scale, name or ``out`` is wrong.
+        IndexError: an image index is not an integer in [0, N).
+
+    The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes
+    :func:`roi_align_box_gradient`.
+
+    >>> import numpy as np, roialign
+    >>> features = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> rois = np.array([[0, 0, 0, 4, 4]], np.float32)
+    >>> roialign.roi_align(features, rois, 2, sampling_ratio=2)
+    array([[[[ 2.5,  4.5],
+             [10.5, 12.5]]]], dtype=float32)
+    """
+    _numpy.check_features("features", features)
+    _numpy.check_rois(rois)
+    bins = _checks.integers("output_size", output_size)
+    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
+    if out is not None:
+        _numpy.check_out("out", out, features.dtype)
+    return _forward(features, rois, _checks.bins("output_size", bins), rule.resolve(), out)
+
+
+def _forward(features: Any, rois: Any, bins: tuple[int, int], rule: dict[str, Any], out: Any) -> Any:
+    """The values that `roi_align` and `ROIAlign` check alike, and the call."""
+    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
+    parsed = _numpy.parse_rois(rois, features.shape[0])
+    count = len(parsed.boxes)
+    _checks.pixels("features", features.shape, count)
+    if out is not None:
+        shape = (count, features.shape[1], *bins)
+        _numpy.check_out_values("out", out, shape, [features, parsed.boxes, parsed.image_index])
+    return _numpy.forward(features, parsed.boxes, parsed.image_index, bins, out=out, **rule)
+
+
+def roi_align_adjoint(
+    d_output: Any,
+    rois: Any,
+    feature_shape: tuple[int, int, int, int],
+    *,
+    spatial_scale: float | tuple[float, float] = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | _conventions.Convention = "half_pixel",
+    reduction: str = "mean",
+    features: Any = None,
+    out: Any = None,
+) -> Any:
+    """The adjoint of :func:`roi_align`: its gradient in the features, or "paste".
+
+    For all ``features`` and ``d_output``, up to rounding::
+
+        (roi_align(features, ...) * d_output).sum() == (features * roi_align_adjoint(d_output, ...)).sum()
+
+    Deterministic: the same bits for any number of threads.
+
+    Args:
+        d_output: (K, C, P, Q), float16, bfloat16, float32 or float64, any strides.
+        rois: as in :func:`roi_align`, in image pixels; read as float64 if ``d_output`` is float64.
+        feature_shape: (N, C, H, W) of the features.
+        spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
+        features: what reductions other than "mean" need; "mean" checks it and does not read it.
+        out: an array for the result: its shape and dtype, writeable, overlapping no input.
+
+    Returns:
+        (N, C, H, W) in the dtype of ``d_output``, rounded once from float32 (float64) sums. In
+        channels_last memory order if ``d_output`` is. Its own gradient in ``d_output`` is
+        :func:`roi_align`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`roi_align`.
+
+    >>> import numpy as np, roialign
+    >>> d_output = np.ones((1, 1, 1, 1), np.float32)
+    >>> rois = np.array([[0, 0, 0, 2, 2]], np.float32)
+    >>> roialign.roi_align_adjoint(d_output, rois, (1, 1, 2, 3), sampling_ratio=2)
+    array([[[[0.25, 0.25, 0.  ],
+             [0.25, 0.25, 0.  ]]]], dtype=float32)
+    """
+    _numpy.check_features("d_output", d_output)
+    if features is not None:
+        _numpy.check_features("features", features)
+        _numpy.check_same_dtype("features", features, "d_output", d_output)
+    _numpy.check_rois(rois)
+    if not isinstance(feature_shape, (tuple, list)):
+        raise TypeError(
+            f"`feature_shape` must be a tuple (N, C, H, W), got {_checks.type_name(feature_shape)}"
+        )
+    shape = _checks.integers("feature_shape", feature_shape)
+    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
+    if out is not None:
+        _numpy.check_out("out", out, d_output.dtype)
+
+    resolved = rule.resolve()
+    _checks.feature_shape(shape)
+    parsed = _numpy.parse_rois(rois, shape[0])
+    _check_d_output(d_output, len(parsed.boxes), shape[1])
+    _checks.pixels("feature_shape", shape, len(parsed.boxes))
+    if features is not None:
+        _checks.shape("features", str(shape), features.shape, features.shape == shape)
+    if out is not None:
+        inputs = [d_output, parsed.boxes, parsed.image_index]
+        _numpy.check_out_values("out", out, shape, inputs)
+    return _numpy.adjoint(
+        d_output, parsed.boxes, parsed.image_index, shape, out=out, **resolved
+    )
+
+
+def roi_align_box_gradient(
+    d_output: Any,
+    features: Any,
+    rois: Any,
+    *,
+    spatial_scale: float | tuple[float, float] = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | _conventions.Convention = "half_pixel",
+    reduction: str = "mean",
+    out: Any = None,
+) -> Any:
+    """The gradient of ``(roi_align(features, rois, ...) * d_output).sum()`` in the boxes.
+
+    The exact derivative of the bilinear samples in their positions, carried to the box's ends. The
+    number of samples and the divisor are constants; at an integer position it is the derivative to
+    the right; the jumps where samples leave the map have none; where ``min_size`` holds a size, all of
+    it goes to the box's start. A box that is not finite has gradient 0 (docs/spec.md, equation 7).
+
+    Args:
+        d_output: (K, C, P, Q), of the features' dtype.
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        rois, spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
+        out: an array for the result, writeable, overlapping no input; not for a list of rois.
+
+    Returns:
+        What ``rois`` was, per image pixel and in the boxes' dtype (float32 for integers): (K, 5)
+        with column 0 zero, (K, 4) for a pair, a list of (K_i, 4) for a list.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`roi_align`.
+
+    >>> import numpy as np, roialign
+    >>> ramp = np.tile(np.arange(8, dtype=np.float32), (1, 1, 8, 1))  # f(y, x) = x
+    >>> rois = np.array([[0, 2, 2, 5, 5]], np.float32)
+    >>> d_output = np.ones((1, 1, 1, 1), np.float32)
+    >>> roialign.roi_align_box_gradient(d_output, ramp, rois, sampling_ratio=2)
+    array([[0. , 0.5, 0. , 0.5, 0. ]], dtype=float32)
+    """
+    _numpy.check_features("d_output", d_output)
+    _numpy.check_features("features", features)
+    _numpy.check_same_dtype("d_output", d_output, "features", features)
+    _numpy.check_rois(rois)
+    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
+    if out is not None:
+        if isinstance(rois, list):
+            raise TypeError("`out` must be None where `rois` is a list, got an array")
+        dtype = (rois[0] if isinstance(rois, tuple) else rois).dtype
+        _numpy.check_out("out", out, _numpy.gradient_dtype(dtype))
+
+    resolved = rule.resolve()
+    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
+    parsed = _numpy.parse_rois(rois, features.shape[0])
+    count = len(parsed.boxes)
+    _check_d_output(d_output, count, features.shape[1])
+    _checks.pixels("features", features.shape, count)
+    if out is not None:
+        inputs = [d_output, features, parsed.boxes, parsed.image_index]
+        _numpy.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
+    d_boxes = _numpy.box_gradient(
+        d_output, features, parsed.boxes, parsed.image_index, **resolved
+    )
+    d_rois = parsed.like_given(d_boxes)
+    if out is None:
+        return d_rois
+    out[...] = d_rois
+    return out
+
+
+def _check_d_output(d_output: Any, count: int, channels: int) -> None:
+    shape = d_output.shape
+    fits = len(shape) == 4 and shape[:2] == (count, channels) and min(shape[2:]) > 0
+    _checks.shape("d_output", f"({count}, {channels}, P, Q)", shape, fits)
+
+
+class ROIAlign:
+    """MindSpore's RoIAlign operator, on the arrays of any supported library.
+
+    The same signature, defaults, errors and numbers as ``mindspore.ops.ROIAlign``; what differs is
+    listed in docs/conventions.md.
+
+    Args:
+        pooled_height: bins per column of the output, an int >= 1.
+        pooled_width: bins per row of the output, an int >= 1.
+        spatial_scale: feature pixels per image pixel, a float > 0.
+        sample_num: samples per bin and axis, an int; <= 0 adapts their number to the box.
+        roi_end_mode: 1: a box's end is an inclusive pixel (the convention "mindspore"); 0: it is not,
+            and a box has at least one feature pixel ("mindspore_legacy").
+
+    Raises:
+        TypeError: a size, ``sample_num`` or ``roi_end_mode`` is not an int, or ``spatial_scale`` not
+            a float.
+        ValueError: a size < 1, a scale that is not finite and > 0, or another ``roi_end_mode``.
+
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
+    in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. That call
+    raises TypeError, ValueError and IndexError as :func:`roi_align`; lists are refused, and so are
+    integer rois. Its gradients are :func:`roi_align_adjoint` and :func:`roi_align_box_gradient` in
+    the same convention.
+
+    >>> import numpy as np, roialign
+    >>> features = np.array([[[[1, 2], [3, 4]]]], np.float32)
+    >>> rois = np.array([[0, 0.2, 0.3, 0.2, 0.3]], np.float32)
+    >>> roialign.ROIAlign(2, 2, 0.5, 2)(features, rois)
+    array([[[[1.775, 2.025],
+             [2.275, 2.525]]]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        pooled_height: int,
+        pooled_width: int,
+        spatial_scale: float,
+        sample_num: int = 2,
+        roi_end_mode: int = 1,
+    ) -> None:
+        _checks.exactly("pooled_height", pooled_height, int)
+        _checks.exactly("pooled_width", pooled_width, int)
+        _checks.exactly("spatial_scale", spatial_scale, float)
+        _checks.exactly("sample_num", sample_num, int)
+        _checks.exactly("roi_end_mode", roi_end_mode, int)
+        _checks.bin_count("pooled_height", pooled_height)
+        _checks.bin_count("pooled_width", pooled_width)
+        _checks.scales("spatial_scale", (spatial_scale,) * 2)
+        if roi_end_mode not in (0, 1):
+            raise ValueError(f"`roi_end_mode` must be 0 or 1, got {roi_end_mode}")
+        self.pooled_height = pooled_height
+        self.pooled_width = pooled_width
+        self.spatial_scale = spatial_scale
+        self.sample_num = sample_num
+        self.roi_end_mode = roi_end_mode
+
+    def __call__(self, features: Any, rois: Any) -> Any:
+        _numpy.check_features("features", features)
+        _numpy.check_array("rois", rois)
+        _numpy.check_rois(rois, integers=False)
+        name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
+        rule = {
+            "spatial_scale": (float(self.spatial_scale),) * 2,
+            "sampling_ratio": self.sample_num,
+            "convention": _conventions.conventions[name],
+        }
+        return _forward(features, rois, (self.pooled_height, self.pooled_width), rule, None)
+
+    def __repr__(self) -> str:
+        return (
+            f"ROIAlign(pooled_height={self.pooled_height}, pooled_width={self.pooled_width}, "
+            f"spatial_scale={self.spatial_scale}, sample_num={self.sample_num}, "
+            f"roi_end_mode={self.roi_end_mode})"
+        )

@@ -1,0 +1,126 @@
+"""Argument checks that do not depend on the array library.
+
+Types are checked for all arguments before any value is, and values before image indices, so that the
+order of errors is TypeError, ValueError, IndexError. A message names the argument and shows what came.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+
+REDUCTIONS = ("mean",)
+
+
+def type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+# Types
+
+
+def integer(name: str, value: object) -> int:
+    """Anything with ``__index__`` but a bool."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"`{name}` must be an int, got {type_name(value)} {value!r}")
+
+
+def integers(name: str, value: object) -> tuple[int, ...]:
+    """An int, or a tuple or list of them; how many is a question of values."""
+    if isinstance(value, (tuple, list)):
+        return tuple([integer(name, item) for item in value])
+    return (integer(name, value),) * 2
+
+
+def real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a real number, got {type_name(value)} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def reals(name: str, value: object) -> tuple[float, ...]:
+    """A real number, or a tuple or list of them; how many is a question of values."""
+    if type(value) is float:
+        return (value, value)
+    if isinstance(value, (tuple, list)):
+        return tuple([real(name, item) for item in value])
+    return (real(name, value),) * 2
+
+
+def string(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a str, got {type_name(value)}")
+    return value
+
+
+def exactly(name: str, value: object, kind: type) -> None:
+    """The seed's own check: a Python ``kind``, neither a bool nor a NumPy scalar of another type."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        cast = "" if isinstance(value, (bool, str)) else f"; write {kind.__name__}(...)"
+        article = "an" if kind is int else "a"
+        raise TypeError(
+            f"`{name}` must be {article} {kind.__name__}, got {type_name(value)} {value!r}{cast}"
+        )
+
+
+# Values
+
+
+def bin_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
+    if len(value) != 2:
+        raise ValueError(f"`{name}` must be an int or a pair (height, width), got {value}")
+    for count in value:
+        bin_count(name, count)
+    return value
+
+
+def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
+    if len(value) != 2:
+        raise ValueError(f"`{name}` must be a number or a pair (scale_y, scale_x), got {value}")
+    for scale in value:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"`{name}` must be finite and > 0, got {scale}")
+    return value
+
+
+def reduction(value: str) -> None:
+    if value not in REDUCTIONS:
+        accepted = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"`reduction` must be one of {accepted}, got {value!r}")
+
+
+def shape(name: str, expected: str, got: Sequence[int], ok: bool) -> None:
+    if not ok:
+        raise ValueError(f"`{name}` must have shape {expected}, got {tuple(got)}")
+
+
+def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(value) != 4 or min(value) < 0:
+        raise ValueError(f"`feature_shape` must be (N, C, H, W), got {value}")
+    return value
+
+
+def pixels(name: str, shape: Sequence[int], rois: int) -> None:
+    """RoIs need an image and pixels to sample; channels there may be none."""
+    if rois and not (shape[0] and shape[2] and shape[3]):
+        raise ValueError(
+            f"`{name}` must have at least one image and one pixel where there are RoIs, "
+            f"got {tuple(shape)}"
+        )

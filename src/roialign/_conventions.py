@@ -1,0 +1,146 @@
+"""Coordinate conventions: each is a row of numbers, and the rule is written elsewhere, once.
+
+The rule they parametrise is equations (1) to (3) of docs/spec.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["Convention", "conventions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """How a box in image pixels becomes sample positions in feature pixels.
+
+    On one axis, for a box from ``lo`` to ``hi`` (image pixels) and a scale ``s``::
+
+        a    = (lo + input_offset) * s - pixel_offset
+        b    = (hi + input_offset + end_offset) * s - pixel_offset
+        size = max(b - a, min_size)            # no max if min_size is None
+
+    Args:
+        pixel_offset: subtracted in feature pixels: 0.5 where a pixel's centre is at half a pixel.
+        input_offset: added to both ends in image pixels.
+        end_offset: added to the end in image pixels: 1 where the end is an inclusive pixel.
+        min_size: least size of a box in feature pixels, or None.
+        adaptive: how many samples per bin where ``sampling_ratio <= 0``: "ceil" of the bin's length,
+            or "floor" of it and at least 1.
+
+    Raises:
+        TypeError: a number is not a real number, or ``adaptive`` not a str.
+        ValueError: a number is not finite, ``min_size`` is negative, or ``adaptive`` is neither.
+
+    >>> import roialign
+    >>> roialign.Convention(pixel_offset=0.5) == roialign.conventions["half_pixel"]
+    True
+    """
+
+    pixel_offset: float = 0.0
+    input_offset: float = 0.0
+    end_offset: float = 0.0
+    min_size: float | None = None
+    adaptive: str = "ceil"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adaptive, str):
+            raise TypeError(f"`adaptive` must be a str, got {type(self.adaptive).__name__}")
+        for name in ("pixel_offset", "input_offset", "end_offset", "min_size"):
+            value = getattr(self, name)
+            if name == "min_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}")
+            object.__setattr__(self, name, float(value))
+        for name in ("pixel_offset", "input_offset", "end_offset", "min_size"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}")
+        if self.min_size is not None and self.min_size < 0:
+            raise ValueError(f"`min_size` must not be negative, got {self.min_size}")
+        if self.adaptive not in ("ceil", "floor"):
+            raise ValueError(f"`adaptive` must be 'ceil' or 'floor', got {self.adaptive!r}")
+
+
+# Canonical name: (numbers, the names by which users of other libraries know it). Measured against
+# the libraries themselves (docs/conventions.md), but for mmdet_legacy, which was read.
+_ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
+    "mindspore": (
+        Convention(end_offset=1, adaptive="floor"),
+        ("mindspore:roi_end_mode=1", "cann:roi_end_mode=1"),
+    ),
+    "mindspore_legacy": (
+        Convention(min_size=1, adaptive="floor"),
+        ("mindspore:roi_end_mode=0",),
+    ),
+    "asymmetric": (
+        Convention(min_size=1),
+        (
+            "torchvision:aligned=False",
+            "detectron2:aligned=False",
+            "mmcv:aligned=False",
+            "mxnet:aligned=False",
+            "paddle:aligned=False",
+            "ncnn:aligned=0",
+            "onnx:output_half_pixel",
+            "onnx:opset=10",
+            "openvino:asymmetric",
+            "caffe2:aligned=False",
+            "detectron",
+        ),
+    ),
+    "half_pixel": (
+        Convention(pixel_offset=0.5),
+        (
+            "torchvision:aligned=True",
+            "detectron2:aligned=True",
+            "mmcv:aligned=True",
+            "mxnet:aligned=True",
+            "paddle:aligned=True",
+            "ncnn:aligned=1",
+            "onnx:half_pixel",
+            "openvino:half_pixel_for_nn",
+            "cann:roi_end_mode=2",
+        ),
+    ),
+    "openvino_half_pixel": (
+        Convention(pixel_offset=0.5, input_offset=0.5),
+        ("openvino:half_pixel",),
+    ),
+    "mmdet_legacy": (
+        Convention(end_offset=1, min_size=0),
+        ("mmdet:v0.6", "mmdet:v1"),
+    ),
+}
+
+conventions: Mapping[str, Convention] = MappingProxyType(
+    {name: row for name, (row, _) in _ROWS.items()}
+    | {alias: row for row, aliases in _ROWS.values() for alias in aliases}
+)
+"""Read-only: name -> record. Canonical names first, then the aliases ``library:setting``."""
+
+
+def resolve(convention: str | Convention) -> Convention:
+    """The record that ``convention=`` names, or is."""
+    if isinstance(convention, Convention):
+        return convention
+    if not isinstance(convention, str):
+        raise TypeError(
+            f"`convention` must be a name or a Convention, got {type(convention).__name__}"
+        )
+    if convention not in conventions:
+        wanted = convention.lower()
+        near = difflib.get_close_matches(wanted, conventions, 3, 0.4)
+        near += [name for name in conventions if name.startswith(wanted + ":")]
+        near = list(dict.fromkeys(near)) or list(_ROWS)
+        raise ValueError(
+            f"`convention` {convention!r} is unknown; the nearest names are "
+            + ", ".join(map(repr, near))
+        )
+    return conventions[convention]
