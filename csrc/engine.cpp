@@ -22,12 +22,12 @@ namespace ROIALIGN_ISA {
 namespace {
 
 constexpr int kTaps = 8;                              // taps of one pass over the lines
-constexpr int64_t kPrefetch = 6;                      // groups ahead
 constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
 constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
 
 template <class T> struct AccumulatorOf { using type = float; };
 template <> struct AccumulatorOf<double> { using type = double; };
+template <class T> struct AccumulatorOf<const T> : AccumulatorOf<T> {};
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
 template <class T> inline T least_of(T a, T b) { return b < a ? b : a; }
@@ -35,65 +35,76 @@ template <class T> inline T most_of(T a, T b) { return a < b ? b : a; }
 
 // --- Passes over lines ----------------------------------------------------------------------------
 
-// out[out_at[j]] (+)= sum over t of weight[t] * in[in_at[j] + at[t]], for j in [0, count).
+// A pass: for every row i of the matrix and every line j,
+//   out[out_place[i] * out_step + out_at[j]] (+)= sum over t of weight[t] * in[at(t) + in_at[j]],
+//   at(t) = in_place[index[t]] * in_step.
+// A null place is the identity. `taps` of a row's entries, from `first` on, are added at a time.
+template <class Real>
+struct Pass {
+  Axis<Real> matrix;
+  int64_t rows;
+  const Real* in;
+  const int64_t* in_place;
+  int64_t in_step;
+  const int64_t* in_at;
+  Real* out;
+  const int64_t* out_place;
+  int64_t out_step;
+  const int64_t* out_at;
+  int64_t count;  // of lines
+};
+
+inline int64_t placed(const int64_t* place, int64_t i) { return place ? place[i] : i; }
+
 template <class Real, int taps, bool accumulate>
-void contract_taps(const Real* weight, const int64_t* at, const Real* in, const int64_t* in_at,
-                   Real* out, const int64_t* out_at, int64_t count) {
-  Vector<Real> w[taps > 0 ? taps : 1];
-  const Real* source[taps > 0 ? taps : 1];
-  for (int t = 0; t < taps; ++t) {
-    w[t] = broadcast(weight[t]);
-    source[t] = in + at[t];
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    Line<Real> sum = accumulate ? load(out + out_at[j]) : Line<Real>{};
+void add_taps(const Pass<Real>& pass, int64_t first) {
+  const Pass<Real> p = pass;  // a copy: stores to lines might alias what a reference names
+  const int64_t width = p.matrix.taps;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t* index = p.matrix.index + i * width + first;
+    const Real* weight = p.matrix.weight[0] + i * width + first;
+    Real* out = p.out + placed(p.out_place, i) * p.out_step;
+    if (*index < 0) {
+      for (int64_t j = 0; !accumulate && j < p.count; ++j) store(out + p.out_at[j], Line<Real>{});
+      continue;
+    }
+    Vector<Real> w[taps];
+    const Real* in[taps];
 #pragma GCC unroll 8
-    for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(source[t] + in_at[j]));
-    store(out + out_at[j], sum);
+    for (int t = 0; t < taps; ++t) {
+      w[t] = broadcast(weight[t]);
+      in[t] = p.in + placed(p.in_place, index[t]) * p.in_step;
+    }
+    for (int64_t j = 0; j < p.count; ++j) {
+      const int64_t from = p.in_at[j], to = p.out_at[j];
+      Line<Real> sum = accumulate ? load(out + to) : Line<Real>{};
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(in[t] + from));
+      store(out + to, sum);
+    }
   }
 }
 
 template <class Real>
-using Contract = void (*)(const Real*, const int64_t*, const Real*, const int64_t*, Real*,
-                          const int64_t*, int64_t);
+using AddTaps = void (*)(const Pass<Real>&, int64_t);
 
 template <class Real, bool accumulate>
-constexpr Contract<Real> kContract[kTaps + 1] = {
-    contract_taps<Real, 0, accumulate>, contract_taps<Real, 1, accumulate>,
-    contract_taps<Real, 2, accumulate>, contract_taps<Real, 3, accumulate>,
-    contract_taps<Real, 4, accumulate>, contract_taps<Real, 5, accumulate>,
-    contract_taps<Real, 6, accumulate>, contract_taps<Real, 7, accumulate>,
-    contract_taps<Real, 8, accumulate>};
+constexpr AddTaps<Real> kAddTaps[kTaps + 1] = {
+    nullptr, add_taps<Real, 1, accumulate>, add_taps<Real, 2, accumulate>,
+    add_taps<Real, 3, accumulate>, add_taps<Real, 4, accumulate>, add_taps<Real, 5, accumulate>,
+    add_taps<Real, 6, accumulate>, add_taps<Real, 7, accumulate>, add_taps<Real, 8, accumulate>};
 
-// Where the lines of a pass are: line j of the inner loop at at[j].
-struct Lines {
-  const int64_t* at;
-  int64_t count;
-};
-
-// For every row i of `matrix`: out[i * out_step] (+)= sum over t of weight * in[index * in_step].
-// `place` renames an index (null: none), as `out_place` does rows.
 template <class Real>
-void multiply(const Axis<Real>& matrix, int64_t rows, const Real* in, const int64_t* place,
-              int64_t in_step, const int64_t* in_at, Real* out, const int64_t* out_place,
-              int64_t out_step, const int64_t* out_at, int64_t count, bool accumulate) {
-  for (int64_t i = 0; i < rows; ++i) {
-    Real* to = out + (out_place ? out_place[i] : i) * out_step;
-    int64_t t = matrix.first[i];
-    const int64_t end = matrix.first[i + 1];
-    bool add = accumulate;
-    do {
-      const int taps = int(least_of<int64_t>(end - t, kTaps));
-      int64_t at[kTaps];
-      for (int s = 0; s < taps; ++s) {
-        const int64_t index = matrix.index[t + s];
-        at[s] = (place ? place[index] : index) * in_step;
-      }
-      (add ? kContract<Real, true> : kContract<Real, false>)[taps](
-          matrix.weight[0] + t, at, in, in_at, to, out_at, count);
-      add = true;
-      t += taps;
-    } while (t < end);
+void run(const Pass<Real>& pass, bool accumulate) {
+  if (pass.matrix.taps == 0 && !accumulate) {
+    for (int64_t i = 0; i < pass.rows; ++i) {
+      Real* out = pass.out + placed(pass.out_place, i) * pass.out_step;
+      for (int64_t j = 0; j < pass.count; ++j) store(out + pass.out_at[j], Line<Real>{});
+    }
+  }
+  for (int64_t first = 0; first < pass.matrix.taps; first += kTaps) {
+    const int64_t taps = least_of<int64_t>(pass.matrix.taps - first, kTaps);
+    (accumulate || first ? kAddTaps<Real, true> : kAddTaps<Real, false>)[taps](pass, first);
   }
 }
 
@@ -121,21 +132,19 @@ template <class Real>
 constexpr Dot<Real> kDot[kDots + 1] = {nullptr, dot_taps<Real, 1>, dot_taps<Real, 2>,
                                        dot_taps<Real, 3>, dot_taps<Real, 4>};
 
-// result[e] += sum over rows i and entries t of slope_e * <g[i * g_step], in[index * in_step]>,
+// result[e] += sum over rows i and entries t of slope_e * <g[i * g_step], in[place[index] * in_step]>,
 // for the box's start and end e. A slope of zero multiplies nothing.
 template <class Real>
 void dot_slopes(const Axis<Real>& slopes, int64_t rows, const Real* g, int64_t g_step,
                 const int64_t* g_at, const Real* in, const int64_t* place, int64_t in_step,
                 const int64_t* in_at, int64_t count, Line<Real> result[2]) {
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t end = slopes.first[i + 1];
-    for (int64_t t = slopes.first[i]; t < end;) {
+    const int64_t begin = i * slopes.taps, end = begin + slopes.taps;
+    if (begin == end || slopes.index[begin] < 0) continue;
+    for (int64_t t = begin; t < end; t += kDots) {
       const int taps = int(least_of<int64_t>(end - t, kDots));
       int64_t at[kDots];
-      for (int s = 0; s < taps; ++s) {
-        const int64_t index = slopes.index[t + s];
-        at[s] = (place ? place[index] : index) * in_step;
-      }
+      for (int s = 0; s < taps; ++s) at[s] = placed(place, slopes.index[t + s]) * in_step;
       Line<Real> sum[kDots];
       kDot<Real>[taps](g + i * g_step, g_at, in, in_at, at, count, sum);
       for (int s = 0; s < taps; ++s) {
@@ -144,7 +153,6 @@ void dot_slopes(const Axis<Real>& slopes, int64_t rows, const Real* g, int64_t g
           if (slope != 0) multiply_add(result[e], broadcast(slope), sum[s]);
         }
       }
-      t += taps;
     }
   }
 }
@@ -366,15 +374,11 @@ Plane<const T> source_plane(const Tensor& tensor, int64_t n, int64_t block) {
   return plane_of<const T>(tensor, n, block);
 }
 
-// Packs what window i of the visit is the first to touch, and asks for what comes next.
+// Packs the pixels that the band is the first to touch.
 template <class T, class Real>
-void pack(const Plane<const T>& plane, const Visit<Real>& visit, int64_t i, Real* map, Real* rows) {
-  const int64_t total = visit.begin[visit.count];
-  for (int64_t g = visit.begin[i]; g < visit.begin[i + 1]; ++g) {
-    if (g + kPrefetch < total) {
-      prefetch_pixels<T>(plane, visit.groups[g + kPrefetch] * kGroup, kGroup);
-    }
-    const int64_t first = visit.groups[g] * kGroup;
+void pack(const Plane<const T>& plane, const Groups& groups, Real* map, Real* rows) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t first = groups.at[g] * kGroup;
     load_lines(plane, first, least_of(kGroup, plane.pixels - first), map + first * kLanes<Real>, rows);
   }
 }
@@ -386,6 +390,23 @@ void for_tasks(const Windows<Real>& windows, int64_t blocks, int threads, Body b
   parallel_for(windows.visit_count * blocks, work < kSerialWork ? 1 : threads, [&](int64_t task) {
     body(windows.visits[task / blocks], task % blocks);
   });
+}
+
+// Calls enter(band), body(window, the next one or null) for its windows, and leave(band).
+template <class Real, class Enter, class Body, class Leave>
+void for_windows(const Visit<Real>& visit, Enter enter, Body body, Leave leave) {
+  for (int64_t b = 0; b < visit.count; ++b) {
+    const Band<Real>& band = visit.bands[b];
+    enter(band);
+    for (int64_t i = 0; i < band.count; ++i) {
+      body(band.windows[i], i + 1 < band.count ? &band.windows[i + 1] : nullptr);
+    }
+    leave(band);
+  }
+}
+template <class Real, class Enter, class Body>
+void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
+  for_windows(visit, enter, body, [](const Band<Real>&) {});
 }
 
 template <class Real>
@@ -409,33 +430,32 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
   for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
     const Plane<const T> plane = source_plane<T>(features, visit.image, block);
     Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
-    for (int64_t i = 0; i < visit.count; ++i) {
-      const Window<Real>& window = visit.windows[i];
-      pack(plane, visit, i, work.map, work.rows);
+    for_windows(visit, [&](const Band<Real>& band) { pack(plane, band.first, work.map, work.rows); },
+                [&](const Window<Real>& window, const Window<Real>*) {
       if (!window.term_count) std::memset(work.tile, 0, size_t(bins[0] * bins[1] * kLineBytes));
       for (int s = 0; s < window.term_count; ++s) {
         const Axis<Real>& y = window.term[s].y;
         const Axis<Real>& x = window.term[s].x;
         place_rows(y, width * line, work.row_at);
-        multiply(x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
-                 work.bins_at, y.pixel_count, false);
-        multiply(y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at, work.tile, nullptr,
-                 bins[1] * line, work.q_at, bins[1], s > 0);
+        run<Real>({x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
+                   work.bins_at, y.pixel_count}, false);
+        run<Real>({y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at, work.tile, nullptr,
+                   bins[1] * line, work.q_at, bins[1]}, s > 0);
       }
       store_lines(plane_of<T>(output, window.roi, block), 0, bins[0] * bins[1], work.tile, work.rows,
                   work.narrowed, streamed);
-    }
+    });
     if (streamed) stream_fence();
   });
 }
 
-// Loads RoI `roi` of d_output and asks for the next one.
+// Loads the window's part of d_output and asks for the next one's.
 template <class T, class Real>
-void load_tile(const Tensor& d_output, const Visit<Real>& visit, int64_t i, int64_t block,
-               Workspace<T, Real>& work) {
-  const Plane<const T> tile = source_plane<T>(d_output, visit.windows[i].roi, block);
-  if (i + 1 < visit.count) {
-    const Plane<const T> next = source_plane<T>(d_output, visit.windows[i + 1].roi, block);
+void load_tile(const Tensor& d_output, const Window<Real>& window, const Window<Real>* following,
+               int64_t block, Workspace<T, Real>& work) {
+  const Plane<const T> tile = source_plane<T>(d_output, window.roi, block);
+  if (following) {
+    const Plane<const T> next = source_plane<T>(d_output, following->roi, block);
     if (next.pixel_stride == 1 && next.channel_stride == next.pixels) {
       const char* p = reinterpret_cast<const char*>(next.data);
       const int64_t bytes = next.pixels * next.channels * int64_t(sizeof(T));
@@ -466,27 +486,28 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
       store_lines(plane, first, least_of(kGroup, plane.pixels - first), lines, work.rows,
                   work.narrowed, streamed);
     };
-    for (int64_t i = 0; i < visit.count; ++i) {
-      const Window<Real>& window = visit.windows[i];
-      for (int64_t g = visit.begin[i]; g < visit.begin[i + 1]; ++g) {
-        std::memset(work.map + visit.groups[g] * kGroup * line, 0, size_t(kGroup * kLineBytes));
+    for_windows(visit, [&](const Band<Real>& band) {
+      for (int64_t g = 0; g < band.first.count; ++g) {
+        std::memset(work.map + band.first.at[g] * kGroup * line, 0, size_t(kGroup * kLineBytes));
       }
-      if (window.term_count) load_tile(d_output, visit, i, block, work);
+    }, [&](const Window<Real>& window, const Window<Real>* following) {
+      if (window.term_count) load_tile(d_output, window, following, block, work);
       for (int s = 0; s < window.term_count; ++s) {
         const Axis<Real>& y = window.term[s].y;
         const Axis<Real>& x = window.term[s].x;
         place_rows(y, width * line, work.row_at);
-        multiply(y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
-                 nullptr, bins[1] * line, work.q_at, bins[1], false);
-        multiply(x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at, work.map, x.pixels,
-                 line, work.row_at, y.pixel_count, true);
+        run<Real>({y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
+                   nullptr, bins[1] * line, work.q_at, bins[1]}, false);
+        run<Real>({x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at, work.map, x.pixels,
+                   line, work.row_at, y.pixel_count}, true);
       }
-      for (int64_t g = visit.last_begin[i]; g < visit.last_begin[i + 1]; ++g) {
-        unpack(visit.last_groups[g], work.map + visit.last_groups[g] * kGroup * line);
+    }, [&](const Band<Real>& band) {
+      for (int64_t g = 0; g < band.last.count; ++g) {
+        unpack(band.last.at[g], work.map + band.last.at[g] * kGroup * line);
       }
-    }
+    });
     std::memset(work.map, 0, size_t(kGroup * kLineBytes));
-    for (int64_t g = 0; g < visit.untouched_count; ++g) unpack(visit.untouched[g], work.map);
+    for (int64_t g = 0; g < visit.untouched.count; ++g) unpack(visit.untouched.at[g], work.map);
     if (streamed) stream_fence();
   });
 }
@@ -521,28 +542,27 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
     const Plane<const T> plane = source_plane<T>(features, visit.image, block);
     Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
-    for (int64_t i = 0; i < visit.count; ++i) {
-      const Window<Real>& window = visit.windows[i];
+    for_windows(visit, [&](const Band<Real>& band) { pack(plane, band.first, work.map, work.rows); },
+                [&](const Window<Real>& window, const Window<Real>* following) {
       Line<Real> d_x[2] = {}, d_y[2] = {};
-      pack(plane, visit, i, work.map, work.rows);
       if (window.term_count) {
-        load_tile(d_output, visit, i, block, work);
+        load_tile(d_output, window, following, block, work);
         // d_output pulled back to the map's rows, against the slopes of x.
         const Axis<Real>& y = window.term[0].y;
         const Axis<Real>& x_slopes = window.term[0].x;
         place_rows(y, width * line, work.row_at);
-        multiply(y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
-                 nullptr, bins[1] * line, work.q_at, bins[1], false);
+        run<Real>({y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
+                   nullptr, bins[1] * line, work.q_at, bins[1]}, false);
         dot_slopes(x_slopes, bins[1], work.rows_x_bins, line, work.bins_at, work.map, x_slopes.pixels,
                    line, work.row_at, y.pixel_count, d_x);
         // The features' rows by bins of x, against the slopes of y.
         const Axis<Real>& y_slopes = window.term[1].y;
         const Axis<Real>& x = window.term[1].x;
         place_rows(y_slopes, width * line, work.row_at);
-        multiply(x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
-                 work.bins_at, y_slopes.pixel_count, false);
+        run<Real>({x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
+                   work.bins_at, y_slopes.pixel_count}, false);
         for (int64_t q = 0; q < bins[1]; ++q) {  // a bin without samples does not read d_output
-          if (x.first[q] < x.first[q + 1]) continue;
+          if (x.taps && x.index[q * x.taps] >= 0) continue;
           for (int64_t p = 0; p < bins[0]; ++p) {
             std::memset(work.tile + (p * bins[1] + q) * line, 0, kLineBytes);
           }
@@ -555,7 +575,7 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
       d_box[1] = sum_of(d_y[0]);
       d_box[2] = sum_of(d_x[1]);
       d_box[3] = sum_of(d_y[1]);
-    }
+    });
   });
   Real* result = static_cast<Real*>(d_boxes);
   for (int64_t i = 0; i < count; ++i) {

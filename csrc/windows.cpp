@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "geometry.hpp"
@@ -13,7 +15,8 @@ namespace roialign {
 namespace {
 
 constexpr int64_t kChunk = 64;             // RoIs whose taps one task builds
-constexpr int64_t kBandBytes = 256 << 10;  // of scratch: windows are visited band of rows by band
+constexpr int64_t kBandBytes = 4 << 20;    // of lines: the rows of a band, for one block of channels
+constexpr int64_t kSerialRois = 256;       // fewer: one thread builds all taps
 constexpr int64_t kMinTasks = 16;          // cut visits until there are as many tasks ...
 constexpr int64_t kMinVisit = 64;          // ... but not below this many RoIs
 
@@ -92,58 +95,62 @@ int64_t image_of(const Rois& rois, int64_t k, int64_t images) {
 // What a thread reuses while it builds taps.
 struct Workspace {
   Taps values[2], slopes[2], tangent;
-  std::vector<int64_t> number;  // pixel -> its place in `pixels`, -1 if it has none
+  std::vector<int64_t> place;  // pixel -> where it is in `pixels`, -1 if nowhere
+  std::vector<int64_t> used;   // entries of each pixel
 };
 
-// Taps as an Axis: `number` renames pixels to their place in the order of appearance.
-template <class Real>
-Axis<Real> compact(const Taps& taps, int weights, int64_t size, std::vector<int64_t>& number,
-                   Arena& arena) {
-  const int64_t count = int64_t(taps.index.size()), bins = int64_t(taps.first.size()) - 1;
-  if (int64_t(number.size()) < size) number.resize(size, -1);
-  int64_t* pixels = arena.allocate<int64_t>(std::min(count, size));
-  int64_t* index = arena.allocate<int64_t>(count);
-  int64_t* first = arena.allocate<int64_t>(bins + 1);
-  int64_t distinct = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    int64_t& place = number[taps.index[t]];
-    if (place < 0) {
-      pixels[distinct] = taps.index[t];
-      place = distinct++;
-    }
-    index[t] = place;
-  }
-  for (int64_t i = 0; i < distinct; ++i) number[pixels[i]] = -1;
-  std::copy(taps.first.begin(), taps.first.end(), first);
-  Axis<Real> axis{pixels, distinct, first, index, {nullptr, nullptr}};
-  for (int w = 0; w < weights; ++w) {
-    Real* weight = arena.allocate<Real>(count);
-    for (int64_t t = 0; t < count; ++t) weight[t] = Real(taps.weight[w][t]);
-    axis.weight[w] = weight;
-  }
-  return axis;
+// The most entries of a row.
+int64_t widest(const Taps& taps) {
+  int64_t most = 0;
+  for (size_t k = 1; k < taps.first.size(); ++k) most = std::max(most, taps.first[k] - taps.first[k - 1]);
+  return most;
 }
 
-// The same matrix by pixels: entries of a pixel in ascending order of bins.
+// Taps as an Axis: pixels are numbered in the order of their appearance. `transposed`: by pixels.
 template <class Real>
-Axis<Real> transpose(const Axis<Real>& axis, int64_t bins, Arena& arena) {
-  const int64_t count = axis.first[bins], pixels = axis.pixel_count;
-  int64_t* first = arena.allocate<int64_t>(pixels + 1);
-  int64_t* index = arena.allocate<int64_t>(count);
-  Real* weight = arena.allocate<Real>(count);
-  std::fill(first, first + pixels + 1, 0);
-  for (int64_t t = 0; t < count; ++t) ++first[axis.index[t] + 1];
-  for (int64_t i = 0; i < pixels; ++i) first[i + 1] += first[i];
-  for (int64_t k = 0; k < bins; ++k) {
-    for (int64_t t = axis.first[k]; t < axis.first[k + 1]; ++t) {
-      const int64_t place = first[axis.index[t]]++;
-      index[place] = k;
-      weight[place] = axis.weight[0][t];
+Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, int64_t size, Workspace& work,
+                   Arena& arena) {
+  const int64_t count = int64_t(taps.index.size()), bins = int64_t(taps.first.size()) - 1;
+  if (int64_t(work.place.size()) < size) work.place.resize(size_t(size), -1);
+  int64_t* pixels = arena.allocate<int64_t>(std::min(count, size));
+  int64_t distinct = 0;
+  work.used.clear();
+  for (const int64_t pixel : taps.index) {
+    int64_t& place = work.place[size_t(pixel)];
+    if (place < 0) {
+      pixels[distinct] = pixel;
+      place = distinct++;
+      work.used.push_back(0);
+    }
+    ++work.used[size_t(place)];
+  }
+  const int64_t width = !transposed ? widest(taps)
+                        : distinct ? *std::max_element(work.used.begin(), work.used.end()) : 0;
+  const int64_t rows = transposed ? distinct : bins;
+  int64_t* index = arena.allocate<int64_t>(rows * width);
+  Axis<Real> axis{pixels, distinct, width, index, {nullptr, nullptr}};
+  std::fill(work.used.begin(), work.used.end(), 0);
+  for (int w = 0; w < weights; ++w) {
+    Real* weight = arena.allocate<Real>(rows * width);
+    axis.weight[w] = weight;
+    std::fill(weight, weight + rows * width, Real(0));
+    for (int64_t k = 0; k < bins; ++k) {
+      for (int64_t t = taps.first[k]; t < taps.first[k + 1]; ++t) {
+        const int64_t place = work.place[size_t(taps.index[t])];
+        const int64_t at = transposed ? place * width + work.used[size_t(place)]++
+                                      : k * width + t - taps.first[k];
+        index[at] = transposed ? k : place;
+        weight[at] = Real(taps.weight[w][t]);
+      }
     }
   }
-  for (int64_t i = pixels; i > 0; --i) first[i] = first[i - 1];
-  first[0] = 0;
-  return {axis.pixels, pixels, first, index, {weight, nullptr}};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t entries = transposed ? work.used[size_t(i)] : taps.first[i + 1] - taps.first[i];
+    std::fill(index + i * width + entries, index + (i + 1) * width,
+              entries ? index[i * width + entries - 1] : -1);
+  }
+  for (int64_t i = 0; i < distinct; ++i) work.place[size_t(pixels[i])] = -1;
+  return axis;
 }
 
 // slope_lo * v_lo + slope_hi * v_hi, without the entries that vanish.
@@ -163,13 +170,23 @@ void along(const Taps& slopes, double v_lo, double v_hi, Taps& result) {
   }
 }
 
+// The order of windows.
+struct Key {
+  int64_t image, band, place, roi;
+  bool operator<(const Key& other) const {
+    return std::tie(image, band, place, roi) <
+           std::tie(other.image, other.band, other.place, other.roi);
+  }
+};
+
 template <class Real>
 struct Storage {
   std::vector<Window<Real>> windows;
   std::vector<Visit<Real>> visits;
+  std::vector<Band<Real>> bands;
   std::vector<Arena> arenas;
-  std::vector<int64_t> image, order, groups, begin, last_groups, last_begin, untouched;
-  std::vector<std::pair<uint64_t, int64_t>> keys;
+  std::vector<Key> keys;
+  std::vector<int64_t> first, last, untouched;  // groups
 };
 
 template <class Real>
@@ -194,22 +211,18 @@ struct Builder {
                       Real(params.scale[axis]), work.values[axis],
                       sloped ? &work.slopes[axis] : nullptr);
     }
+    // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
+    // back to the rows of the map (the y of its first term).
+    const bool adjoint = operation == Operation::adjoint;
     const auto values = [&](int axis) {
-      const Axis<Real> by_bin = compact<Real>(work.values[axis], 1, size(axis), work.number, arena);
-      // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
-      // back to the rows of the map (the y of its first term).
-      const bool by_pixel = operation == Operation::adjoint ||
-                            (operation == Operation::box_gradient && axis == 0);
-      return by_pixel ? transpose(by_bin, bins[axis], arena) : by_bin;
+      const bool transposed = adjoint || (operation == Operation::box_gradient && axis == 0);
+      return axis_of<Real>(work.values[axis], 1, transposed, size(axis), work, arena);
     };
     const auto slopes = [&](int axis) {
-      if (operation == Operation::box_gradient) {
-        return compact<Real>(work.slopes[axis], 2, size(axis), work.number, arena);
-      }
+      if (!tangent) return axis_of<Real>(work.slopes[axis], 2, false, size(axis), work, arena);
       const Real* v = tangent + 4 * k;
       along<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]), work.tangent);
-      const Axis<Real> by_bin = compact<Real>(work.tangent, 1, size(axis), work.number, arena);
-      return operation == Operation::adjoint ? transpose(by_bin, bins[axis], arena) : by_bin;
+      return axis_of<Real>(work.tangent, 1, adjoint, size(axis), work, arena);
     };
     if (sloped) {
       result.term_count = 2;
@@ -222,7 +235,24 @@ struct Builder {
     return result;
   }
 
-  // Calls touch(group) for the groups of pixels that the window reads or writes.
+  int64_t band_rows() const {
+    return std::max<int64_t>(1, kBandBytes / (64 * std::max<int64_t>(1, map_shape[3])));
+  }
+
+  // Of the window's centre; empty windows are in the first band.
+  int64_t band(const Window<Real>& window) const {
+    const Axis<Real>* y = window.term_count ? &window.term[0].y : nullptr;
+    return y && y->pixel_count ? y->pixels[y->pixel_count / 2] / band_rows() : 0;
+  }
+
+  // From left to right in even bands, back in odd ones.
+  int64_t place_in_band(const Window<Real>& window) const {
+    const Axis<Real>* x = window.term_count ? &window.term[0].x : nullptr;
+    const int64_t centre = x && x->pixel_count ? x->pixels[x->pixel_count / 2] : 0;
+    return band(window) % 2 ? -centre : centre;
+  }
+
+  // Calls touch(from, to) for runs of groups of pixels that the window reads or writes.
   template <class Touch>
   void for_groups(const Window<Real>& window, Touch touch) const {
     for (int i = 0; i < window.term_count; ++i) {
@@ -232,36 +262,34 @@ struct Builder {
       const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
       for (int64_t j = 0; j < y.pixel_count; ++j) {
         const int64_t row = y.pixels[j] * map_shape[3];
-        const int64_t last = (row + *ends.second) / kGroup;
-        for (int64_t group = (row + *ends.first) / kGroup; group <= last; ++group) touch(group);
+        touch((row + *ends.first) / kGroup, (row + *ends.second) / kGroup + 1);
       }
     }
   }
-
-  // Bands of rows from top to bottom, and in each band from left to right and back in turn.
-  uint64_t visiting_key(const Window<Real>& window) const {
-    const Term<Real>& term = window.term[0];
-    if (!window.term_count || !term.y.pixel_count || !term.x.pixel_count) return 0;
-    const uint64_t line = uint64_t(64 * map_shape[3]);
-    const uint64_t rows = std::max<uint64_t>(1, uint64_t(kBandBytes) / line);
-    const uint64_t band = uint64_t(term.y.pixels[term.y.pixel_count / 2]) / rows;
-    const uint64_t x = uint64_t(term.x.pixels[term.x.pixel_count / 2]) & 0xffffffff;
-    return (band << 32) | (band & 1 ? 0xffffffff - x : x);
-  }
 };
 
-// A set of groups.
+// A set of groups, as bits.
 class GroupSet {
  public:
   explicit GroupSet(int64_t size) : words_(size_t(size / 64 + 1), 0) {}
-  bool insert(int64_t i) {  // true if it was not there
-    uint64_t& word = words_[size_t(i / 64)];
-    const uint64_t bit = uint64_t{1} << (i % 64);
-    if (word & bit) return false;
-    word |= bit;
-    return true;
+  void insert(int64_t from, int64_t to) {
+    for (int64_t i = from; i < to;) {
+      const int64_t end = std::min(to, (i / 64 + 1) * 64);
+      words_[size_t(i / 64)] |= (~uint64_t{0} >> (64 - (end - i))) << (i % 64);
+      i = end;
+    }
   }
   void clear() { std::fill(words_.begin(), words_.end(), 0); }
+  // Appends what is here and not in `seen`, and adds it there.
+  void append_new(GroupSet& seen, std::vector<int64_t>& groups) const {
+    for (size_t w = 0; w < words_.size(); ++w) {
+      uint64_t bits = words_[w] & ~seen.words_[w];
+      seen.words_[w] |= bits;
+      for (int64_t i = int64_t(w) * 64; bits; ++i, bits >>= 1) {
+        if (bits & 1) groups.push_back(i);
+      }
+    }
+  }
 
  private:
   std::vector<uint64_t> words_;
@@ -289,107 +317,99 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
 
   std::vector<Window<Real>> built(static_cast<size_t>(count));
   if (int64_t(s.arenas.size()) < chunks) s.arenas.resize(size_t(chunks));
-  s.image.resize(size_t(count));
   s.keys.resize(size_t(count));
-  parallel_for(chunks, threads, [&](int64_t chunk) {
+  parallel_for(chunks, count < kSerialRois ? 1 : threads, [&](int64_t chunk) {
     Arena& arena = s.arenas[size_t(chunk)];
     arena.clear();
     for (int64_t k = chunk * kChunk; k < std::min(count, (chunk + 1) * kChunk); ++k) {
       const int64_t image = image_of(rois, k, images);
-      built[size_t(k)] = image < 0 ? Window<Real>{k, 0, {}} : builder.window(k, workspace, arena);
-      s.image[size_t(k)] = std::max<int64_t>(image, 0);
-      s.keys[size_t(k)] = {builder.visiting_key(built[size_t(k)]), k};
+      Window<Real>& window = built[size_t(k)];
+      window = image < 0 ? Window<Real>{k, 0, {}} : builder.window(k, workspace, arena);
+      s.keys[size_t(k)] = {std::max<int64_t>(image, 0), builder.band(window),
+                           builder.place_in_band(window), k};
     }
   });
-
-  std::sort(s.keys.begin(), s.keys.end(), [&](const auto& a, const auto& b) {
-    const int64_t image_a = s.image[size_t(a.second)], image_b = s.image[size_t(b.second)];
-    return image_a != image_b ? image_a < image_b : a < b;
-  });
+  std::sort(s.keys.begin(), s.keys.end());
   s.windows.clear();
-  for (const auto& key : s.keys) s.windows.push_back(built[size_t(key.second)]);
+  for (const Key& key : s.keys) s.windows.push_back(built[size_t(key.roi)]);
 
   Windows<Real> result{};
   for (const Window<Real>& window : s.windows) {
     for (int i = 0; i < window.term_count; ++i) {
       const Term<Real>& term = window.term[i];
       result.max_rows = std::max(result.max_rows, term.y.pixel_count);
-      result.area += term.y.pixel_count * term.x.pixel_count;
       result.work += term.y.pixel_count * (term.x.pixel_count + 2 * bins[1]);
     }
   }
 
-  // Cut into visits: one per image, or more where there would be too few tasks. The adjoint sums into
-  // a map, so its images stay whole.
-  const bool by_image = operation == Operation::adjoint;
+  // One visit per image, or more where there would be too few tasks. The adjoint sums into a map, so
+  // its images stay whole, and images without RoIs are visited too.
+  const bool adjoint = operation == Operation::adjoint;
   const int64_t tasks = std::max<int64_t>(1, images * tasks_per_visit);
-  const int64_t pieces = by_image ? 1 : (kMinTasks + tasks - 1) / tasks;
+  const int64_t pieces = adjoint ? 1 : (kMinTasks + tasks - 1) / tasks;
   const int64_t groups = (map_shape[2] * map_shape[3] + kGroup - 1) / kGroup;
-  GroupSet seen(groups);
-  std::vector<int64_t> last_window;  // adjoint: of each group, -1 if none
+  GroupSet touched(groups), seen(groups);
+  std::vector<int64_t> last_band(adjoint ? size_t(groups) : 0), in_band;
   s.visits.clear();
-  s.groups.clear();
-  s.begin.clear();
-  s.last_groups.clear();
-  s.last_begin.clear();
+  s.bands.clear();
+  s.first.clear();
+  s.last.clear();
   s.untouched.clear();
-  struct Offsets { int64_t windows, begin, untouched; };
-  std::vector<Offsets> offsets;  // of each visit, in the vectors that still grow
-  int64_t from = 0;
-  for (int64_t image = 0; image < images; ++image) {
-    int64_t to = from;
-    while (to < count && s.image[size_t(s.windows[size_t(to)].roi)] == image) ++to;
-    if (from == to && !by_image) continue;
-    const int64_t in_image = to - from;
-    const int64_t piece = std::max(kMinVisit, (in_image + pieces - 1) / pieces);
-    do {
-      const int64_t end = by_image ? to : std::min(to, from + piece);
-      offsets.push_back({from, int64_t(s.begin.size()), int64_t(s.untouched.size())});
-      s.visits.push_back({image, nullptr, end - from, nullptr, nullptr, nullptr, nullptr, nullptr, 0});
+  for (int64_t image = 0, from = 0; image < images; ++image) {
+    int64_t end = from;
+    while (end < count && s.keys[size_t(end)].image == image) ++end;
+    const int64_t piece = adjoint ? end - from : std::max(kMinVisit, (end - from + pieces - 1) / pieces);
+    for (bool once = adjoint; from < end || once; once = false) {
+      const int64_t visit_end = std::min(end, from + piece);
+      Visit<Real> visit{image, nullptr, 0, {nullptr, 0}};
       seen.clear();
-      if (by_image) last_window.assign(size_t(groups), -1);
-      for (int64_t i = from; i < end; ++i) {
-        s.begin.push_back(int64_t(s.groups.size()));
-        builder.for_groups(s.windows[size_t(i)], [&](int64_t group) {
-          if (seen.insert(group)) s.groups.push_back(group);
-          if (by_image) last_window[size_t(group)] = i - from;
-        });
-      }
-      s.begin.push_back(int64_t(s.groups.size()));
-      if (by_image) {
-        // Groups in the order of their last window: a counting sort.
-        const size_t first = s.last_begin.size(), base = s.last_groups.size();
-        s.last_begin.resize(first + size_t(end - from) + 1, 0);
-        int64_t* begin = s.last_begin.data() + first;
-        for (int64_t group = 0; group < groups; ++group) {
-          const int64_t i = last_window[size_t(group)];
-          if (i < 0) s.untouched.push_back(group);
-          else ++begin[i + 1];
+      std::fill(last_band.begin(), last_band.end(), -1);
+      while (from < visit_end) {
+        const int64_t begin = from, band = s.keys[size_t(from)].band;
+        touched.clear();
+        for (; from < visit_end && s.keys[size_t(from)].band == band; ++from) {
+          builder.for_groups(s.windows[size_t(from)], [&](int64_t first, int64_t last) {
+            touched.insert(first, last);
+            if (adjoint) std::fill(&last_band[size_t(first)], &last_band[size_t(last - 1)] + 1, visit.count);
+          });
         }
-        begin[0] = int64_t(base);
-        for (int64_t i = 0; i < end - from; ++i) begin[i + 1] += begin[i];
-        s.last_groups.resize(size_t(begin[end - from]));
-        for (int64_t group = 0; group < groups; ++group) {
-          const int64_t i = last_window[size_t(group)];
-          if (i >= 0) s.last_groups[size_t(begin[i]++)] = group;
-        }
-        for (int64_t i = end - from; i > 0; --i) begin[i] = begin[i - 1];
-        begin[0] = int64_t(base);
-        s.visits.back().untouched_count = int64_t(s.untouched.size()) - offsets.back().untouched;
+        const size_t known = s.first.size();
+        touched.append_new(seen, s.first);
+        s.bands.push_back({s.windows.data() + begin, from - begin,
+                           {nullptr, int64_t(s.first.size() - known)}, {nullptr, 0}});
+        ++visit.count;
       }
-      from = end;
-    } while (from < to);
-  }
-  for (size_t v = 0; v < s.visits.size(); ++v) {
-    Visit<Real>& visit = s.visits[v];
-    visit.windows = s.windows.data() + offsets[v].windows;
-    visit.begin = s.begin.data() + offsets[v].begin;
-    visit.groups = s.groups.data();
-    if (by_image) {
-      visit.last_begin = s.last_begin.data() + offsets[v].begin;
-      visit.last_groups = s.last_groups.data();
-      visit.untouched = s.untouched.data() + offsets[v].untouched;
+      if (adjoint) {  // groups by their last band: a counting sort
+        in_band.assign(size_t(visit.count) + 1, 0);
+        for (const int64_t band : last_band) ++in_band[size_t(band + 1)];
+        visit.untouched.count = in_band[0];
+        for (int64_t b = 0; b < visit.count; ++b) {
+          s.bands[s.bands.size() - size_t(visit.count - b)].last.count = in_band[size_t(b + 1)];
+        }
+        const size_t known = s.last.size();
+        int64_t sum = -in_band[0];
+        for (int64_t& n : in_band) sum += std::exchange(n, sum);
+        s.last.resize(known + size_t(sum));
+        for (int64_t group = 0; group < groups; ++group) {
+          const int64_t band = last_band[size_t(group)];
+          if (band < 0) s.untouched.push_back(group);
+          else s.last[known + size_t(in_band[size_t(band + 1)]++)] = group;
+        }
+      }
+      s.visits.push_back(visit);
     }
+  }
+
+  // The vectors have stopped growing: point into them.
+  const Band<Real>* bands = s.bands.data();
+  const int64_t *first = s.first.data(), *last = s.last.data(), *untouched = s.untouched.data();
+  for (Band<Real>& band : s.bands) {
+    band.first.at = std::exchange(first, first + band.first.count);
+    band.last.at = std::exchange(last, last + band.last.count);
+  }
+  for (Visit<Real>& visit : s.visits) {
+    visit.bands = std::exchange(bands, bands + visit.count);
+    visit.untouched.at = std::exchange(untouched, untouched + visit.untouched.count);
   }
   result.visits = s.visits.data();
   result.visit_count = int64_t(s.visits.size());

@@ -1,5 +1,5 @@
 // All taps of one call, built once before the engine runs: one window per RoI, in the order in which
-// the engine visits them, and the pixels that each window is the first or the last to touch.
+// the engine visits them, and the pixels that each band of windows is the first or the last to touch.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,15 @@ namespace roialign {
 // Pixels travel between a map and the engine's scratch in groups of this many.
 constexpr int64_t kGroup = 16;
 
-// One axis of one window: a sparse matrix over the window's own pixels. Row i has the entries
-// [first[i], first[i + 1]); an entry's `index` counts along `pixels` where rows are bins, and along
-// the bins where the matrix is transposed and its rows are `pixels`.
+// One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
+// entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]; a row without
+// entries has index -1. An entry's `index` counts along `pixels` where rows are bins, and along the
+// bins where the matrix is transposed and its rows are `pixels`.
 template <class Real>
 struct Axis {
   const int64_t* pixels;     // the distinct rows (columns) of the map that have weight
   int64_t pixel_count;
-  const int64_t* first;
+  int64_t taps;
   const int64_t* index;
   const Real* weight[2];     // values: [0]; slopes: in the box's start, in its end
 };
@@ -39,18 +40,28 @@ struct Window {
 
 enum class Operation { forward, adjoint, box_gradient };
 
-// A run of windows of one image that one engine task visits in order (for its channels).
+// A list of groups of pixels, in the order of their addresses: memory is read and written in streams.
+struct Groups {
+  const int64_t* at;
+  int64_t count;
+};
+
+// Windows whose centres are in one band of rows, from left to right or back.
+template <class Real>
+struct Band {
+  const Window<Real>* windows;
+  int64_t count;
+  Groups first;  // touched by no earlier band
+  Groups last;   // adjoint only: touched by no later band
+};
+
+// What one engine task visits, for its channels: bands of one image from top to bottom.
 template <class Real>
 struct Visit {
   int64_t image;
-  const Window<Real>* windows;
+  const Band<Real>* bands;
   int64_t count;
-  const int64_t* groups;     // groups first (touched last) by window i: [begin[i], begin[i + 1])
-  const int64_t* begin;
-  const int64_t* last_groups;  // adjoint only: groups whose last window is i
-  const int64_t* last_begin;
-  const int64_t* untouched;    // adjoint only: groups that no window touches
-  int64_t untouched_count;
+  Groups untouched;  // adjoint only: touched by no band
 };
 
 template <class Real>
@@ -58,7 +69,6 @@ struct Windows {
   const Visit<Real>* visits;
   int64_t visit_count;
   int64_t max_rows;          // the most pixel rows of a term
-  int64_t area;              // pixels of all terms
   int64_t work;              // multiply-adds per channel
 };
 

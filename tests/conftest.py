@@ -1,0 +1,236 @@
+"""Fixtures and hypothesis profiles; `Golden` knows where other libraries may differ."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import roialign
+import tolerance
+from oracle import Problem
+
+settings.register_profile("local", deadline=None, max_examples=100)
+settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
+settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# directory of golden/: convention (MindSpore's cases have two)
+LIBRARIES = {
+    "detectron2": "half_pixel",
+    "mindspore": None,
+    "mmcv_aligned_false_avg": "asymmetric",
+    "mmcv_aligned_true_avg": "half_pixel",
+    "mxnet_aligned_false": "asymmetric",
+    "mxnet_aligned_true": "half_pixel",
+    "ncnn_v1_aligned_false": "asymmetric",
+    "ncnn_v1_aligned_true": "half_pixel",
+    "onnx_half_pixel_avg": "half_pixel",
+    "onnx_output_half_pixel_avg": "asymmetric",
+    "openvino_asymmetric_avg": "asymmetric",
+    "openvino_half_pixel_avg": "openvino_half_pixel",
+    "openvino_half_pixel_for_nn_avg": "half_pixel",
+    "paddle_aligned_false": "asymmetric",
+    "paddle_aligned_true": "half_pixel",
+    "torchvision_aligned_false": "asymmetric",
+    "torchvision_aligned_true": "half_pixel",
+}
+CONVENTIONS = (
+    "mindspore",
+    "mindspore_legacy",
+    "asymmetric",
+    "half_pixel",
+    "openvino_half_pixel",
+    "mmdet_legacy",
+)
+NO_GRADIENT = ("ncnn", "onnx", "openvino")
+ROUND_ONCE = ("ncnn", "onnx", "openvino", "paddle")  # the others round every operation in float16
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One recorded call of another library."""
+
+    library: str
+    entry: dict  # of manifest.json
+
+    def __str__(self):
+        return f"{self.library}-{self.entry['id'][-3:]}-{self.entry['kind']}"
+
+    def parameter(self, *names):
+        return next(v for k, v in self.entry["params"].items() if k in names)
+
+    @property
+    def convention(self):
+        by_mode = "mindspore_legacy", "mindspore"
+        return LIBRARIES[self.library] or by_mode[self.parameter("roi_end_mode")]
+
+    @property
+    def fractional_index(self):
+        return "fractional image index" in self.entry.get("note", "")
+
+    @property
+    def differentiates(self):
+        return not self.library.startswith(NO_GRADIENT)
+
+    @cached_property
+    def arrays(self):
+        path = Path(__file__).parent / "golden" / self.library / self.entry["file"]
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    @property
+    def features(self):
+        return self.arrays["features"]
+
+    @property
+    def rois(self):
+        return self.arrays["rois"]
+
+    @cached_property
+    def problem(self):
+        scale = float(np.float32(self.parameter("spatial_scale")))  # theirs, for float64 too
+        try:
+            size = tuple(self.parameter("output_size", "pooled_size"))
+        except StopIteration:
+            height = self.parameter("pooled_height", "pooled_h", "output_height")
+            size = height, self.parameter("pooled_width", "pooled_w", "output_width")
+        return Problem(
+            features=self.features,
+            boxes=self.rois[:, 1:],
+            index=self.rois[:, 0].astype(np.int64),
+            size=size,
+            scale=(scale, scale),
+            sampling=self.parameter("sampling_ratio", "sample_ratio", "sample_num"),
+            convention=roialign.conventions[self.convention],
+        )
+
+    @cached_property
+    def known(self):
+        """[K]: the rows that the library wrote, and not with NaN (CONVENTIONS: deliberate)."""
+        written = self.arrays.get("y_valid", np.ones(len(self.arrays["y"]), bool))
+        return written & ~np.isnan(self.arrays["y"]).any((1, 2, 3))
+
+    @cached_property
+    def d_output(self):
+        """[K, C, P, Q]: `dy`, 0 in the rows that are not known."""
+        return np.where(self.known[:, None, None, None], self.arrays["dy"], 0)
+
+    def check_forward(self, output):
+        self._check(output[self.known], self.arrays["y"][self.known])
+
+    def check_adjoint(self, d_features):
+        self._check(d_features, self.arrays.get("df_adjoint", self.arrays["df"]))
+
+    def _check(self, actual, expected):
+        once = self.library.startswith(ROUND_ONCE) or self.features.dtype != self.rois.dtype
+        peers = max(tolerance.PEERS[a.dtype][once] for a in (self.features, expected))
+        size = np.abs(self.features.astype(np.float64)).max(initial=1)
+        tolerance.check(actual, expected.astype(np.float64), np.full(expected.shape, peers * size))
+
+
+def golden_cases():
+    for library in LIBRARIES:
+        manifest = Path(__file__).parent / "golden" / library / "manifest.json"
+        for entry in json.loads(manifest.read_text())["cases"]:
+            if "peer_quirk" not in entry:
+                yield Golden(library, entry)
+
+
+# fixture: the golden cases that it goes through
+GOLDEN_FIXTURES = {
+    "golden": lambda case: not case.fractional_index,
+    "golden_gradient": lambda case: not case.fractional_index and case.differentiates,
+    "golden_mindspore": lambda case: not case.fractional_index and case.library == "mindspore",
+    "golden_fractional": lambda case: case.fractional_index,
+}
+
+
+def pytest_generate_tests(metafunc):
+    for name, chosen in GOLDEN_FIXTURES.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(filter(chosen, golden_cases())), ids=str)
+
+
+@pytest.fixture(scope="session")
+def golden_by_convention():
+    by_name = {}
+    for case in golden_cases():
+        if not case.fractional_index:
+            by_name.setdefault(case.convention, []).append(case)
+    return by_name
+
+
+@pytest.fixture(params=CONVENTIONS)
+def convention(request):
+    return roialign.conventions[request.param]
+
+
+@pytest.fixture(scope="session")
+def make_problem():
+    return draw_problem
+
+
+def draw_problem(
+    seed=0,
+    *,
+    shape=(2, 5, 9, 11),
+    count=7,
+    size=(3, 2),
+    scale=(0.5, 0.4),
+    sampling=2,
+    convention="half_pixel",
+    dtype=np.float32,
+    inside=False,
+):
+    """A random `Problem`; boxes in and around the map, or so that every tap is `inside` it."""
+    rng = np.random.default_rng(seed)
+    length = np.array([shape[3], shape[2]])
+    low, high = (1, length - 2.5) if inside else (-3, length + 2)
+    start = low + (high - low - 1) * rng.random((count, 2))
+    end = start + 1 + (high - start - 1) * rng.random((count, 2))
+    boxes = np.concatenate([start, end], 1) / np.tile(scale[::-1], 2)
+    return Problem(
+        features=rng.standard_normal(shape).astype(dtype),
+        boxes=boxes.astype(np.float64 if dtype == np.float64 else np.float32),
+        index=rng.integers(shape[0], size=count),
+        size=size,
+        scale=scale,
+        sampling=sampling,
+        convention=roialign.conventions.get(convention, convention),
+    )
+
+
+@pytest.fixture(scope="session")
+def layouts():
+    """Name -> a function that gives the same values with other strides."""
+    return {
+        "contiguous": np.ascontiguousarray,
+        "channels_last": lambda a: _through(a, (0, 2, 3, 1)),
+        "transposed": lambda a: _through(a, (3, 1, 0, 2)),
+        "reversed": lambda a: np.ascontiguousarray(a[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1],
+        "sliced": lambda a: np.repeat(np.repeat(a, 2, 3), 3, 1)[:, ::3, :, ::2],
+        "read_only": _read_only,
+        "unaligned": _unaligned,
+    }
+
+
+def _through(array, order):
+    return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+
+
+def _read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def _unaligned(array):
+    raw = np.empty(array.nbytes + 1, np.uint8)[1:]
+    view = raw.view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view

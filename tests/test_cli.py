@@ -1,0 +1,135 @@
+"""`roialign info` and `roialign demo`, as commands."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import roialign
+from roialign import _core
+
+pillow = pytest.mark.skipif(find_spec("PIL") is None, reason="needs Pillow (roialign[demo])")
+
+
+def run(*arguments, cwd=None, env=None):
+    return subprocess.run([sys.executable, "-m", "roialign", *arguments], cwd=cwd,
+                          env=os.environ | (env or {}), capture_output=True, text=True, timeout=60)
+
+
+def lines(text):
+    """First word of a line -> the rest."""
+    return {key: rest for key, _, rest in (line.partition(" ") for line in text.splitlines())}
+
+
+def test_info():
+    ran = run("info", env={"ROIALIGN_NUM_THREADS": "3", "ROIALIGN_ISA": _core.usable_isas[0]})
+    assert ran.returncode == 0 and not ran.stderr
+    shown = lines(ran.stdout)
+    assert roialign.__version__ in shown["roialign"]
+    assert re.search(rf"\b{_core.usable_isas[0]}\b", shown["ISA"].split(",")[0])
+    assert all(isa in shown["ISA"] for isa in _core.compiled_isas)
+    assert shown["threads"].split()[0] == "3"
+    assert np.__version__ in shown["numpy"] and "yes" in shown["numpy"]
+    for library in ("torch", "jax", "mindspore"):
+        assert shown[library].strip().startswith(("yes", "no"))
+
+
+def test_info_marks_what_is_not_installed():
+    shown = lines(run("info").stdout)
+    for library in ("torch", "jax", "mindspore"):
+        if find_spec(library) is None:
+            assert shown[library].strip().startswith("no") and "not installed" in shown[library]
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["info", "extra"], ["demo", "--wrong"]])
+def test_usage_errors(arguments):
+    ran = run(*arguments)
+    assert ran.returncode == 2 and "usage: roialign" in ran.stderr and not ran.stdout
+
+
+def test_version():
+    ran = run("--version")
+    assert ran.returncode == 0 and roialign.__version__ in ran.stdout
+
+
+def test_the_command_is_installed():
+    from importlib.metadata import entry_points
+
+    command, = entry_points(group="console_scripts", name="roialign")
+    assert callable(command.load())
+
+
+def png_size(path):
+    """Width and height; every chunk's checksum is right and the picture ends."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    kinds, at = [], 8
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at: at + 8])
+        body = data[at + 8: at + 8 + length]
+        crc, = struct.unpack(">I", data[at + 8 + length: at + 12 + length])
+        assert crc == zlib.crc32(kind + body)
+        kinds.append(kind)
+        at += 12 + length
+    assert kinds[0] == b"IHDR" and kinds[-1] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """The demo with a path and without: (what it printed, its folder) of each."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("given", "default")]
+    ran = [run("demo", "--output", str(folders[0] / "picture.png"), cwd=folders[0]),
+           run("demo", cwd=folders[1])]
+    assert [r.returncode for r in ran] == [0, 0], ran[0].stderr + ran[1].stderr
+    return list(zip([r.stdout for r in ran], folders, strict=True))
+
+
+@pillow
+def test_demo(demos):
+    printed, folder = demos[0]
+    picture, = folder.iterdir()
+    assert picture.name == "picture.png" and str(picture) in printed
+    width, height = png_size(picture)
+    assert width > 400 and height > 200
+    shown = lines(printed)
+    assert "ROIAlign(" in printed and "float32" in shown["features"] + shown["output"]
+    example = [float(v) for v in re.findall(r"\d+\.\d+", shown["example"])]
+    np.testing.assert_allclose(example, [1.775, 2.025, 2.275, 2.525], rtol=1e-6)
+    assert re.search(r"\d\.\d+ ms", shown["time"])
+
+
+@pillow
+def test_demo_draws_the_same_picture_again_by_default_into_the_current_folder(demos):
+    from PIL import Image
+
+    files = [list(folder.iterdir()) for _, folder in demos]
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for file, in files]
+    assert (pixels[0] == pixels[1]).all()
+    # photograph and boxes, not a blank sheet
+    assert len(np.unique(pixels[0].reshape(-1, 3), axis=0)) > 1000
+    default = files[1][0].name
+    assert default.endswith(".png")
+    assert default in "".join(run("demo", "--help").stdout.split())  # --help wraps at hyphens
+
+
+@pillow
+def test_demo_into_a_folder_that_is_not_there(tmp_path):
+    ran = run("demo", "--output", str(tmp_path / "missing" / "picture.png"))
+    assert ran.returncode == 1 and "missing" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_demo_without_pillow(tmp_path):
+    (tmp_path / "PIL").mkdir()
+    (tmp_path / "PIL" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'PIL'\", name='PIL')")
+    ran = run("demo", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert "Pillow" in ran.stderr and "roialign[demo]" in ran.stderr
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,97 @@
+"""Every `>>>` example: in the docstrings of the public names, README.md and docs/*.md."""
+
+import doctest
+import importlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import roialign
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
+MODULES = ("roialign", "roialign._api", "roialign._checks", "roialign._conventions",
+           "roialign.numpy")
+BLOCK = re.compile(r"^( *)```(?:python|pycon|py)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+
+
+def run(example):
+    report = []
+    runner = doctest.DocTestRunner(optionflags=OPTIONS, verbose=False)
+    runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+def examples_of(page):
+    """One test of all blocks: a later block may use an earlier one's names."""
+    text = page.read_text(encoding="utf-8")
+    kept = []
+    line = 0
+    for match in BLOCK.finditer(text):
+        start = text.count("\n", 0, match.start(2))
+        kept += [""] * (start - line) + match[2].splitlines()
+        line = start + match[2].count("\n")
+    source = "\n".join(kept) + "\n"
+    return doctest.DocTestParser().get_doctest(source, {}, page.name, str(page), 0)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples_of(page).examples],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_page(page, tmp_path, monkeypatch):
+    example = examples_of(page)
+    monkeypatch.chdir(tmp_path)
+    run(example)
+
+
+def test_readme_has_an_example():
+    example = examples_of(ROOT / "README.md")
+    assert any("roialign" in e.source for e in example.examples)
+    assert any(e.want for e in example.examples)
+
+
+def docstrings():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in MODULES:
+        for example in finder.find(importlib.import_module(name), name):
+            if example.examples:
+                yield example
+
+
+@pytest.mark.parametrize("example", list(docstrings()), ids=lambda e: e.name)
+def test_docstring(example):
+    run(example)
+
+
+@pytest.mark.parametrize("name", ["ROIAlign", "roi_align", "roi_align_adjoint",
+                                  "roi_align_box_gradient", "Convention"])
+def test_public_names_have_an_example(name):
+    doc = getattr(roialign, name).__doc__
+    assert ">>>" in doc, f"no example in the docstring of {name}"
+
+
+def test_a_wrong_example_fails():
+    wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
+    with pytest.raises(AssertionError, match="Expected"):
+        run(wrong)
+
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), target
+
+
+def test_pages_name_only_conventions_that_exist():
+    # `library:setting` in backticks or quotes
+    named = re.compile(r"[`\"]((?:%s):[\w=.]+)[`\"]" % "|".join(
+        {name.split(":")[0] for name in roialign.conventions if ":" in name}))
+    for page in PAGES:
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            assert name in roialign.conventions, f"{name} in {os.fspath(page)}"

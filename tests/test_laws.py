@@ -1,0 +1,237 @@
+"""What holds for any RoIAlign, whatever the oracle says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+import tolerance
+
+DTYPES = [np.float16, tolerance.BFLOAT16, np.float32, np.float64]
+
+
+def forward(problem, rois=None, **changes):
+    rois, options = problem.rois if rois is None else rois, problem.options | changes
+    return roialign.roi_align(problem.features, rois, problem.size, **options)
+
+
+def adjoint(problem, d_output, rois=None, **changes):
+    rois, options = problem.rois if rois is None else rois, problem.options | changes
+    return roialign.roi_align_adjoint(d_output, rois, problem.features.shape, **options)
+
+
+def box_gradient(problem, d_output, rois=None, **changes):
+    rois, options = problem.rois if rois is None else rois, problem.options | changes
+    return roialign.roi_align_box_gradient(d_output, problem.features, rois, **options)
+
+
+def draw_output(problem, seed=1):
+    """A random d_output."""
+    values = np.random.default_rng(seed).standard_normal(problem.output_shape)
+    return values.astype(problem.features.dtype)
+
+
+def bits(*arrays):
+    return [(a.dtype, a.shape, a.tobytes()) for a in arrays]
+
+
+def forward_bound(problem):
+    return tolerance.forward(problem, np.full(problem.output_shape, np.abs(problem.features).max()))
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_adjoint_is_the_transpose(make_problem, convention, dtype, sampling):
+    problem = make_problem(convention=convention, sampling=sampling, dtype=dtype)
+    g, y = draw_output(problem), forward(problem)
+    d_features = adjoint(problem, g)
+    left = np.vdot(g.astype(np.float64), y)
+    right = np.vdot(problem.features.astype(np.float64), d_features)
+    slack = np.sum(abs(g) * tolerance.forward(problem, y))
+    slack += np.sum(abs(problem.features) * tolerance.adjoint(problem, g, d_features))
+    assert abs(left - right) <= slack
+
+
+def test_linear(make_problem, convention):
+    problem = make_problem(convention=convention)
+    other = make_problem(seed=1).features
+    y = forward(problem)
+    np.testing.assert_array_equal(forward(replace(problem, features=4 * problem.features)), 4 * y)
+    sum_y = forward(replace(problem, features=problem.features + other))
+    bound = 3 * forward_bound(replace(problem, features=abs(problem.features) + abs(other)))
+    tolerance.check(sum_y, y.astype(np.float64) + forward(replace(problem, features=other)), bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sampling", [0, 3])
+def test_constant(make_problem, convention, dtype, sampling):
+    problem = make_problem(convention=convention, sampling=sampling, dtype=dtype, inside=True)
+    for value in (1, -60000):
+        constant = replace(problem, features=np.full_like(problem.features, value))
+        y = forward(constant)
+        expected = np.full(y.shape, float(constant.features.flat[0]))
+        tolerance.check(y, expected, tolerance.forward(constant, expected))
+
+
+@pytest.mark.parametrize("sampling", [0, 3])
+def test_affine_map(make_problem, convention, sampling):
+    """A bin of a linear map is the map at the bin's centre."""
+    problem = make_problem(convention=convention, sampling=sampling, dtype=np.float64, inside=True)
+    h, w = problem.features.shape[2:]
+    ramp = 3 + 2 * np.arange(h)[:, None] - 5 * np.arange(w)
+    problem = replace(problem, features=np.broadcast_to(ramp + 0.0, problem.features.shape))
+    centres = []
+    for d, scale, bins in zip((1, 0), problem.scale, problem.size, strict=True):
+        boxes = problem.boxes + convention.input_offset
+        a = boxes[:, d] * scale - convention.pixel_offset
+        b = (boxes[:, d + 2] + convention.end_offset) * scale - convention.pixel_offset
+        size = np.maximum(b - a, -np.inf if convention.min_size is None else convention.min_size)
+        centres.append(a[:, None] + size[:, None] * (np.arange(bins) + 0.5) / bins)
+    y, x = centres
+    expected = 3 + 2 * y[:, None, :, None] - 5 * x[:, None, None, :]
+    np.testing.assert_allclose(
+        forward(problem), np.broadcast_to(expected, problem.output_shape), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 1.0])
+def test_local(make_problem, convention, dtype, poison):
+    """A pixel of weight 0 is not read; a pixel that no bin reads gets no gradient."""
+    problem = make_problem(convention=convention, dtype=dtype, count=3, shape=(2, 5, 20, 24))
+    far = oracle.adjoint(problem, np.ones(problem.output_shape)) == 0
+    assert 0.2 < far.mean() < 1
+    g = draw_output(problem)
+    poisoned = replace(problem, features=np.where(far, poison, problem.features).astype(dtype))
+    assert bits(forward(poisoned)) == bits(forward(problem))
+    assert not adjoint(problem, g)[far].any()
+    assert not adjoint(problem, np.full_like(g, np.nan))[far].any()
+
+
+def test_fraction_zero_reads_one_pixel(make_problem):
+    problem = make_problem(shape=(1, 20, 4, 4), size=(2, 2), scale=(1, 1), sampling=1)
+    features = np.full((1, 20, 4, 4), np.nan, np.float32)
+    features[..., :2, :2] = 1, 2  # samples at 0 and 1 exactly
+    boxes, index = np.float32([[0, 0, 2, 2]]), np.array([0])
+    problem = replace(problem, features=features, boxes=boxes, index=index)
+    np.testing.assert_array_equal(forward(problem), np.broadcast_to([1, 2], (1, 20, 2, 2)))
+
+
+def test_other_rois_do_not_leak(make_problem):
+    """A RoI's NaN output gradient or image spoils its own results only."""
+    problem = make_problem(count=8)
+    problem = replace(problem, index=np.arange(8) % 2)
+    g, first = draw_output(problem), problem.index == 0
+    bad_features, bad_g = problem.features.copy(), g.copy()
+    bad_features[1], bad_g[~first] = np.nan, np.nan
+    bad = replace(problem, features=bad_features)
+    assert bits(forward(bad)[first]) == bits(forward(problem)[first])
+    assert bits(adjoint(problem, bad_g)[0]) == bits(adjoint(problem, g)[0])
+    assert bits(box_gradient(bad, bad_g)[first]) == bits(box_gradient(problem, g)[first])
+
+
+def test_whole_pixels(make_problem, convention):
+    """Boxes and map moved by whole pixels: the same output."""
+    problem = make_problem(convention=convention, scale=(1, 1), size=(2, 4), shape=(2, 5, 30, 32))
+    corners = np.random.default_rng(3).integers(8, 64, (7, 2, 2)) / 4  # exact in float32
+    boxes = np.concatenate([corners.min(1), corners.max(1) + 1], 1).astype(np.float32)
+    here = replace(problem, boxes=boxes)
+    dy, dx = 9, 7
+    features = np.roll(problem.features, (dy, dx), (2, 3))
+    there = replace(problem, features=features, boxes=boxes + np.float32([dx, dy, dx, dy]))
+    y = forward(here)
+    tolerance.check(forward(there), y.astype(np.float64), 2 * tolerance.forward(here, y))
+
+
+def test_order_of_rois(make_problem):
+    problem, order = make_problem(count=40), np.random.default_rng(4).permutation(40)
+    g = draw_output(problem)
+    shuffled = replace(problem, boxes=problem.boxes[order], index=problem.index[order])
+    assert bits(forward(shuffled)) == bits(forward(problem)[order])
+    assert bits(box_gradient(shuffled, g[order])) == bits(box_gradient(problem, g)[order])
+    expected = adjoint(problem, g).astype(np.float64)
+    bound = 2 * tolerance.adjoint(problem, g, expected)
+    tolerance.check(adjoint(shuffled, g[order]), expected, bound)
+
+
+def test_order_of_images(make_problem):
+    problem, order = make_problem(count=40, shape=(4, 5, 9, 11)), np.array([2, 0, 3, 1])
+    g = draw_output(problem)
+    index = np.argsort(order)[problem.index]
+    shuffled = replace(problem, features=problem.features[order], index=index)
+    assert bits(forward(shuffled)) == bits(forward(problem))
+    assert bits(box_gradient(shuffled, g)) == bits(box_gradient(problem, g))
+    assert bits(adjoint(shuffled, g)) == bits(adjoint(problem, g)[order])
+
+
+@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8, np.int8])
+def test_forms_of_rois(make_problem, index_dtype):
+    problem = make_problem(count=9, shape=(3, 5, 9, 11))
+    problem = replace(problem, index=np.sort(problem.index).astype(index_dtype))
+    g, boxes = draw_output(problem), problem.boxes
+    array = np.concatenate([problem.index[:, None].astype(boxes.dtype), boxes], 1)
+    per_image = [boxes[problem.index == n] for n in range(3)]
+    expected = bits(forward(problem), adjoint(problem, g))
+    d_boxes = box_gradient(problem, g)
+    for rois in (array, per_image):
+        assert bits(forward(problem, rois), adjoint(problem, g, rois)) == expected
+    d_array, d_list = box_gradient(problem, g, array), box_gradient(problem, g, per_image)
+    assert not d_array[:, 0].any()
+    assert bits(np.ascontiguousarray(d_array[:, 1:])) == bits(d_boxes)
+    assert isinstance(d_list, list) and [len(d) for d in d_list] == [len(b) for b in per_image]
+    assert bits(np.concatenate(d_list)) == bits(d_boxes)
+
+
+def test_int_or_pair(make_problem):
+    problem = make_problem(size=(3, 3), scale=(0.5, 0.5))
+    g = draw_output(problem)
+    one = roialign.roi_align(
+        problem.features, problem.rois, 3, **problem.options | {"spatial_scale": 0.5}
+    )
+    assert bits(one) == bits(forward(problem))
+    half = {"spatial_scale": 0.5}
+    assert bits(adjoint(problem, g, **half)) == bits(adjoint(problem, g))
+    assert bits(box_gradient(problem, g, **half)) == bits(box_gradient(problem, g))
+
+
+def test_sampling_below_one_adapts(make_problem):
+    problem = make_problem(sampling=0)
+    assert bits(forward(problem, sampling_ratio=-7)) == bits(forward(problem))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 40, 16, 12)])
+def test_strides(make_problem, layouts, dtype, shape):
+    problem = make_problem(dtype=dtype, shape=shape)
+    g = draw_output(problem)
+    y, d_features = oracle.forward(problem), oracle.adjoint(problem, g)
+    d_boxes = oracle.box_gradient(problem, g)
+    for layout in layouts.values():
+        strided, strided_g = replace(problem, features=layout(problem.features)), layout(g)
+        tolerance.check(forward(strided), y, tolerance.forward(problem, y))
+        bound = tolerance.adjoint(problem, g, d_features)
+        tolerance.check(adjoint(problem, strided_g), d_features, bound)
+        bound = tolerance.box_gradient(problem, g, d_boxes)
+        tolerance.check(box_gradient(strided, strided_g), d_boxes, bound)
+        assert bits(layout(problem.features)) == bits(problem.features)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out(make_problem, layouts, dtype):
+    """`out=` gets the bits of a new array, whatever its strides."""
+    problem = make_problem(dtype=dtype)
+    g = draw_output(problem)
+    y, d_features = forward(problem), adjoint(problem, g)
+    for name in layouts.keys() - {"read_only"}:
+        out = layouts[name](np.full_like(y, np.nan))
+        assert forward(problem, out=out) is out
+        assert bits(out) == bits(y)
+        out = layouts[name](np.full_like(d_features, np.nan))
+        assert adjoint(problem, g, out=out) is out
+        assert bits(out) == bits(d_features)
+    out = np.full((4, len(problem.boxes)), np.nan, np.float32).T
+    if dtype is not np.float64:
+        assert box_gradient(problem, g, out=out) is out
+        assert bits(out) == bits(box_gradient(problem, g))

@@ -1,0 +1,345 @@
+"""Large results: never shared while alive, bounded when freed; scratch within its bound; no leak."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+import roialign
+from isolation import isolated
+
+MIB = 2**20
+SANITIZED = "san" in os.environ.get("LD_PRELOAD", "")  # a sanitizer holds freed memory back
+resident_set = pytest.mark.skipif(sys.platform != "linux" or SANITIZED, reason="reads /proc/self")
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+LARGE = (1, 64, 16, 16)  # pooled by 512 boxes to 8 x 8: 8 MiB of float32
+BOXES = np.tile(np.array([[0, 1, 1, 14, 13]], np.float32), (512, 1))
+
+
+def pool(value, boxes=BOXES, **options):
+    """8 MiB (per 512 boxes) of one value."""
+    return roialign.roi_align(np.full(LARGE, value, np.float32), boxes, 8, **options)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak():
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def is_all(array, value):
+    return array.min() > value - 1e-3 and array.max() < value + 1e-3  # False for NaN
+
+
+def test_live_results_are_never_shared():
+    alive = []
+    for value in range(1, 13):
+        alive.append((value, pool(value)))
+        if value % 3 == 0:
+            del alive[0]  # its buffer may be taken by the next
+        for earlier, result in alive:
+            assert result.nbytes == 8 * MIB and is_all(result, earlier)
+    for i, (_, a) in enumerate(alive):
+        for _, b in alive[:i]:
+            assert not np.may_share_memory(a, b)
+
+
+def test_a_view_keeps_its_buffer():
+    result = pool(3)
+    view = result[7:, ::2, 1]
+    transposed = result.T[1]
+    window = memoryview(result[5])
+    del result
+    others = [pool(value) for value in (4, 5, 6)]
+    for other in others:
+        other[...] = np.nan
+    assert is_all(view, 3) and is_all(transposed, 3) and is_all(np.asarray(window), 3)
+    del others, other
+    pool(7)[...] = np.nan
+    assert is_all(view, 3) and is_all(transposed, 3) and is_all(np.asarray(window), 3)
+
+
+def test_adjoint_results_are_not_shared_with_forward_results():
+    y = pool(2)
+    dx = roialign.roi_align_adjoint(y, BOXES, (8, 64, 64, 64))
+    assert dx.nbytes == 8 * MIB and not np.may_share_memory(dx, y)
+    kept = dx.copy()
+    del y
+    again = pool(9)
+    again[...] = np.nan
+    assert (dx == kept).all()
+
+
+@pytest.mark.parametrize("count", [255, 256, 257])
+def test_sizes_around_the_threshold(count):
+    # 4 MiB is 256 boxes: below it NumPy's own memory, from it on the library's
+    results = [pool(value, BOXES[:count]) for value in (1, 2, 3)]
+    for value, result in zip((1, 2, 3), results, strict=True):
+        assert result.shape == (count, 64, 8, 8) and is_all(result, value)
+        assert result.flags.writeable and result.flags.aligned and result.flags.c_contiguous
+
+
+def test_a_large_result_is_a_plain_array():
+    result = pool(1)
+    assert type(result) is np.ndarray
+    result[...] = 5
+    assert is_all(np.add(result, 1, out=result), 6)
+    result = pool(2)
+    assert is_all(np.concatenate([result, result]), 2) and is_all(result.reshape(-1), 2)
+
+
+def check_what_stays_resident(limit):
+    """Free 6 x 32 MiB: at most `limit` MiB stay (the cache), and the library still works."""
+    boxes = np.tile(BOXES, (4, 1))
+    pool(1, boxes, out=np.empty((2048, 64, 8, 8), np.float32))  # scratch, threads
+    pool(1, BOXES[:8])
+    before = resident()
+    results = [pool(value, boxes) for value in range(6)]
+    assert all(result.nbytes == 32 * MIB for result in results)
+    assert resident() - before > 6 * 32 * MIB * 0.9
+    del results
+    kept = resident() - before
+    assert kept <= (limit + 6) * MIB, f"{kept / MIB:.0f} MiB stay with a limit of {limit}"
+    print(kept // MIB)
+    assert is_all(pool(4, boxes), 4)
+
+
+@resident_set
+@pytest.mark.parametrize("setting, limit", [(None, 64), ("64", 64), ("32", 32), ("40", 40),
+                                            ("0", 0), ("31", 31)])
+def test_cache_limit(setting, limit):
+    env = {"ROIALIGN_CACHE_MB": setting} if setting else None
+    kept = int(isolated(check_what_stays_resident, limit, env=env))
+    if limit >= 32:
+        assert kept >= 30  # there is a cache, or this test measures nothing
+
+
+def check_many_sizes_stay_within_the_limit():
+    pool(1, BOXES[:8])
+    before = resident()
+    for count in list(range(256, 1600, 96)) * 2:
+        pool(1, np.tile(BOXES, (4, 1))[:count])
+    assert resident() - before <= (64 + 6) * MIB
+
+
+@resident_set
+def test_many_sizes_stay_within_the_limit():
+    isolated(check_many_sizes_stay_within_the_limit)
+
+
+def check_no_leak():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, 64, 32, 32)).astype(np.float32)
+    rois = np.array([[i % 2, 1, 1, 20 + i % 8, 25] for i in range(350)], np.float32)
+    d_output = np.ones((350, 64, 7, 7), np.float32)
+    last = features.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+
+    def a_round():
+        roialign.roi_align(features, rois, 7)  # 4.4 MB: from the cache
+        roialign.roi_align(last, rois[:16], 7, convention="mindspore")
+        roialign.roi_align(features.astype(np.float16), rois[:8], 3)
+        roialign.roi_align_adjoint(d_output, rois, features.shape)
+        roialign.roi_align_box_gradient(d_output, features, rois)
+        roialign.roi_align_box_gradient(d_output[:4], features, [rois[:2, 1:], rois[2:4, 1:]])
+        roialign.roi_align(features, (rois[:, 1:], rois[:, 0].astype(int)), 2)
+        for bad in (dict(rois=rois[:, :4]), dict(rois=rois + 5), dict(rois=None),
+                    dict(rois=rois, out=features), dict(rois=rois, convention="none")):
+            try:
+                roialign.roi_align(features, output_size=7, **bad)
+            except (TypeError, ValueError, IndexError):
+                continue
+            raise AssertionError(bad)
+
+    for _ in range(5):
+        a_round()
+    before = resident()
+    for _ in range(25):  # 12 calls each
+        a_round()
+    grown = resident() - before
+    assert grown < 2 * MIB, f"{grown / MIB:.1f} MiB in 300 calls"
+
+
+@resident_set
+def test_no_leak():
+    isolated(check_no_leak)
+
+
+def check_no_leak_of_references():
+    rois, out = BOXES[:4].copy(), np.empty((4, 64, 8, 8), np.float32)
+    features = np.ones(LARGE, np.float32)
+    objects = (features, rois, out)
+    before = [sys.getrefcount(o) for o in objects]
+    for _ in range(50):
+        roialign.roi_align(features, rois, 8, out=out)
+        roialign.roi_align_adjoint(out, rois, LARGE)
+        roialign.roi_align_box_gradient(out, features, rois)
+        try:
+            roialign.roi_align(features, rois + 3, 8, out=out)
+        except IndexError:
+            pass
+    assert [sys.getrefcount(o) for o in objects] == before
+
+
+def test_no_leak_of_references():
+    isolated(check_no_leak_of_references)
+
+
+def check_peak(operation, threads, dtype, last):
+    """W1, memory beyond inputs and outputs: 256 H W per thread, taps, box gradient K C/16."""
+    rng = np.random.default_rng(0)
+    count, channels, height, width = 1000, 256, 200, 304
+    features = np.ones((1, channels, height, width), dtype)
+    y = np.ones((count, channels, 7, 7), dtype)
+    if last:
+        features, y = (np.ones((a.shape[0], *a.shape[2:], channels), dtype).transpose(0, 3, 1, 2)
+                       for a in (features, y))
+    size = rng.lognormal(np.log(37), 0.5, (count, 2)).clip(15, 75)  # feature px
+    start = rng.uniform(0, 1, (count, 2)) * ([width, height] - size)
+    rois = np.zeros((count, 5), np.float32)
+    rois[:, 1:3], rois[:, 3:] = 4 * start, 4 * (start + size)
+    options = {"spatial_scale": 0.25, "sampling_ratio": 2}
+    roialign.set_num_threads(threads)
+    call = {
+        "forward": lambda k: roialign.roi_align(features, rois[:k], 7, out=y[:k], **options),
+        "adjoint": lambda k: roialign.roi_align_adjoint(y[:k], rois[:k], features.shape,
+                                                        out=features, **options),
+        "box_gradient": lambda k: roialign.roi_align_box_gradient(y[:k], features, rois[:k],
+                                                                  **options),
+    }[operation]
+    roialign.roi_align(features[:, :16, :8, :8], rois[:1], 1)  # what is loaded once
+    before = resident()
+    reset_peak()
+    call(count)
+    extra = peak() - before
+    scratch = 256 * height * width * threads
+    # a tap: index and weight, in both orders, for values and slopes; a window has up to size + 2
+    taps = (size + 3).sum() * 2 * 2 * 2 * 16
+    partial = count * channels / 16 * 4 * 8 if operation == "box_gradient" else 0
+    allowed = scratch + taps + partial + 2 * MIB  # one huge page: the granularity of what is counted
+    assert extra <= allowed, f"{extra / MIB:.1f} MiB of {allowed / MIB:.1f}"
+    assert extra > 0
+
+
+@resident_set
+@pytest.mark.parametrize("operation, threads, dtype, last", [
+    ("forward", 1, "float32", False),
+    ("adjoint", 1, "float32", False),
+    ("box_gradient", 1, "float32", False),
+    ("forward", 2, "float32", False),
+    ("adjoint", 2, "float32", False),
+    ("forward", 1, "float32", True),
+    ("adjoint", 1, "float32", True),
+    ("forward", 1, "float16", False),
+    ("forward", 1, "float64", False),
+])
+def test_peak_memory(operation, threads, dtype, last):
+    isolated(check_peak, operation, threads, dtype, last)
+
+
+def check_forks(large):
+    """Children of a process in which other threads allocate and free all the time."""
+    import signal
+    import threading
+
+    boxes = BOXES if large else BOXES[:8]
+    stop = threading.Event()
+
+    def churn():
+        while not stop.is_set():
+            assert is_all(pool(3, boxes), 3)
+
+    kept = pool(5, boxes)
+    threads = [threading.Thread(target=churn) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    children = []
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            right = is_all(kept, 5)
+            for value in (1, 2):
+                right &= bool(is_all(pool(value, boxes), value))
+            kept[...] = np.nan  # its own copy of the page
+            os._exit(0 if right else 1)
+        children.append(child)
+        if len(children) == 3:
+            for child in children:
+                assert os.waitpid(child, 0)[1] == 0
+            children.clear()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert is_all(kept, 5) and is_all(pool(6, boxes), 6)
+
+
+@forks
+@pytest.mark.parametrize("large", [False, True])
+def test_fork(large):
+    isolated(check_forks, large, env={"PYTHONWARNINGS": "ignore"})
+
+
+def check_a_child_frees_what_the_parent_made():
+    for _ in range(4):
+        results = [pool(value) for value in (1, 2)]
+        del results[0]  # in the cache at the fork
+        child = os.fork()
+        if child == 0:
+            del results
+            mine = [pool(value) for value in (7, 8, 9)]
+            os._exit(0 if all(map(is_all, mine, (7, 8, 9))) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert is_all(results[0], 2) and is_all(pool(4), 4)
+
+
+@forks
+def test_a_child_frees_what_the_parent_made():
+    isolated(check_a_child_frees_what_the_parent_made)
+
+
+def check_freed_in_another_thread():
+    import queue
+    import threading
+
+    made = queue.Queue(4)
+
+    def consume():
+        while (item := made.get()) is not None:
+            value, result = item
+            assert is_all(result, value)
+            result[...] = np.nan
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    for value in range(24):
+        made.put((value, pool(value)))
+    made.put(None)
+    thread.join()
+
+
+def test_freed_in_another_thread():
+    isolated(check_freed_in_another_thread)
+
+
+def check_results_outlive_everything():
+    # freed at interpreter exit, after the module may be gone
+    import builtins
+
+    builtins.kept = pool(1)
+    roialign.kept = pool(2)
+
+
+def test_results_outlive_everything():
+    isolated(check_results_outlive_everything)

@@ -1,0 +1,93 @@
+"""Forward and adjoint along a direction in the boxes: forward mode and mixed second order."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import oracle
+import tolerance
+from roialign import numpy as adapter
+
+DTYPES = [np.float16, tolerance.BFLOAT16, np.float32, np.float64]
+STEP = 1e-4
+
+
+def forward(problem, tangent=None):
+    return adapter.forward(
+        problem.features, *problem.rois, problem.size, **problem.options, tangent=tangent
+    )
+
+
+def adjoint(problem, d_output, tangent=None):
+    return adapter.adjoint(
+        d_output, *problem.rois, problem.features.shape, **problem.options, tangent=tangent
+    )
+
+
+@pytest.fixture
+def draw(make_problem):
+    """A problem, an output gradient and a direction in the boxes."""
+
+    def draw(**options):
+        problem, rng = make_problem(**options), np.random.default_rng(5)
+        g = rng.standard_normal(problem.output_shape).astype(problem.features.dtype)
+        return problem, g, rng.standard_normal(problem.boxes.shape).astype(problem.boxes.dtype)
+
+    return draw
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sampling", [0, 3])
+def test_oracle(draw, convention, dtype, sampling):
+    problem, g, v = draw(convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7))
+    y, d_features = forward(problem, v), adjoint(problem, g, v)
+    assert y.dtype == d_features.dtype == dtype
+    expected = oracle.forward(problem, v)
+    tolerance.check(y, expected, tolerance.forward(problem, expected, v))
+    expected = oracle.adjoint(problem, g, v)
+    tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected, v))
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_central_differences(draw, convention, sampling):
+    problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64, count=60)
+    smooth = oracle.smooth(problem, STEP * v)
+    assert smooth.sum() > 30
+    g[~smooth] = 0
+    before, after = (replace(problem, boxes=problem.boxes + s * STEP * v) for s in (-1, 1))
+    expected = (forward(after) - forward(before)) / (2 * STEP)
+    np.testing.assert_allclose(forward(problem, v)[smooth], expected[smooth], rtol=0, atol=1e-10)
+    expected = (adjoint(after, g) - adjoint(before, g)) / (2 * STEP)
+    np.testing.assert_allclose(adjoint(problem, g, v), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_one_bilinear_form(draw, convention, sampling):
+    """<G, forward'(F; v)> = <F, adjoint'(G; v)> = <v, box_gradient(G, F)>."""
+    problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64)
+    d_boxes = adapter.box_gradient(g, problem.features, *problem.rois, **problem.options)
+    expected = np.vdot(v, d_boxes)
+    np.testing.assert_allclose(np.vdot(g, forward(problem, v)), expected, rtol=1e-11)
+    np.testing.assert_allclose(
+        np.vdot(problem.features, adjoint(problem, g, v)), expected, rtol=1e-11
+    )
+
+
+def test_linear_in_the_tangent(draw):
+    problem, g, v = draw()
+    assert not forward(problem, 0 * v).any() and not adjoint(problem, g, 0 * v).any()
+    np.testing.assert_array_equal(forward(problem, 4 * v), 4 * forward(problem, v))
+    np.testing.assert_array_equal(adjoint(problem, g, 4 * v), 4 * adjoint(problem, g, v))
+
+
+def test_not_finite(draw, convention):
+    problem, g, v = draw(convention=convention, count=4, inside=True)
+    boxes = problem.boxes.copy()
+    boxes[:3, 3] = np.nan, np.inf, -np.inf
+    problem = replace(problem, boxes=boxes)
+    y = forward(problem, v)
+    assert not y[:3].any() and y[3].any()
+    expected = oracle.adjoint(problem, g, v)
+    bound = tolerance.adjoint(problem, g, expected, v)
+    tolerance.check(adjoint(problem, g, v), expected, bound)

@@ -1,0 +1,163 @@
+"""The same bits from any number of threads, in every run, from any thread and after a fork."""
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+
+import roialign
+import tolerance
+
+FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = roialign.get_num_threads()
+    yield
+    roialign.set_num_threads(threads)
+
+
+def results(problem, layout=np.ascontiguousarray):
+    """The bits of the three operations."""
+    features, rois, options = problem.features, problem.rois, problem.options
+    g = np.ones(problem.output_shape) * np.arange(1, 1 + len(problem.boxes))[:, None, None, None]
+    features, g = layout(features), layout(g.astype(features.dtype))
+    arrays = (
+        roialign.roi_align(features, rois, problem.size, **options),
+        roialign.roi_align_adjoint(g, rois, features.shape, **options),
+        roialign.roi_align_box_gradient(g, features, rois, **options),
+    )
+    return [array.tobytes() for array in arrays]
+
+
+def shared_problem(make_problem, **options):
+    """Large enough that threads share the work."""
+    defaults = {"shape": (2, 64, 60, 80), "count": 150, "size": (7, 7), "sampling": 0}
+    return make_problem(**defaults | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": np.float16},
+        {"dtype": tolerance.BFLOAT16},
+        {"dtype": np.float64},
+        {"shape": (1, 16, 100, 120), "count": 600},  # one task, if cut by channels alone
+        {"shape": (1, 3, 50, 60), "count": 200, "sampling": 2},
+        {"shape": (1, 256, 30, 40), "count": 3, "size": (14, 14)},
+        {"shape": (5, 40, 20, 30), "convention": "asymmetric"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed"])
+def test_same_bits(make_problem, layouts, options, layout):
+    problem = shared_problem(make_problem, **options)
+    roialign.set_num_threads(1)
+    expected = results(problem, layouts[layout])
+    for threads in (2, 3, 8, 8, 1):
+        roialign.set_num_threads(threads)
+        assert results(problem, layouts[layout]) == expected
+
+
+def test_same_bits_at_any_address(make_problem, layouts):
+    problem = shared_problem(make_problem)
+    aligned, unaligned = (
+        replace(problem, features=layouts[name](problem.features))
+        for name in ("contiguous", "unaligned")
+    )
+    assert results(aligned) == results(unaligned, lambda array: array)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_used(make_problem):
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as process:
+        before, after = process.apply(count_threads, (shared_problem(make_problem), 4))
+    assert after == before + 3  # the caller is the fourth
+
+
+def count_threads(problem, threads):
+    roialign.set_num_threads(1)
+    results(problem)
+    before = len(os.listdir("/proc/self/task"))
+    roialign.set_num_threads(threads)
+    results(problem)
+    return before, len(os.listdir("/proc/self/task"))
+
+
+def test_concurrent_calls(make_problem):
+    problems = [shared_problem(make_problem, seed=seed, count=40) for seed in range(4)]
+    roialign.set_num_threads(3)
+    expected = [results(problem) for problem in problems]
+    with ThreadPoolExecutor(8) as executor:
+        assert list(executor.map(results, problems * 6)) == expected * 6
+
+
+def child_agrees(problem, expected, generations=0):
+    """In a child process: exit code 0 iff it has the parent's results, and its own child too."""
+    agrees = results(problem) == expected
+    if generations:
+        child = multiprocessing.get_context("fork").Process(
+            target=child_agrees, args=(problem, expected, generations - 1)
+        )
+        child.start()
+        child.join(60)
+        agrees = agrees and child.exitcode == 0
+    sys.exit(not agrees)
+
+
+def run_child(method, *arguments):
+    child = multiprocessing.get_context(method).Process(target=child_agrees, args=arguments)
+    child.start()
+    child.join(120)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+@FORK_WARNING
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork(make_problem):
+    """The parent's pool is alive; so are two generations of children, and the parent after them."""
+    problem = shared_problem(make_problem)
+    roialign.set_num_threads(3)
+    expected = results(problem)
+    assert run_child("fork", problem, expected, 1) == 0
+    assert results(problem) == expected
+
+
+@FORK_WARNING
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_while_busy(make_problem):
+    """Other threads are in the middle of calls, with whatever they hold."""
+    problem = shared_problem(make_problem, count=60)
+    roialign.set_num_threads(3)
+    expected = results(problem)
+    stop = Event()
+
+    def call():
+        while not stop.is_set():
+            results(problem)
+
+    callers = [Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        assert [run_child("fork", problem, expected) for _ in range(5)] == [0] * 5
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+
+
+def test_spawn(make_problem):
+    problem = shared_problem(make_problem)
+    assert run_child("spawn", problem, results(problem)) == 0
