@@ -203,13 +203,23 @@ struct Builder {
   Window<Real> window(int64_t k, Workspace& work, Arena& arena) const {
     Window<Real> result{k, 0, {}};
     const bool sloped = operation == Operation::box_gradient || tangent;
-    for (int axis = 0; axis < 2; ++axis) {  // y, x; a box is x1, y1, x2, y2
-      const int64_t at = k * rois.boxes_stride[0], step = rois.boxes_stride[1];
-      axis_taps<Real>(Real(read_float(rois.boxes, rois.boxes_dtype, at + (1 - axis) * step)),
-                      Real(read_float(rois.boxes, rois.boxes_dtype, at + (3 - axis) * step)),
-                      params.convention, bins[axis], params.sampling_ratio, size(axis),
-                      Real(params.scale[axis]), work.values[axis],
-                      sloped ? &work.slopes[axis] : nullptr);
+    const int64_t at = k * rois.boxes_stride[0];
+    Real box[4];  // x1, y1, x2, y2
+    bool finite = true;
+    for (int i = 0; i < 4; ++i) {
+      box[i] = Real(read_float(rois.boxes, rois.boxes_dtype, at + i * rois.boxes_stride[1]));
+      finite = finite && std::isfinite(box[i]);
+    }
+    for (int axis = 0; axis < 2; ++axis) {  // y, x
+      axis_taps<Real>(box[1 - axis], box[3 - axis], params.convention, bins[axis],
+                      params.sampling_ratio, size(axis), Real(params.scale[axis]),
+                      work.values[axis], sloped ? &work.slopes[axis] : nullptr);
+    }
+    if (sloped && !finite) {  // min_size can make a size of -inf finite; the gradient is still 0
+      for (Taps& slopes : work.slopes) {
+        std::fill(slopes.first.begin(), slopes.first.end(), 0);
+        slopes.index.clear();
+      }
     }
     // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
     // back to the rows of the map (the y of its first term).

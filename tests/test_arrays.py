@@ -11,8 +11,9 @@ import roialign
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 RNG = np.random.default_rng(11)
 FEATURES = RNG.standard_normal((2, 19, 9, 10)).astype(np.float32)
-ROIS = np.array([[0, 1.3, 1.1, 6.6, 5.2], [1, 0.4, 2.1, 7.7, 6.5], [0, -3.0, 3.0, 4.0, 12.0]],
-                np.float32)
+ROIS = np.array(
+    [[0, 1.3, 1.1, 6.6, 5.2], [1, 0.4, 2.1, 7.7, 6.5], [0, -3.0, 3.0, 4.0, 12.0]], np.float32
+)
 SIZE = (3, 4)
 D_OUTPUT = RNG.standard_normal((3, 19, *SIZE)).astype(np.float32)
 
@@ -65,8 +66,13 @@ def test_the_exact_case_sees_double_rounding(dtype):
     # the rig: a mean of samples that were rounded differs from the rounded mean
     features = integers((2, 35, 9, 10), dtype)
     y = roialign.roi_align(features, EXACT_ROIS, 3, **EXACT)
-    fine = roialign.roi_align(features, EXACT_ROIS, 6, convention=EXACT["convention"],
-                              sampling_ratio=1).astype(dtype).astype(np.float64)
+    fine = (
+        roialign.roi_align(
+            features, EXACT_ROIS, 6, convention=EXACT["convention"], sampling_ratio=1
+        )
+        .astype(dtype)
+        .astype(np.float64)
+    )
     twice = fine.reshape(2, 35, 3, 2, 3, 2).mean((3, 5)).astype(dtype)
     assert (twice != y.astype(dtype)).any()
 
@@ -137,8 +143,9 @@ def test_dtypes_of_results(dtype, boxes):
     assert [d.dtype for d in listed] == [boxes] * 2
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32,
-                                   np.int64, np.uint64])
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+)
 def test_integer_boxes(dtype):
     rois = np.array([[0, 1, 2, 7, 6], [1, 0, 3, 8, 9]], dtype)
     same = rois.astype(np.float32)
@@ -148,8 +155,7 @@ def test_integer_boxes(dtype):
     assert (adjoint(D_OUTPUT[:2], rois) == adjoint(D_OUTPUT[:2], same)).all()
     for given in (rois, pair, [rois[:1, 1:], rois[1:, 1:]]):
         d_rois = box_gradient(D_OUTPUT[:2], rois=given)
-        assert all(d.dtype == np.float32 for d in (d_rois if isinstance(given, list)
-                                                   else [d_rois]))
+        assert all(d.dtype == np.float32 for d in (d_rois if isinstance(given, list) else [d_rois]))
     d_rois = box_gradient(D_OUTPUT[:2], rois=rois)
     assert (d_rois == box_gradient(D_OUTPUT[:2], rois=same)).all()
 
@@ -171,8 +177,10 @@ def test_boxes_are_read_as_float64_only_for_float64_features():
     d_output = np.ones((1, 1, 1, 1))
     for dtype, differ in ((np.float32, False), (np.float64, True)):
         y = [roialign.roi_align(ramp.astype(dtype), r, 1, sampling_ratio=1) for r in (fine, coarse)]
-        dx = [roialign.roi_align_adjoint(d_output.astype(dtype), r, (1, 1, 10, 10),
-                                         sampling_ratio=1) for r in (fine, coarse)]
+        dx = [
+            roialign.roi_align_adjoint(d_output.astype(dtype), r, (1, 1, 10, 10), sampling_ratio=1)
+            for r in (fine, coarse)
+        ]
         assert (y[0] != y[1]).any() == differ
         assert (dx[0] != dx[1]).any() == differ
 
@@ -180,8 +188,9 @@ def test_boxes_are_read_as_float64_only_for_float64_features():
 def test_float32_boxes_with_float64_features_compute_in_float64():
     ramp = np.broadcast_to(np.arange(10.0), (1, 1, 10, 10))
     box = np.array([[0, 0.1, 0.1, 7.7, 7.7]], np.float32)
-    y = roialign.roi_align(ramp, box, 7, spatial_scale=0.3, sampling_ratio=3,
-                           convention="asymmetric")
+    y = roialign.roi_align(
+        ramp, box, 7, spatial_scale=0.3, sampling_ratio=3, convention="asymmetric"
+    )
     x1, x2 = box[0, 1].astype(float) * 0.3, box[0, 3].astype(float) * 0.3
     centres = x1 + (np.arange(7) + 0.5) * (x2 - x1) / 7
     np.testing.assert_allclose(y[0, 0], np.broadcast_to(centres, (7, 7)), rtol=1e-14)
@@ -192,12 +201,15 @@ def layouts(array):
     yield "contiguous", array.copy()
     yield "fortran", np.asfortranarray(array)
     if array.ndim == 4:
-        yield "channels_last", np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(
-            0, 3, 1, 2)
-        yield "columns_first", np.ascontiguousarray(array.transpose(0, 1, 3, 2)).transpose(
-            0, 1, 3, 2)
-        yield "images_last", np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(
-            3, 0, 1, 2)
+        yield (
+            "channels_last",
+            np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+        )
+        yield (
+            "columns_first",
+            np.ascontiguousarray(array.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2),
+        )
+        yield "images_last", np.ascontiguousarray(array.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
     gaps = np.full([2 * n + 1 for n in array.shape], 0xFF, np.uint8).repeat(array.itemsize, -1)
     gaps = gaps.view(array.dtype)  # NaN in every float dtype
     gaps = gaps[(slice(1, None, 2),) * array.ndim]
@@ -241,8 +253,9 @@ def test_layouts_of_every_input(layout, dtype):
         if layout in SAME_STRIDES:
             assert actual.tobytes() == expected.tobytes()
         actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-        np.testing.assert_allclose(actual, expected, rtol=step,
-                                   atol=64 * 2.0**-23 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(
+            actual, expected, rtol=step, atol=64 * 2.0**-23 * max(1, np.abs(expected).max())
+        )
 
     laid = {"features": in_layout(layout, features), "d_output": in_layout(layout, d_output)}
     same(forward(laid["features"]), forward(features))
@@ -268,13 +281,19 @@ def test_stride_0(axes, dtype):
     one = FEATURES[tuple(slice(1) if i in axes else slice(None) for i in range(4))].astype(dtype)
     features = np.broadcast_to(one, FEATURES.shape)
     assert all(features.strides[i] == 0 for i in axes)
-    np.testing.assert_allclose(forward(features).astype(float), forward(features.copy()).astype(
-        float), rtol=2e-3 if dtype is np.float16 else 0, atol=2e-6)
+    np.testing.assert_allclose(
+        forward(features).astype(float),
+        forward(features.copy()).astype(float),
+        rtol=2e-3 if dtype is np.float16 else 0,
+        atol=2e-6,
+    )
     one = D_OUTPUT[tuple(slice(1) if i in axes else slice(None) for i in range(4))]
     d_output = np.broadcast_to(one, D_OUTPUT.shape)
     close(adjoint(d_output), adjoint(d_output.copy()))
-    close(box_gradient(d_output, np.broadcast_to(FEATURES[:1], FEATURES.shape)),
-          box_gradient(d_output.copy(), np.repeat(FEATURES[:1], 2, 0)))
+    close(
+        box_gradient(d_output, np.broadcast_to(FEATURES[:1], FEATURES.shape)),
+        box_gradient(d_output.copy(), np.repeat(FEATURES[:1], 2, 0)),
+    )
 
 
 def test_one_box_broadcast_to_many():
@@ -286,7 +305,7 @@ def test_one_box_broadcast_to_many():
 
 def test_windows_that_overlap_in_the_input_are_fine():
     signal = RNG.standard_normal(200).astype(np.float32)
-    features = np.lib.stride_tricks.as_strided(signal, (2, 3, 8, 9), (200, 80, 36, 4))  # strides in bytes
+    features = np.lib.stride_tricks.as_strided(signal, (2, 3, 8, 9), (200, 80, 36, 4))
     close(forward(features), forward(features.copy()))
 
 
@@ -363,25 +382,28 @@ def constant(shape):
 SHAPE = (2, 5, 8, 9)
 
 
-@pytest.mark.parametrize("make, shape, last", [
-    (nchw, SHAPE, False),
-    (nhwc, SHAPE, True),
-    (cropped, SHAPE, True),
-    (flipped, SHAPE, True),
-    (half_channels, SHAPE, True),
-    (width_height_channels, SHAPE, True),
-    (every_other_channel, SHAPE, False),  # channel stride 2
-    (channels_reversed, SHAPE, False),    # channel stride -1
-    (columns_first, SHAPE, False),
-    (constant, SHAPE, False),
-    (nhwc, (2, 1, 8, 9), False),          # C = 1
-    (cropped, (2, 1, 8, 9), False),       # the same, not NCHW-contiguous
-    (nhwc, (2, 5, 1, 1), False),          # H W = 1
-    (cropped, (2, 5, 1, 1), False),
-    (nhwc, (2, 5, 1, 9), True),
-    (nhwc, (2, 5, 8, 1), True),
-    (nhwc, (1, 2, 1, 2), True),
-])
+@pytest.mark.parametrize(
+    "make, shape, last",
+    [
+        (nchw, SHAPE, False),
+        (nhwc, SHAPE, True),
+        (cropped, SHAPE, True),
+        (flipped, SHAPE, True),
+        (half_channels, SHAPE, True),
+        (width_height_channels, SHAPE, True),
+        (every_other_channel, SHAPE, False),  # channel stride 2
+        (channels_reversed, SHAPE, False),  # channel stride -1
+        (columns_first, SHAPE, False),
+        (constant, SHAPE, False),
+        (nhwc, (2, 1, 8, 9), False),  # C = 1
+        (cropped, (2, 1, 8, 9), False),  # the same, not NCHW-contiguous
+        (nhwc, (2, 5, 1, 1), False),  # H W = 1
+        (cropped, (2, 5, 1, 1), False),
+        (nhwc, (2, 5, 1, 9), True),
+        (nhwc, (2, 5, 8, 1), True),
+        (nhwc, (1, 2, 1, 2), True),
+    ],
+)
 def test_results_are_channels_last_iff_the_input_is(make, shape, last):
     array = make(shape)
     assert array.shape == shape
@@ -400,12 +422,15 @@ def test_results_are_channels_last_iff_the_input_is(make, shape, last):
 def test_channels_last_has_the_same_values(dtype, channels):
     features = RNG.standard_normal((2, channels, 9, 10)).astype(dtype)
     d_output = RNG.standard_normal((3, channels, *SIZE)).astype(dtype)
-    last = [np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-            for a in (features, d_output)]
+    last = [
+        np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        for a in (features, d_output)
+    ]
     step = 0 if dtype in (np.float32, np.float64) else 2 * float(ml_dtypes.finfo(dtype).eps)
-    for a, b in ((forward(last[0]), forward(features)),
-                 (adjoint(last[1], shape=features.shape), adjoint(d_output,
-                                                                  shape=features.shape))):
+    for a, b in (
+        (forward(last[0]), forward(features)),
+        (adjoint(last[1], shape=features.shape), adjoint(d_output, shape=features.shape)),
+    ):
         assert a.strides != b.strides
         a, b = a.astype(np.float64), b.astype(np.float64)
         np.testing.assert_allclose(a, b, rtol=step, atol=1e-5)
@@ -413,8 +438,17 @@ def test_channels_last_has_the_same_values(dtype, channels):
 
 def test_the_image_index_of_a_pair_has_any_integer_dtype():
     boxes, index = ROIS[:, 1:], np.array([0, 1, 0])
-    for dtype in (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64,
-                  np.uint64, np.intp):
+    for dtype in (
+        np.int8,
+        np.uint8,
+        np.int16,
+        np.uint16,
+        np.int32,
+        np.uint32,
+        np.int64,
+        np.uint64,
+        np.intp,
+    ):
         assert (forward(rois=(boxes, index.astype(dtype))) == forward()).all()
 
 

@@ -13,8 +13,14 @@ import roialign
 from isolation import isolated
 from roialign import Convention
 
-CONVENTIONS = ("mindspore", "mindspore_legacy", "asymmetric", "half_pixel", "openvino_half_pixel",
-               "mmdet_legacy")
+CONVENTIONS = (
+    "mindspore",
+    "mindspore_legacy",
+    "asymmetric",
+    "half_pixel",
+    "openvino_half_pixel",
+    "mmdet_legacy",
+)
 CLAMPED = [name for name in CONVENTIONS if roialign.conventions[name].min_size is not None]
 NAN, INF = float("nan"), float("inf")
 RNG = np.random.default_rng(13)
@@ -44,8 +50,9 @@ def assert_close(actual, expected, what):
 def bad_boxes(dtype):
     """Boxes of which at least one coordinate is not finite, or whose size overflows."""
     base = [1.5, 2.0, 6.0, 7.5]
-    for value, columns in product((NAN, INF, -INF), ([0], [1], [2], [3], [0, 2], [1, 3], [0, 1],
-                                                     [2, 3], [0, 1, 2, 3])):
+    for value, columns in product(
+        (NAN, INF, -INF), ([0], [1], [2], [3], [0, 2], [1, 3], [0, 1], [2, 3], [0, 1, 2, 3])
+    ):
         box = list(base)
         for column in columns:
             box[column] = value
@@ -64,7 +71,8 @@ def has_a_size(box, name, sampling_ratio):
     """Whether a side of minus infinity is clamped to a size: the rule then has a finite box."""
     x1, y1, x2, y2 = box
     return name in CLAMPED and all(
-        np.isfinite(lo) and (hi == -INF or np.isfinite(hi)) for lo, hi in ((x1, x2), (y1, y2)))
+        np.isfinite(lo) and (hi == -INF or np.isfinite(hi)) for lo, hi in ((x1, x2), (y1, y2))
+    )
 
 
 def check_coordinates_that_are_not_finite(dtype):
@@ -77,7 +85,7 @@ def check_coordinates_that_are_not_finite(dtype):
         rois = np.empty((len(boxes) + len(good), 5), dtype)
         rois[: len(boxes), 0] = 1
         rois[: len(boxes), 1:] = boxes
-        rois[len(boxes):] = good
+        rois[len(boxes) :] = good
         order = RNG.permutation(len(rois))
         where_good = [int(np.flatnonzero(order == i)[0]) for i in range(len(boxes), len(rois))]
         y, dx, d_rois = calls(features, rois[order], **options)
@@ -188,10 +196,21 @@ def check_integer_image_index():
     features = FEATURES.astype(np.float32)
     boxes = GOOD[:, 1:].astype(np.float32)
     for dtype, value in (
-        (np.int8, -128), (np.int8, 2), (np.uint8, 255), (np.int16, -1), (np.uint16, 65535),
-        (np.int32, -(2**31)), (np.int32, 2**31 - 1), (np.uint32, 2**32 - 1),
-        (np.int64, 2**53 + 1), (np.int64, -(2**63)), (np.int64, 2**63 - 1), (np.int64, 2**32),
-        (np.uint64, 2**64 - 1), (np.uint64, 2**63), (np.uint64, 2**32 + 1),
+        (np.int8, -128),
+        (np.int8, 2),
+        (np.uint8, 255),
+        (np.int16, -1),
+        (np.uint16, 65535),
+        (np.int32, -(2**31)),
+        (np.int32, 2**31 - 1),
+        (np.uint32, 2**32 - 1),
+        (np.int64, 2**53 + 1),
+        (np.int64, -(2**63)),
+        (np.int64, 2**63 - 1),
+        (np.int64, 2**32),
+        (np.uint64, 2**64 - 1),
+        (np.uint64, 2**63),
+        (np.uint64, 2**32 + 1),
     ):
         for call in three_calls(features, (boxes, np.array([0, 1, value], dtype))):
             message = raised_by(call)
@@ -204,8 +223,13 @@ def test_integer_image_index():
 
 def check_integer_index_in_integer_rois():
     features = FEATURES.astype(np.float32)
-    for dtype, value in ((np.int8, -1), (np.int64, 2**53 + 1), (np.int64, -(2**63)),
-                         (np.uint64, 2**64 - 1), (np.int64, 2)):
+    for dtype, value in (
+        (np.int8, -1),
+        (np.int64, 2**53 + 1),
+        (np.int64, -(2**63)),
+        (np.uint64, 2**64 - 1),
+        (np.int64, 2),
+    ):
         rois = GOOD.astype(dtype)
         rois[2, 0] = value
         for call in three_calls(features, rois):
@@ -259,8 +283,12 @@ def test_index_is_read_before_it_is_narrowed():
 def inside_counts(lo, hi, convention, bins, length, real=np.float32):
     """Samples inside per bin, and samples per bin: the rule, enumerated where it can be inside."""
     a = real(lo) + real(convention.input_offset) - real(convention.pixel_offset)
-    b = (real(hi) + real(convention.input_offset) + real(convention.end_offset)
-         - real(convention.pixel_offset))
+    b = (
+        real(hi)
+        + real(convention.input_offset)
+        + real(convention.end_offset)
+        - real(convention.pixel_offset)
+    )
     size = b - a
     bin = size / real(bins)
     n = int(np.ceil(bin)) if convention.adaptive == "ceil" else max(1, int(np.floor(bin)))
@@ -313,8 +341,14 @@ def check_huge_adaptive_boxes_against_the_oracle(dtype):
     features = RNG.uniform(1, 2, (1, 2, 9, 11)).astype(dtype)  # positive: errors stay relative
     for name, reach in product(("half_pixel", "mindspore"), (1e5, 3e6, 1e7, 1e9)):
         convention = roialign.conventions[name]
-        boxes = np.array([[-reach, -2.5, reach, 8.0], [-3.25, -reach, 9.0, 0.5 * reach],
-                          [0.5, 1.25, reach, reach]], dtype)
+        boxes = np.array(
+            [
+                [-reach, -2.5, reach, 8.0],
+                [-3.25, -reach, 9.0, 0.5 * reach],
+                [0.5, 1.25, reach, reach],
+            ],
+            dtype,
+        )
         problem = oracle.Problem(features, boxes, np.zeros(3, int), SIZE, convention=convention)
         d_output = RNG.uniform(1, 2, problem.output_shape).astype(dtype)
         rois = (boxes, np.zeros(3, int))
@@ -405,8 +439,15 @@ def test_scales_beyond_float32():
     isolated(check_scales_beyond_float32)
 
 
-ZERO_AREA = [[3.0, 2.0, 3.0, 6.0], [3.0, 2.0, 6.0, 2.0], [3.0, 2.0, 3.0, 2.0], [0.0] * 4,
-             [-0.0, 0.0, 0.0, -0.0], [1e-4, -2e-4, 5e-4, 3e-4], [9.0, 8.0, 9.0, 8.0]]
+ZERO_AREA = [
+    [3.0, 2.0, 3.0, 6.0],
+    [3.0, 2.0, 6.0, 2.0],
+    [3.0, 2.0, 3.0, 2.0],
+    [0.0] * 4,
+    [-0.0, 0.0, 0.0, -0.0],
+    [1e-4, -2e-4, 5e-4, 3e-4],
+    [9.0, 8.0, 9.0, 8.0],
+]
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
@@ -414,9 +455,15 @@ def test_zero_size_adaptive_is_empty(name):
     # made to be of size <= 0 after end_offset
     convention = roialign.conventions[name]
     end = convention.end_offset
-    boxes = np.array([[3.0, 2.0, 3.0 - end, 6.0], [3.0, 2.0, 6.0, 2.0 - end],
-                      [3.0, 2.0, 3.0 - end, 2.0 - end], [5.0, 2.0, 4.0 - end, 6.0],
-                      [5.0, 6.0, 4.0 - end, 1.0 - end]])
+    boxes = np.array(
+        [
+            [3.0, 2.0, 3.0 - end, 6.0],
+            [3.0, 2.0, 6.0, 2.0 - end],
+            [3.0, 2.0, 3.0 - end, 2.0 - end],
+            [5.0, 2.0, 4.0 - end, 6.0],
+            [5.0, 6.0, 4.0 - end, 1.0 - end],
+        ]
+    )
     rois = np.column_stack([np.ones(len(boxes)), boxes])
     results = calls(FEATURES, rois, convention=name)
     if convention.min_size == 1:
@@ -441,23 +488,32 @@ def test_small_boxes_are_the_rule(name, box, sampling_ratio):
     import tolerance
 
     for dtype in (np.float32, np.float64):
-        problem = oracle.Problem(FEATURES.astype(dtype), np.array([box], dtype), np.array([1]),
-                                 SIZE, sampling=sampling_ratio,
-                                 convention=roialign.conventions[name])
+        problem = oracle.Problem(
+            FEATURES.astype(dtype),
+            np.array([box], dtype),
+            np.array([1]),
+            SIZE,
+            sampling=sampling_ratio,
+            convention=roialign.conventions[name],
+        )
         rois = np.array([[1, *box]], dtype)
-        y, dx, d_rois = calls(problem.features, rois, convention=name,
-                              sampling_ratio=sampling_ratio)
+        y, dx, d_rois = calls(
+            problem.features, rois, convention=name, sampling_ratio=sampling_ratio
+        )
         d_output = np.ones(problem.output_shape, dtype)
         expected = oracle.forward(problem)
         tolerance.check(y, expected, tolerance.forward(problem, expected))
         expected = oracle.adjoint(problem, d_output)
         tolerance.check(dx, expected, tolerance.adjoint(problem, d_output, expected))
         expected = oracle.box_gradient(problem, d_output)
-        tolerance.check(d_rois[:, 1:], expected,
-                        tolerance.box_gradient(problem, d_output, expected))
+        tolerance.check(
+            d_rois[:, 1:], expected, tolerance.box_gradient(problem, d_output, expected)
+        )
 
 
-INVERTED = np.array([[1, 6.75, 5.0, 1.25, 0.5], [0, 7.5, 2.25, 0.0, 6.5], [1, 1.5, 7.75, 4.5, 3.25]])
+INVERTED = np.array(
+    [[1, 6.75, 5.0, 1.25, 0.5], [0, 7.5, 2.25, 0.0, 6.5], [1, 1.5, 7.75, 4.5, 3.25]]
+)
 MIRRORED = {"half_pixel": 0.0, "openvino_half_pixel": 0.0, "mindspore": 1.0}
 
 
@@ -485,12 +541,15 @@ def test_inverted_boxes_are_mirrored_on_a_fixed_grid(name, sampling_ratio):
     d_output = RNG.standard_normal(pooled.shape)
     assert_close(
         roialign.roi_align_adjoint(d_output, INVERTED, FEATURES.shape, **options),
-        roialign.roi_align_adjoint(turned(d_output), upright, FEATURES.shape, **options), options)
+        roialign.roi_align_adjoint(turned(d_output), upright, FEATURES.shape, **options),
+        options,
+    )
     swapped = roialign.roi_align_box_gradient(turned(d_output), FEATURES, upright, **options)
     swapped[np.ix_(x, [1, 3])] = swapped[np.ix_(x, [3, 1])]
     swapped[np.ix_(y, [2, 4])] = swapped[np.ix_(y, [4, 2])]
-    assert_close(roialign.roi_align_box_gradient(d_output, FEATURES, INVERTED, **options), swapped,
-                 options)
+    assert_close(
+        roialign.roi_align_box_gradient(d_output, FEATURES, INVERTED, **options), swapped, options
+    )
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
@@ -541,8 +600,16 @@ def test_inverted_gradients_are_consistent(sampling_ratio):
 
 
 @pytest.mark.parametrize("name", CONVENTIONS)
-@pytest.mark.parametrize("box", [[-30, -30, -20, -20], [40, 2, 50, 6], [2, 40, 6, 50],
-                                 [-1e30, 0, -1e29, 5], [0, 1e30, 5, 2e30]])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [-30, -30, -20, -20],
+        [40, 2, 50, 6],
+        [2, 40, 6, 50],
+        [-1e30, 0, -1e29, 5],
+        [0, 1e30, 5, 2e30],
+    ],
+)
 def test_boxes_wholly_outside_give_zero(name, box):
     rois = np.array([[0, *box], GOOD[1]], np.float32)
     features = FEATURES.astype(np.float32)
@@ -579,8 +646,15 @@ def weights(rois, height, width, size, **options):
 
 
 # positions on pixels (a weight of 0 beside a weight of 1), at both borders, and between
-TOUCHING = np.array([[0, 0.5, 0.5, 3.5, 3.5], [0, -2.0, -1.5, 1.0, 0.5], [0, 4.5, 5.5, 7.5, 8.5],
-                     [0, 1.25, 0.75, 5.5, 4.25], [0, 1.0, 1.0, 2.0, 2.0]])
+TOUCHING = np.array(
+    [
+        [0, 0.5, 0.5, 3.5, 3.5],
+        [0, -2.0, -1.5, 1.0, 0.5],
+        [0, 4.5, 5.5, 7.5, 8.5],
+        [0, 1.25, 0.75, 5.5, 4.25],
+        [0, 1.0, 1.0, 2.0, 2.0],
+    ]
+)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -643,14 +717,20 @@ def test_only_zero_weights_are_left_out():
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_nan_far_away_enters_no_box_gradient(sampling_ratio):
     features = FEATURES.copy()
-    expected = roialign.roi_align_box_gradient(np.ones((1, 17, *SIZE)), features,
-                                               np.array([[0, 2.25, 2.5, 4.5, 4.75]]),
-                                               sampling_ratio=sampling_ratio)
+    expected = roialign.roi_align_box_gradient(
+        np.ones((1, 17, *SIZE)),
+        features,
+        np.array([[0, 2.25, 2.5, 4.5, 4.75]]),
+        sampling_ratio=sampling_ratio,
+    )
     features[0, :, 7:] = features[0, :, :, 7:] = features[1] = NAN
     features[0, :, 0] = features[0, :, :, 0] = INF
-    d_rois = roialign.roi_align_box_gradient(np.ones((1, 17, *SIZE)), features,
-                                             np.array([[0, 2.25, 2.5, 4.5, 4.75]]),
-                                             sampling_ratio=sampling_ratio)
+    d_rois = roialign.roi_align_box_gradient(
+        np.ones((1, 17, *SIZE)),
+        features,
+        np.array([[0, 2.25, 2.5, 4.5, 4.75]]),
+        sampling_ratio=sampling_ratio,
+    )
     assert_close(d_rois, expected, sampling_ratio)
 
 
@@ -679,15 +759,27 @@ def check_every_element_is_written(dtype):
     import ml_dtypes
 
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    rois = np.array([[0, 1, 1, 6, 5], [1, NAN, 1, 2, 3], [1, 500, 1, 600, 3], [1, 2, 2, 2, 2],
-                     [0, 0, 0, 9, 8], [1, -5, -5, 20, 20], [1, 1e-4, 1e-4, 5e-4, 5e-4]], np.float32)
+    rois = np.array(
+        [
+            [0, 1, 1, 6, 5],
+            [1, NAN, 1, 2, 3],
+            [1, 500, 1, 600, 3],
+            [1, 2, 2, 2, 2],
+            [0, 0, 0, 9, 8],
+            [1, -5, -5, 20, 20],
+            [1, 1e-4, 1e-4, 5e-4, 5e-4],
+        ],
+        np.float32,
+    )
     for channels, last, name in product((1, 16, 21, 128), (False, True), CONVENTIONS):
         shape = (3, channels, 9, 10)  # no box is on image 2
         features = np.ones(shape, dtype)
         d_output = np.ones((len(rois), channels, *SIZE), dtype)
         if last:
-            features, d_output = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-                                  for a in (features, d_output))
+            features, d_output = (
+                np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+                for a in (features, d_output)
+            )
         for sampling_ratio in (0, 2):
             options = {"convention": name, "sampling_ratio": sampling_ratio}
             for _ in range(2):
@@ -712,8 +804,9 @@ def test_every_element_is_written(dtype):
 def check_every_element_of_a_large_result_is_written():
     # 4 MiB and more come from the library's own cache
     features = np.ones((2, 130, 40, 52), np.float32)
-    rois = np.tile(np.array([[0, 1, 1, 46, 35], [0, NAN, 1, 2, 3], [0, 500, 1, 600, 3]],
-                            np.float32), (60, 1))
+    rois = np.tile(
+        np.array([[0, 1, 1, 46, 35], [0, NAN, 1, 2, 3], [0, 500, 1, 600, 3]], np.float32), (60, 1)
+    )
     for _ in range(3):
         y = roialign.roi_align(features, rois, 7)
         dx = roialign.roi_align_adjoint(np.ones_like(y), rois, (5, *features.shape[1:]))
@@ -743,7 +836,8 @@ def check_offsets_beyond_32_bits(folder):
     np.testing.assert_allclose(y, roialign.roi_align(patch, box, SIZE, **options), atol=0.05)
     d_rois = roialign.roi_align_box_gradient(d_output, features, far, **options)
     np.testing.assert_allclose(
-        d_rois, roialign.roi_align_box_gradient(d_output, patch, box, **options), atol=0.5)
+        d_rois, roialign.roi_align_box_gradient(d_output, patch, box, **options), atol=0.5
+    )
 
 
 def test_offsets_beyond_32_bits(tmp_path):
@@ -875,12 +969,14 @@ def test_what_numpy_cannot_allocate_is_a_memory_error():
 def test_maps_of_one_pixel(height, width, name):
     # a row of one pixel has both taps on it
     features = RNG.uniform(1, 2, (1, 18, height, width))
-    rois = np.array([[0, -0.5, -0.5, 0.5, 0.5], [0, 0, 0, 1, 1], [0, -1, -1, 0.9, 0.9],
-                     [0, 0, 0, 9, 9]])
+    rois = np.array(
+        [[0, -0.5, -0.5, 0.5, 0.5], [0, 0, 0, 1, 1], [0, -1, -1, 0.9, 0.9], [0, 0, 0, 9, 9]]
+    )
     for sampling_ratio in (0, 1, 2):
         y, dx, d_rois = calls(features, rois, convention=name, sampling_ratio=sampling_ratio)
-        ones = roialign.roi_align(np.ones_like(features), rois, SIZE, convention=name,
-                                  sampling_ratio=sampling_ratio)
+        ones = roialign.roi_align(
+            np.ones_like(features), rois, SIZE, convention=name, sampling_ratio=sampling_ratio
+        )
         if (height, width) == (1, 1):
             assert_close(y, ones * features[:, :, :1, :1], name)
             assert (d_rois == 0).all()

@@ -18,8 +18,14 @@ pillow = pytest.mark.skipif(find_spec("PIL") is None, reason="needs Pillow (roia
 
 
 def run(*arguments, cwd=None, env=None):
-    return subprocess.run([sys.executable, "-m", "roialign", *arguments], cwd=cwd,
-                          env=os.environ | (env or {}), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "roialign", *arguments],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def lines(text):
@@ -61,7 +67,7 @@ def test_version():
 def test_the_command_is_installed():
     from importlib.metadata import entry_points
 
-    command, = entry_points(group="console_scripts", name="roialign")
+    (command,) = entry_points(group="console_scripts", name="roialign")
     assert callable(command.load())
 
 
@@ -71,9 +77,9 @@ def png_size(path):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     kinds, at = [], 8
     while at < len(data):
-        length, kind = struct.unpack(">I4s", data[at: at + 8])
-        body = data[at + 8: at + 8 + length]
-        crc, = struct.unpack(">I", data[at + 8 + length: at + 12 + length])
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + length]
+        (crc,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
         assert crc == zlib.crc32(kind + body)
         kinds.append(kind)
         at += 12 + length
@@ -85,8 +91,10 @@ def png_size(path):
 def demos(tmp_path_factory):
     """The demo with a path and without: (what it printed, its folder) of each."""
     folders = [tmp_path_factory.mktemp(name) for name in ("given", "default")]
-    ran = [run("demo", "--output", str(folders[0] / "picture.png"), cwd=folders[0]),
-           run("demo", cwd=folders[1])]
+    ran = [
+        run("demo", "--output", str(folders[0] / "picture.png"), cwd=folders[0]),
+        run("demo", cwd=folders[1]),
+    ]
     assert [r.returncode for r in ran] == [0, 0], ran[0].stderr + ran[1].stderr
     return list(zip([r.stdout for r in ran], folders, strict=True))
 
@@ -94,7 +102,7 @@ def demos(tmp_path_factory):
 @pillow
 def test_demo(demos):
     printed, folder = demos[0]
-    picture, = folder.iterdir()
+    (picture,) = folder.iterdir()
     assert picture.name == "picture.png" and str(picture) in printed
     width, height = png_size(picture)
     assert width > 400 and height > 200
@@ -110,7 +118,7 @@ def test_demo_draws_the_same_picture_again_by_default_into_the_current_folder(de
     from PIL import Image
 
     files = [list(folder.iterdir()) for _, folder in demos]
-    pixels = [np.asarray(Image.open(file).convert("RGB")) for file, in files]
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for (file,) in files]
     assert (pixels[0] == pixels[1]).all()
     # photograph and boxes, not a blank sheet
     assert len(np.unique(pixels[0].reshape(-1, 3), axis=0)) > 1000
@@ -128,7 +136,8 @@ def test_demo_into_a_folder_that_is_not_there(tmp_path):
 def test_demo_without_pillow(tmp_path):
     (tmp_path / "PIL").mkdir()
     (tmp_path / "PIL" / "__init__.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'PIL'\", name='PIL')")
+        "raise ModuleNotFoundError(\"No module named 'PIL'\", name='PIL')"
+    )
     ran = run("demo", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
     assert "Pillow" in ran.stderr and "roialign[demo]" in ran.stderr

@@ -49,7 +49,7 @@ ROIS = np.array([[0, 1.3, 2.1, 13.2, 17.9], [1, 0.4, 3.3, 16.6, 12.7]])
 
 def test_canonical_names_come_first():
     assert tuple(conventions)[: len(NUMBERS)] == tuple(NUMBERS)
-    assert set(ALIASES) <= set(tuple(conventions)[len(NUMBERS):])
+    assert set(ALIASES) <= set(tuple(conventions)[len(NUMBERS) :])
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -116,7 +116,9 @@ def test_the_page_has_the_numbers():
         if name.strip("`") in conventions:
             *numbers, adaptive = cells
             found[name.strip("`")] = (
-                *(None if cell == "none" else float(cell) for cell in numbers), adaptive)
+                *(None if cell == "none" else float(cell) for cell in numbers),
+                adaptive,
+            )
     assert found == NUMBERS
 
 
@@ -174,8 +176,11 @@ def test_is_hashable_and_equal_by_value():
     record = Convention(pixel_offset=0.5)
     assert record == conventions["half_pixel"] and hash(record) == hash(conventions["half_pixel"])
     assert record != Convention() and record != Convention(pixel_offset=0.5, min_size=0)
-    assert Convention(end_offset=1) == Convention(end_offset=1.0) == Convention(
-        end_offset=np.float32(1))
+    assert (
+        Convention(end_offset=1)
+        == Convention(end_offset=1.0)
+        == Convention(end_offset=np.float32(1))
+    )
     assert hash(Convention(end_offset=1)) == hash(Convention(end_offset=np.float32(1)))
 
 
@@ -192,8 +197,9 @@ def test_replace_validates():
 
 
 @pytest.mark.parametrize("field", FIELDS[:4])
-@pytest.mark.parametrize("value", [True, np.True_, "0.5", 1j, [0.5], np.zeros(1)],
-                         ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [True, np.True_, "0.5", 1j, [0.5], np.zeros(1)], ids=lambda v: type(v).__name__
+)
 def test_numbers_are_real(field, value):
     with pytest.raises(TypeError, match=f"`{field}`.*({type(value).__name__})"):
         Convention(**{field: value})
@@ -212,8 +218,16 @@ def test_numbers_are_finite(field, value):
         Convention(**{field: value})
 
 
-@pytest.mark.parametrize("value, error", [("round", ValueError), ("Ceil", ValueError),
-                                          ("", ValueError), (None, TypeError), (1, TypeError)])
+@pytest.mark.parametrize(
+    "value, error",
+    [
+        ("round", ValueError),
+        ("Ceil", ValueError),
+        ("", ValueError),
+        (None, TypeError),
+        (1, TypeError),
+    ],
+)
 def test_adaptive_is_ceil_or_floor(value, error):
     with pytest.raises(error, match="`adaptive`") as caught:
         Convention(adaptive=value)
@@ -233,8 +247,9 @@ def test_made_by_the_user():
     thin = np.array([[0, 10.0, 10.0, 10.5, 10.5]])
 
     def value(box, **fields):
-        return roialign.roi_align(ramp, box, 1, sampling_ratio=2,
-                                  convention=Convention(**fields)).item()
+        return roialign.roi_align(
+            ramp, box, 1, sampling_ratio=2, convention=Convention(**fields)
+        ).item()
 
     assert value(box) == 12.0
     assert value(box, pixel_offset=1.0) == 11.0
@@ -275,8 +290,14 @@ def test_mindspore_legacy_is_asymmetric_on_a_fixed_grid(box):
     rois = np.array([[0, *box]])
     for sampling_ratio in (1, 2, 3):
         a, b = (
-            roialign.roi_align(FEATURES, rois, 3, spatial_scale=0.6, convention=convention,
-                               sampling_ratio=sampling_ratio)
+            roialign.roi_align(
+                FEATURES,
+                rois,
+                3,
+                spatial_scale=0.6,
+                convention=convention,
+                sampling_ratio=sampling_ratio,
+            )
             for convention in ("mindspore_legacy", "asymmetric")
         )
         assert a.tobytes() == b.tobytes()

@@ -12,8 +12,13 @@ import roialign
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
-MODULES = ("roialign", "roialign._api", "roialign._checks", "roialign._conventions",
-           "roialign.numpy")
+MODULES = (
+    "roialign",
+    "roialign._api",
+    "roialign._checks",
+    "roialign._conventions",
+    "roialign.numpy",
+)
 BLOCK = re.compile(r"^( *)```(?:python|pycon|py)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 
@@ -38,8 +43,11 @@ def examples_of(page):
     return doctest.DocTestParser().get_doctest(source, {}, page.name, str(page), 0)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if examples_of(page).examples],
-                         ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if examples_of(page).examples],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_page(page, tmp_path, monkeypatch):
     example = examples_of(page)
     monkeypatch.chdir(tmp_path)
@@ -65,8 +73,9 @@ def test_docstring(example):
     run(example)
 
 
-@pytest.mark.parametrize("name", ["ROIAlign", "roi_align", "roi_align_adjoint",
-                                  "roi_align_box_gradient", "Convention"])
+@pytest.mark.parametrize(
+    "name", ["ROIAlign", "roi_align", "roi_align_adjoint", "roi_align_box_gradient", "Convention"]
+)
 def test_public_names_have_an_example(name):
     doc = getattr(roialign, name).__doc__
     assert ">>>" in doc, f"no example in the docstring of {name}"
@@ -90,8 +99,10 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_pages_name_only_conventions_that_exist():
     # `library:setting` in backticks or quotes
-    named = re.compile(r"[`\"]((?:%s):[\w=.]+)[`\"]" % "|".join(
-        {name.split(":")[0] for name in roialign.conventions if ":" in name}))
+    named = re.compile(
+        r"[`\"]((?:%s):[\w=.]+)[`\"]"
+        % "|".join({name.split(":")[0] for name in roialign.conventions if ":" in name})
+    )
     for page in PAGES:
         for name in named.findall(page.read_text(encoding="utf-8")):
             assert name in roialign.conventions, f"{name} in {os.fspath(page)}"

@@ -9,12 +9,34 @@ from isolation import isolated
 from roialign import _core
 
 PUBLIC = {
-    "ROIAlign", "roi_align", "roi_align_adjoint", "roi_align_box_gradient", "Convention",
-    "conventions", "set_num_threads", "get_num_threads",
+    "ROIAlign",
+    "roi_align",
+    "roi_align_adjoint",
+    "roi_align_box_gradient",
+    "Convention",
+    "conventions",
+    "set_num_threads",
+    "get_num_threads",
 }
-FRAMEWORKS = {"torch", "torchvision", "jax", "jaxlib", "mindspore", "paddle", "tensorflow",
-              "triton", "cupy", "onnx", "onnxruntime", "openvino", "ml_dtypes", "PIL", "matplotlib",
-              "pandas", "scipy"}
+FRAMEWORKS = {
+    "torch",
+    "torchvision",
+    "jax",
+    "jaxlib",
+    "mindspore",
+    "paddle",
+    "tensorflow",
+    "triton",
+    "cupy",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "ml_dtypes",
+    "PIL",
+    "matplotlib",
+    "pandas",
+    "scipy",
+}
 
 
 def check_nothing_else_is_imported():
@@ -96,12 +118,16 @@ def test_isa_is_forced(isa):
 def test_the_best_usable_isa_is_chosen():
     assert set(_core.usable_isas) <= set(_core.compiled_isas)
     assert _core.isa in _core.usable_isas
-    isolated(check_isa, [i for i in ("v2", "v3", "v4", "neon") if i in _core.usable_isas][-1],
-             env={"ROIALIGN_ISA": ""})
+    isolated(
+        check_isa,
+        [i for i in ("v2", "v3", "v4", "neon") if i in _core.usable_isas][-1],
+        env={"ROIALIGN_ISA": ""},
+    )
 
 
-@pytest.mark.parametrize("isa", ["v9", "V3", *sorted(
-    {"v2", "v3", "v4", "neon"} - set(_core.usable_isas))])
+@pytest.mark.parametrize(
+    "isa", ["v9", "V3", *sorted({"v2", "v3", "v4", "neon"} - set(_core.usable_isas))]
+)
 def test_an_isa_that_cannot_be_used_is_an_import_error(isa):
     with pytest.raises(AssertionError, match=rf"ImportError.*{isa}"):
         isolated(check_isa, isa, env={"ROIALIGN_ISA": isa})
@@ -172,8 +198,9 @@ def check_affinity():
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     env = {k: v for k, v in os.environ.items() if k != "ROIALIGN_NUM_THREADS"}
     code = "import roialign; print(roialign.get_num_threads())"
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                         timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
     assert ran.stdout.strip() == "1", ran.stdout + ran.stderr
 
 

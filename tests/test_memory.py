@@ -43,7 +43,7 @@ def is_all(array, value):
     return array.min() > value - 1e-3 and array.max() < value + 1e-3  # False for NaN
 
 
-def test_live_results_are_never_shared():
+def check_live_results_are_never_shared():
     alive = []
     for value in range(1, 13):
         alive.append((value, pool(value)))
@@ -56,7 +56,11 @@ def test_live_results_are_never_shared():
             assert not np.may_share_memory(a, b)
 
 
-def test_a_view_keeps_its_buffer():
+def test_live_results_are_never_shared():
+    isolated(check_live_results_are_never_shared)
+
+
+def check_a_view_keeps_its_buffer():
     result = pool(3)
     view = result[7:, ::2, 1]
     transposed = result.T[1]
@@ -69,6 +73,10 @@ def test_a_view_keeps_its_buffer():
     del others, other
     pool(7)[...] = np.nan
     assert is_all(view, 3) and is_all(transposed, 3) and is_all(np.asarray(window), 3)
+
+
+def test_a_view_keeps_its_buffer():
+    isolated(check_a_view_keeps_its_buffer)
 
 
 def test_adjoint_results_are_not_shared_with_forward_results():
@@ -117,8 +125,9 @@ def check_what_stays_resident(limit):
 
 
 @resident_set
-@pytest.mark.parametrize("setting, limit", [(None, 64), ("64", 64), ("32", 32), ("40", 40),
-                                            ("0", 0), ("31", 31)])
+@pytest.mark.parametrize(
+    "setting, limit", [(None, 64), ("64", 64), ("32", 32), ("40", 40), ("0", 0), ("31", 31)]
+)
 def test_cache_limit(setting, limit):
     env = {"ROIALIGN_CACHE_MB": setting} if setting else None
     kept = int(isolated(check_what_stays_resident, limit, env=env))
@@ -154,8 +163,13 @@ def check_no_leak():
         roialign.roi_align_box_gradient(d_output, features, rois)
         roialign.roi_align_box_gradient(d_output[:4], features, [rois[:2, 1:], rois[2:4, 1:]])
         roialign.roi_align(features, (rois[:, 1:], rois[:, 0].astype(int)), 2)
-        for bad in (dict(rois=rois[:, :4]), dict(rois=rois + 5), dict(rois=None),
-                    dict(rois=rois, out=features), dict(rois=rois, convention="none")):
+        for bad in (
+            dict(rois=rois[:, :4]),
+            dict(rois=rois + 5),
+            dict(rois=None),
+            dict(rois=rois, out=features),
+            dict(rois=rois, convention="none"),
+        ):
             try:
                 roialign.roi_align(features, output_size=7, **bad)
             except (TypeError, ValueError, IndexError):
@@ -203,8 +217,10 @@ def check_peak(operation, threads, dtype, last):
     features = np.ones((1, channels, height, width), dtype)
     y = np.ones((count, channels, 7, 7), dtype)
     if last:
-        features, y = (np.ones((a.shape[0], *a.shape[2:], channels), dtype).transpose(0, 3, 1, 2)
-                       for a in (features, y))
+        features, y = (
+            np.ones((a.shape[0], *a.shape[2:], channels), dtype).transpose(0, 3, 1, 2)
+            for a in (features, y)
+        )
     size = rng.lognormal(np.log(37), 0.5, (count, 2)).clip(15, 75)  # feature px
     start = rng.uniform(0, 1, (count, 2)) * ([width, height] - size)
     rois = np.zeros((count, 5), np.float32)
@@ -213,10 +229,12 @@ def check_peak(operation, threads, dtype, last):
     roialign.set_num_threads(threads)
     call = {
         "forward": lambda k: roialign.roi_align(features, rois[:k], 7, out=y[:k], **options),
-        "adjoint": lambda k: roialign.roi_align_adjoint(y[:k], rois[:k], features.shape,
-                                                        out=features, **options),
-        "box_gradient": lambda k: roialign.roi_align_box_gradient(y[:k], features, rois[:k],
-                                                                  **options),
+        "adjoint": lambda k: roialign.roi_align_adjoint(
+            y[:k], rois[:k], features.shape, out=features, **options
+        ),
+        "box_gradient": lambda k: roialign.roi_align_box_gradient(
+            y[:k], features, rois[:k], **options
+        ),
     }[operation]
     roialign.roi_align(features[:, :16, :8, :8], rois[:1], 1)  # what is loaded once
     before = resident()
@@ -227,23 +245,28 @@ def check_peak(operation, threads, dtype, last):
     # a tap: index and weight, in both orders, for values and slopes; a window has up to size + 2
     taps = (size + 3).sum() * 2 * 2 * 2 * 16
     partial = count * channels / 16 * 4 * 8 if operation == "box_gradient" else 0
-    allowed = scratch + taps + partial + 2 * MIB  # one huge page: the granularity of what is counted
+    allowed = (
+        scratch + taps + partial + 2 * MIB
+    )  # one huge page: the granularity of what is counted
     assert extra <= allowed, f"{extra / MIB:.1f} MiB of {allowed / MIB:.1f}"
     assert extra > 0
 
 
 @resident_set
-@pytest.mark.parametrize("operation, threads, dtype, last", [
-    ("forward", 1, "float32", False),
-    ("adjoint", 1, "float32", False),
-    ("box_gradient", 1, "float32", False),
-    ("forward", 2, "float32", False),
-    ("adjoint", 2, "float32", False),
-    ("forward", 1, "float32", True),
-    ("adjoint", 1, "float32", True),
-    ("forward", 1, "float16", False),
-    ("forward", 1, "float64", False),
-])
+@pytest.mark.parametrize(
+    "operation, threads, dtype, last",
+    [
+        ("forward", 1, "float32", False),
+        ("adjoint", 1, "float32", False),
+        ("box_gradient", 1, "float32", False),
+        ("forward", 2, "float32", False),
+        ("adjoint", 2, "float32", False),
+        ("forward", 1, "float32", True),
+        ("adjoint", 1, "float32", True),
+        ("forward", 1, "float16", False),
+        ("forward", 1, "float64", False),
+    ],
+)
 def test_peak_memory(operation, threads, dtype, last):
     isolated(check_peak, operation, threads, dtype, last)
 
@@ -306,7 +329,24 @@ def check_a_child_frees_what_the_parent_made():
 
 @forks
 def test_a_child_frees_what_the_parent_made():
-    isolated(check_a_child_frees_what_the_parent_made)
+    isolated(check_a_child_frees_what_the_parent_made, env={"PYTHONWARNINGS": "ignore"})
+
+
+def check_a_child_has_threads_of_its_own():
+    roialign.set_num_threads(2)
+    pool(1)
+    assert len(os.listdir("/proc/self/task")) > 1, "the call used one thread"
+    child = os.fork()
+    if child == 0:
+        alone = len(os.listdir("/proc/self/task")) == 1
+        pool(2)
+        os._exit(0 if alone and len(os.listdir("/proc/self/task")) > 1 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_a_child_has_threads_of_its_own():
+    isolated(check_a_child_has_threads_of_its_own, env={"PYTHONWARNINGS": "ignore"})
 
 
 def check_freed_in_another_thread():

@@ -11,8 +11,13 @@ from roialign import ROIAlign
 
 FEATURES = np.random.default_rng(3).standard_normal((2, 5, 9, 11)).astype(np.float32)
 ROIS = np.array([[0, 1.5, 2, 30, 25], [1, 0, 0, 43, 35], [0, 20.25, 8.5, 22, 30]], np.float32)
-ARGUMENTS = {"pooled_height": 3, "pooled_width": 2, "spatial_scale": 0.25, "sample_num": 2,
-             "roi_end_mode": 1}
+ARGUMENTS = {
+    "pooled_height": 3,
+    "pooled_width": 2,
+    "spatial_scale": 0.25,
+    "sample_num": 2,
+    "roi_end_mode": 1,
+}
 INTEGERS = ("pooled_height", "pooled_width", "sample_num", "roi_end_mode")
 
 
@@ -41,8 +46,9 @@ def test_positional_order_and_defaults():
 @pytest.mark.parametrize("sample_num", [-3, -1, 0, 1, 2, 5])
 def test_is_roi_align_of_the_mindspore_conventions(roi_end_mode, convention, sample_num):
     y = layer(roi_end_mode=roi_end_mode, sample_num=sample_num)(FEATURES, ROIS)
-    same = roialign.roi_align(FEATURES, ROIS, (3, 2), spatial_scale=0.25,
-                              sampling_ratio=sample_num, convention=convention)
+    same = roialign.roi_align(
+        FEATURES, ROIS, (3, 2), spatial_scale=0.25, sampling_ratio=sample_num, convention=convention
+    )
     assert y.tobytes() == same.tobytes()
 
 
@@ -58,8 +64,9 @@ def test_roi_end_mode_1_is_the_default_and_counts_the_last_pixel():
 @pytest.mark.parametrize("roi_end_mode", [0, 1])
 def test_any_sample_num_below_one_adapts(sample_num, roi_end_mode):
     adaptive = layer(sample_num=0, roi_end_mode=roi_end_mode)(FEATURES, ROIS)
-    assert (layer(sample_num=sample_num, roi_end_mode=roi_end_mode)(FEATURES, ROIS)
-            == adaptive).all()
+    assert (
+        layer(sample_num=sample_num, roi_end_mode=roi_end_mode)(FEATURES, ROIS) == adaptive
+    ).all()
 
 
 def test_adaptive_boxes_smaller_than_the_output_are_finite():
@@ -70,8 +77,11 @@ def test_adaptive_boxes_smaller_than_the_output_are_finite():
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-@pytest.mark.parametrize("value", [True, np.int64(1), np.int32(1), np.array(1), 1.0, np.float64(1),
-                                   "1", None, (1,)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [True, np.int64(1), np.int32(1), np.array(1), 1.0, np.float64(1), "1", None, (1,)],
+    ids=lambda v: type(v).__name__,
+)
 def test_integers_are_python_ints(name, value):
     with pytest.raises(TypeError, match=f"`{name}`.*{type(value).__name__}") as caught:
         layer(**{name: value})
@@ -79,9 +89,21 @@ def test_integers_are_python_ints(name, value):
         assert "int(" in str(caught.value)  # the cast
 
 
-@pytest.mark.parametrize("value", [1, True, np.float32(0.25), np.float16(0.25), np.int64(1),
-                                   np.array(0.25), "1", None, (0.25, 0.25)],
-                         ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [
+        1,
+        True,
+        np.float32(0.25),
+        np.float16(0.25),
+        np.int64(1),
+        np.array(0.25),
+        "1",
+        None,
+        (0.25, 0.25),
+    ],
+    ids=lambda v: type(v).__name__,
+)
 def test_the_scale_is_a_python_float(value):
     with pytest.raises(TypeError, match=f"`spatial_scale`.*{type(value).__name__}") as caught:
         layer(spatial_scale=value)
@@ -95,13 +117,24 @@ def test_float64_scalar_is_a_float():
     assert (y == layer()(FEATURES, ROIS)).all()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("pooled_height", 0), ("pooled_height", -1), ("pooled_width", 0), ("pooled_width", -9),
-    ("spatial_scale", 0.0), ("spatial_scale", -0.0), ("spatial_scale", -0.25),
-    ("spatial_scale", float("nan")), ("spatial_scale", float("inf")),
-    ("spatial_scale", float("-inf")),
-    ("roi_end_mode", 2), ("roi_end_mode", -1), ("roi_end_mode", 3),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("pooled_height", 0),
+        ("pooled_height", -1),
+        ("pooled_width", 0),
+        ("pooled_width", -9),
+        ("spatial_scale", 0.0),
+        ("spatial_scale", -0.0),
+        ("spatial_scale", -0.25),
+        ("spatial_scale", float("nan")),
+        ("spatial_scale", float("inf")),
+        ("spatial_scale", float("-inf")),
+        ("roi_end_mode", 2),
+        ("roi_end_mode", -1),
+        ("roi_end_mode", 3),
+    ],
+)
 def test_values_are_checked_at_construction(name, value):
     with pytest.raises(ValueError, match=rf"`{name}`.*{re.escape(str(value))}"):
         layer(**{name: value})
@@ -128,42 +161,48 @@ def test_arguments_have_no_other_names():
         layer()(FEATURES)
 
 
-@pytest.mark.parametrize("rois, error, received", [
-    (ROIS.tolist(), TypeError, "list"),
-    ([ROIS[:2, 1:], ROIS[2:, 1:]], TypeError, "list"),
-    ((ROIS[:, 1:], np.zeros(3, np.int64)), TypeError, "tuple"),
-    (None, TypeError, "None"),
-    (ROIS.astype(np.int32), TypeError, "int32"),
-    (ROIS.astype(np.int64), TypeError, "int64"),
-    (ROIS.astype(np.uint8), TypeError, "uint8"),
-    (ROIS.astype(bool), TypeError, "bool"),
-    (ROIS.astype(complex), TypeError, "complex128"),
-    (ROIS.astype(">f4"), TypeError, ">f4|big-endian"),
-    (np.ma.masked_array(ROIS), TypeError, "MaskedArray"),
-    (ROIS[:, 1:], ValueError, r"\(3, 4\)"),
-    (np.zeros((3, 6), np.float32), ValueError, r"\(3, 6\)"),
-    (ROIS[0], ValueError, r"\(5,\)"),
-    (ROIS[None], ValueError, r"\(1, 3, 5\)"),
-    (np.zeros((0, 4), np.float32), ValueError, r"\(0, 4\)"),
-])
+@pytest.mark.parametrize(
+    "rois, error, received",
+    [
+        (ROIS.tolist(), TypeError, "list"),
+        ([ROIS[:2, 1:], ROIS[2:, 1:]], TypeError, "list"),
+        ((ROIS[:, 1:], np.zeros(3, np.int64)), TypeError, "tuple"),
+        (None, TypeError, "None"),
+        (ROIS.astype(np.int32), TypeError, "int32"),
+        (ROIS.astype(np.int64), TypeError, "int64"),
+        (ROIS.astype(np.uint8), TypeError, "uint8"),
+        (ROIS.astype(bool), TypeError, "bool"),
+        (ROIS.astype(complex), TypeError, "complex128"),
+        (ROIS.astype(">f4"), TypeError, ">f4|big-endian"),
+        (np.ma.masked_array(ROIS), TypeError, "MaskedArray"),
+        (ROIS[:, 1:], ValueError, r"\(3, 4\)"),
+        (np.zeros((3, 6), np.float32), ValueError, r"\(3, 6\)"),
+        (ROIS[0], ValueError, r"\(5,\)"),
+        (ROIS[None], ValueError, r"\(1, 3, 5\)"),
+        (np.zeros((0, 4), np.float32), ValueError, r"\(0, 4\)"),
+    ],
+)
 def test_rois(rois, error, received):
     with pytest.raises(error, match=f"`rois`.*({received})"):
         layer()(FEATURES, rois)
 
 
-@pytest.mark.parametrize("features, error, received", [
-    (FEATURES.tolist(), TypeError, "list"),
-    (None, TypeError, "None"),
-    (FEATURES.astype(np.int32), TypeError, "int32"),
-    (FEATURES.astype(np.complex64), TypeError, "complex64"),
-    (FEATURES.astype(">f4"), TypeError, ">f4|big-endian"),
-    (FEATURES.astype(object), TypeError, "object"),
-    (np.ma.masked_array(FEATURES), TypeError, "MaskedArray"),
-    (FEATURES[0], ValueError, r"\(5, 9, 11\)"),
-    (FEATURES[None], ValueError, r"\(1, 2, 5, 9, 11\)"),
-    (FEATURES[:0], ValueError, r"\(0, 5, 9, 11\)"),
-    (FEATURES[:, :, :0], ValueError, r"\(2, 5, 0, 11\)"),
-])
+@pytest.mark.parametrize(
+    "features, error, received",
+    [
+        (FEATURES.tolist(), TypeError, "list"),
+        (None, TypeError, "None"),
+        (FEATURES.astype(np.int32), TypeError, "int32"),
+        (FEATURES.astype(np.complex64), TypeError, "complex64"),
+        (FEATURES.astype(">f4"), TypeError, ">f4|big-endian"),
+        (FEATURES.astype(object), TypeError, "object"),
+        (np.ma.masked_array(FEATURES), TypeError, "MaskedArray"),
+        (FEATURES[0], ValueError, r"\(5, 9, 11\)"),
+        (FEATURES[None], ValueError, r"\(1, 2, 5, 9, 11\)"),
+        (FEATURES[:0], ValueError, r"\(0, 5, 9, 11\)"),
+        (FEATURES[:, :, :0], ValueError, r"\(2, 5, 0, 11\)"),
+    ],
+)
 def test_features(features, error, received):
     with pytest.raises(error, match=f"`features`.*({received})"):
         layer()(features, ROIS)

@@ -41,15 +41,21 @@ def imports(tree, package="roialign"):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
             # from . import a, b; from .a import c
-            names = [f"{package}.{node.module}"] if node.module else [
-                f"{package}.{alias.name}" for alias in node.names]
+            names = (
+                [f"{package}.{node.module}"]
+                if node.module
+                else [f"{package}.{alias.name}" for alias in node.names]
+            )
         elif isinstance(node, ast.ImportFrom):
             names = [node.module]
             if node.module == package:
                 names = [f"{package}.{alias.name}" for alias in node.names]
-        elif (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
-              and ast.unparse(node.func) in ("import_module", "importlib.import_module",
-                                             "__import__")):
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__")
+        ):
             name = str(node.args[0].value)
             names = [package + name if name.startswith(".") else name]
         else:
@@ -75,16 +81,19 @@ def test_a_module_imports_what_its_place_allows(path):
     assert outer <= outer_allowed
 
 
-@pytest.mark.parametrize("code, inner, outer", [
-    ("import torch.nn", set(), {"torch"}),
-    ("def f():\n    from jax import numpy", set(), {"jax"}),
-    ("from . import _core, ROIAlign", {"_core", ""}, set()),
-    ("from ._checks import f", {"_checks"}, set()),
-    ("import roialign.numpy", {"numpy"}, set()),
-    ("import numpy as np, os", set(), {"numpy"}),
-    ("import importlib\nimportlib.import_module('torch')", set(), {"torch"}),
-    ("__import__('roialign._api')", {"_api"}, set()),
-])
+@pytest.mark.parametrize(
+    "code, inner, outer",
+    [
+        ("import torch.nn", set(), {"torch"}),
+        ("def f():\n    from jax import numpy", set(), {"jax"}),
+        ("from . import _core, ROIAlign", {"_core", ""}, set()),
+        ("from ._checks import f", {"_checks"}, set()),
+        ("import roialign.numpy", {"numpy"}, set()),
+        ("import numpy as np, os", set(), {"numpy"}),
+        ("import importlib\nimportlib.import_module('torch')", set(), {"torch"}),
+        ("__import__('roialign._api')", {"_api"}, set()),
+    ],
+)
 def test_the_reader_of_imports_sees(code, inner, outer):
     assert imports(ast.parse(code)) == (inner, outer)
 
@@ -98,8 +107,9 @@ def test_compat_is_apart():
 
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".hpp", ".h", ".cc", ".inc"})
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
-FOREIGN = re.compile(r"Python|nanobind|pybind|numpy|xla|dlpack|mindspore|torch|ATen|jax|omp\.h|tbb",
-                     re.IGNORECASE)
+FOREIGN = re.compile(
+    r"Python|nanobind|pybind|numpy|xla|dlpack|mindspore|torch|ATen|jax|omp\.h|tbb", re.IGNORECASE
+)
 
 
 def outside_bindings():
@@ -119,8 +129,11 @@ def test_there_is_a_core_and_a_binding():
     names = {p.stem for p in outside_bindings()}
     assert {"params", "geometry", "parallel"} <= names
     bindings = [p for p in SOURCES if CSRC / "bindings" in p.parents]
-    assert any("nanobind" in name for p in bindings
-               for name in INCLUDE.findall(p.read_text(encoding="utf-8")))
+    assert any(
+        "nanobind" in name
+        for p in bindings
+        for name in INCLUDE.findall(p.read_text(encoding="utf-8"))
+    )
 
 
 def test_geometry_knows_its_axis_alone():
@@ -128,6 +141,21 @@ def test_geometry_knows_its_axis_alone():
     for path in CSRC.glob("geometry.*"):
         own = {n for n in INCLUDE.findall(path.read_text(encoding="utf-8")) if n.endswith("hpp")}
         assert own <= {"geometry.hpp", "params.hpp"}, path.name
+
+
+def test_what_is_built_per_instruction_set_instantiates_no_library_code():
+    # the linker keeps one copy of an inline function: it could be the one of another CPU
+    seen, todo = set(), [CSRC / "engine.cpp"]
+    while todo:
+        path = todo.pop()
+        names = INCLUDE.findall(path.read_text(encoding="utf-8"))
+        own = {CSRC / name for name in names if (CSRC / name).exists()}
+        foreign = {name for name in names if not (CSRC / name).exists()}
+        allowed = re.compile(r"c[a-z]+|[a-z0-9_]+\.h")  # C's own headers, and intrinsics
+        assert all(allowed.fullmatch(name) for name in foreign), f"{path.name}: {foreign}"
+        seen.add(path)
+        todo += own - seen
+    assert len(seen) > 3
 
 
 def cmake():
@@ -141,14 +169,23 @@ def test_coordinates_are_built_without_contraction():
     assert mentions, "no -ffp-contract=off in CMakeLists.txt"
     # for geometry.cpp, or for every source
     assert any("geometry.cpp" in body for body in mentions) or any(
-        name in ("add_compile_options", "target_compile_options") for name, body in commands
-        if "ffp-contract=off" in body)
+        name in ("add_compile_options", "target_compile_options")
+        for name, body in commands
+        if "ffp-contract=off" in body
+    )
 
 
 def test_the_build_keeps_ieee_and_links_no_runtime_of_threads():
     text = cmake()
-    for flag in ("fast-math", "Ofast", "-fopenmp", "OpenMP", "funsafe", "associative-math",
-                 "ffinite-math"):
+    for flag in (
+        "fast-math",
+        "Ofast",
+        "-fopenmp",
+        "OpenMP",
+        "funsafe",
+        "associative-math",
+        "ffinite-math",
+    ):
         assert flag not in text, flag
 
 
@@ -186,4 +223,3 @@ def test_names_of_files():
     refused = {"utils", "util", "helpers", "helper", "common", "misc"}
     for path in [*PACKAGE.rglob("*.py"), *SOURCES, *(ROOT / "tests").glob("*.py")]:
         assert path.stem not in refused, path
-

@@ -107,7 +107,7 @@ def _forward(features: Any, rois: Any, bins: tuple[int, int], rule: dict[str, An
     _checks.pixels("features", features.shape, count)
     if out is not None:
         shape = (count, features.shape[1], *bins)
-        _numpy.check_out_values("out", out, shape, [features, parsed.boxes, parsed.image_index])
+        _numpy.check_out_values("out", out, shape, [features, *parsed.arrays()])
     return _numpy.forward(features, parsed.boxes, parsed.image_index, bins, out=out, **rule)
 
 
@@ -176,8 +176,7 @@ def roi_align_adjoint(
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
     if out is not None:
-        inputs = [d_output, parsed.boxes, parsed.image_index]
-        _numpy.check_out_values("out", out, shape, inputs)
+        _numpy.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
     return _numpy.adjoint(
         d_output, parsed.boxes, parsed.image_index, shape, out=out, **resolved
     )
@@ -229,8 +228,8 @@ def roi_align_box_gradient(
     if out is not None:
         if isinstance(rois, list):
             raise TypeError("`out` must be None where `rois` is a list, got an array")
-        dtype = (rois[0] if isinstance(rois, tuple) else rois).dtype
-        _numpy.check_out("out", out, _numpy.gradient_dtype(dtype))
+        for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
+            _numpy.check_out("out", out, _numpy.gradient_dtype(boxes.dtype))
 
     resolved = rule.resolve()
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
@@ -239,7 +238,7 @@ def roi_align_box_gradient(
     _check_d_output(d_output, count, features.shape[1])
     _checks.pixels("features", features.shape, count)
     if out is not None:
-        inputs = [d_output, features, parsed.boxes, parsed.image_index]
+        inputs = [d_output, features, *parsed.arrays()]
         _numpy.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
     d_boxes = _numpy.box_gradient(
         d_output, features, parsed.boxes, parsed.image_index, **resolved
@@ -285,7 +284,7 @@ class ROIAlign:
     >>> import numpy as np, roialign
     >>> features = np.array([[[[1, 2], [3, 4]]]], np.float32)
     >>> rois = np.array([[0, 0.2, 0.3, 0.2, 0.3]], np.float32)
-    >>> roialign.ROIAlign(2, 2, 0.5, 2)(features, rois)
+    >>> roialign.ROIAlign(2, 2, 0.5, 2)(features, rois).round(3)
     array([[[[1.775, 2.025],
              [2.275, 2.525]]]], dtype=float32)
     """

@@ -68,10 +68,10 @@ def string(name: str, value: object) -> str:
 def exactly(name: str, value: object, kind: type) -> None:
     """The seed's own check: a Python ``kind``, neither a bool nor a NumPy scalar of another type."""
     if not isinstance(value, kind) or isinstance(value, bool):
-        cast = "" if isinstance(value, (bool, str)) else f"; write {kind.__name__}(...)"
         article = "an" if kind is int else "a"
         raise TypeError(
-            f"`{name}` must be {article} {kind.__name__}, got {type_name(value)} {value!r}{cast}"
+            f"`{name}` must be {article} {kind.__name__}, got {type_name(value)} {value!r}: "
+            f"write {kind.__name__}(...)"
         )
 
 

@@ -92,6 +92,9 @@ class Rois(NamedTuple):
     image_index: np.ndarray
     given: object
 
+    def arrays(self) -> list[np.ndarray]:
+        return list(self.given) if isinstance(self.given, (tuple, list)) else [self.given]
+
     def like_given(self, d_boxes: np.ndarray) -> Any:
         """A gradient (K, 4) in the form and dtype in which the rois came."""
         if isinstance(self.given, list):
@@ -152,13 +155,13 @@ def check_out_values(name: str, out: np.ndarray, shape: tuple[int, ...], inputs:
 
 
 def _overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements share memory: along some axis, the first slice with a later one."""
     if array.flags.c_contiguous or array.size == 0:
         return False
-    reach = array.itemsize
-    for stride, extent in sorted((abs(s), n) for s, n in zip(array.strides, array.shape) if n > 1):
-        if stride < reach:
+    while array.ndim:
+        if _shares_memory(array[:1], array[1:]):
             return True
-        reach = stride * (extent - 1) + reach
+        array = array[0]
     return False
 
 
@@ -218,7 +221,7 @@ def _native_boxes(boxes: np.ndarray, coordinate: np.dtype) -> np.ndarray:
 
 def _native_index(index: np.ndarray) -> np.ndarray:
     if index.dtype.kind in "iu":  # beyond int64: negative, and so refused
-        return index.astype(np.int64, copy=False)
+        return _native(index.astype(np.int64, copy=False))
     if index.dtype in _FLOATS or index.dtype.kind == "V":
         return _native(index)
     return index.astype(np.float64)
