@@ -1,5 +1,5 @@
-// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels. One task is one visit (a run of
-// RoIs on one image) for one block: a line of 64 bytes, 16 floats or 8 doubles, per pixel.
+// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats or 8
+// doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few blocks.
 //
 //   forward       pack the pixels that a window is the first to touch into lines [H * W][line];
 //                 x pass: rows_x_bins = F Ax^T; y pass: tile = Ay rows_x_bins; unpack the tile.
@@ -159,26 +159,35 @@ void dot_slopes(const Axis<Real>& slopes, int64_t rows, const Real* g, int64_t g
 
 // --- Between arrays and lines ---------------------------------------------------------------------
 
-// A block of channels of one image, or of one RoI's d_output or output.
+// How many blocks of channels a task takes: so many that what it reads and writes at a time are whole
+// cache lines, and with channels innermost longer runs.
+template <class T>
+int64_t blocks_per_task(const Tensor& map) {
+  const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
+  return channels_last ? 4 : sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
+}
+
+// The channels of one task, of one image or of one RoI's d_output or output.
 template <class T>
 struct Plane {
   T* data;
   int64_t width, pixels;
   int64_t channel_stride, row_stride, pixel_stride;
-  int channels;  // of the block, at most a line's
+  int64_t channels;
+
+  int64_t blocks() const { return (channels + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>; }
 };
 
+// Channels [first, first + count) of image or RoI n, as far as there are any.
 template <class T>
-Plane<T> plane_of(const Tensor& tensor, int64_t n, int64_t block) {
-  constexpr int lanes = kLanes<Accumulator<T>>;
-  const int64_t channels = tensor.shape[1] - block * lanes;
-  return {static_cast<T*>(tensor.data) + n * tensor.stride[0] + block * lanes * tensor.stride[1],
+Plane<T> plane_of(const Tensor& tensor, int64_t n, int64_t first, int64_t count) {
+  return {static_cast<T*>(tensor.data) + n * tensor.stride[0] + first * tensor.stride[1],
           tensor.shape[3],
           tensor.shape[2] * tensor.shape[3],
           tensor.stride[1],
           tensor.stride[2],
           tensor.stride[3],
-          int(least_of<int64_t>(channels, lanes))};
+          least_of(count, tensor.shape[1] - first)};
 }
 
 // Calls body(pointer, count, done) for the runs of equally spaced pixels in [first, first + count).
@@ -198,6 +207,12 @@ void for_runs(const Plane<T>& plane, int64_t first, int64_t count, Body body) {
 
 inline void transpose_rows(const float* rows, int64_t stride, int64_t count, float* lines) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  // Rows a multiple of 4 KiB apart share a cache set, and would be lost between quarters of a line.
+  if (stride % 1024 == 0) {
+    for (; i + 16 <= count; i += 16) wide_rows_to_lines(rows + i, stride, lines + i * 16);
+  }
+#endif
   for (; i + 4 <= count; i += 4) rows_to_lines(rows + i, stride, lines + i * 16);
   for (; i < count; ++i) {
     for (int c = 0; c < 16; ++c) lines[i * 16 + c] = rows[c * stride + i];
@@ -224,32 +239,38 @@ inline void transpose_lines(const double* lines, int64_t count, double* rows, in
 template <class T> inline bool same(const T*, const T*) { return true; }
 template <class T, class Real> inline bool same(const T*, const Real*) { return false; }
 
-// Pixels [first, first + count) of the plane as lines; absent channels are 0. `rows` is scratch.
+// Pixels [first, first + count) of the plane as lines, block after block `block_step` apart; absent
+// channels are 0. `rows` is scratch for the lines of one block.
 template <class T, class Real>
-void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real* lines, Real* rows) {
+void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real* lines,
+                int64_t block_step, Real* rows) {
   constexpr int lanes = kLanes<Real>;
-  for_runs(plane, first, count, [&](const T* p, int64_t run, int64_t done) {
-    Real* to = lines + done * lanes;
-    if (plane.channels == lanes && plane.channel_stride == 1) {
-      for (int64_t i = 0; i < run; ++i) widen_run(p + i * plane.pixel_stride, lanes, to + i * lanes);
-    } else if (plane.pixel_stride == 1) {
-      const Real* from = rows;
-      int64_t stride = run;
-      if (same(p, from) && plane.channels == lanes) {
-        from = reinterpret_cast<const Real*>(p);
-        stride = plane.channel_stride;
-      } else {
-        for (int c = 0; c < plane.channels; ++c) {
-          widen_run(p + c * plane.channel_stride, run, rows + c * run);
+  for_runs(plane, first, count, [&](const T* run_data, int64_t run, int64_t done) {
+    for (int64_t b = 0; b < plane.blocks(); ++b) {
+      const T* p = run_data + b * lanes * plane.channel_stride;
+      const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
+      Real* to = lines + b * block_step + done * lanes;
+      if (channels == lanes && plane.channel_stride == 1) {
+        for (int64_t i = 0; i < run; ++i) widen_line(p + i * plane.pixel_stride, to + i * lanes);
+      } else if (plane.pixel_stride == 1) {
+        const Real* from = rows;
+        int64_t stride = run;
+        if (same(p, from) && channels == lanes) {
+          from = reinterpret_cast<const Real*>(p);
+          stride = plane.channel_stride;
+        } else {
+          for (int c = 0; c < channels; ++c) {
+            widen_run(p + c * plane.channel_stride, run, rows + c * run);
+          }
+          for (int64_t i = channels * run; i < lanes * run; ++i) rows[i] = 0;
         }
-        for (int64_t i = plane.channels * run; i < lanes * run; ++i) rows[i] = 0;
-      }
-      transpose_rows(from, stride, run, to);
-    } else {
-      for (int64_t i = 0; i < run; ++i) {
-        for (int c = 0; c < lanes; ++c) {
-          to[i * lanes + c] =
-              c < plane.channels ? widen(p[i * plane.pixel_stride + c * plane.channel_stride]) : 0;
+        transpose_rows(from, stride, run, to);
+      } else {
+        for (int64_t i = 0; i < run; ++i) {
+          for (int c = 0; c < lanes; ++c) {
+            to[i * lanes + c] =
+                c < channels ? widen(p[i * plane.pixel_stride + c * plane.channel_stride]) : 0;
+          }
         }
       }
     }
@@ -261,54 +282,52 @@ inline void copy_out(void* to, const void* from, int64_t bytes, bool streamed) {
   else std::memcpy(to, from, size_t(bytes));
 }
 
-// The inverse. `rows` and `narrowed` are scratch for the pixels' lines.
+// The inverse. `rows` and `narrowed` are scratch for the lines of all blocks.
 template <class T, class Real>
-void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines, Real* rows,
-                 T* narrowed, bool streamed) {
+void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines,
+                 int64_t block_step, Real* rows, T* narrowed, bool streamed) {
   constexpr int lanes = kLanes<Real>;
+  const int64_t blocks = plane.blocks();
   for_runs(plane, first, count, [&](T* p, int64_t run, int64_t done) {
     const Real* from = lines + done * lanes;
-    if (plane.channels == lanes && plane.channel_stride == 1) {
+    if (plane.channel_stride == 1 && plane.channels == blocks * lanes) {
       for (int64_t i = 0; i < run; ++i) {
-        narrow_run(from + i * lanes, lanes, narrowed);
-        copy_out(p + i * plane.pixel_stride, narrowed, lanes * int64_t(sizeof(T)), streamed);
+        for (int64_t b = 0; b < blocks; ++b) {
+          narrow_line(from + b * block_step + i * lanes, narrowed + b * lanes);
+        }
+        copy_out(p + i * plane.pixel_stride, narrowed, plane.channels * int64_t(sizeof(T)), streamed);
       }
     } else if (plane.pixel_stride == 1) {
-      if (same(p, rows) && plane.channels == lanes && !streamed) {
-        transpose_lines(from, run, reinterpret_cast<Real*>(p), plane.channel_stride);
+      if (same(p, rows) && plane.channels == blocks * lanes && !streamed) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          transpose_lines(from + b * block_step, run,
+                          reinterpret_cast<Real*>(p + b * lanes * plane.channel_stride),
+                          plane.channel_stride);
+        }
         return;
       }
-      transpose_lines(from, run, rows, run);
+      for (int64_t b = 0; b < blocks; ++b) {
+        transpose_lines(from + b * block_step, run, rows + b * lanes * run, run);
+      }
       T* out = narrowed;
       if (same(p, rows)) out = reinterpret_cast<T*>(rows);
       else narrow_run(rows, plane.channels * run, narrowed);
       if (plane.channel_stride == run) {  // channels follow each other: one piece
         copy_out(p, out, plane.channels * run * int64_t(sizeof(T)), streamed);
       } else {
-        for (int c = 0; c < plane.channels; ++c) {
+        for (int64_t c = 0; c < plane.channels; ++c) {
           copy_out(p + c * plane.channel_stride, out + c * run, run * int64_t(sizeof(T)), streamed);
         }
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
-        for (int c = 0; c < plane.channels; ++c) {
-          narrow(from[i * lanes + c], p[i * plane.pixel_stride + c * plane.channel_stride]);
+        for (int64_t c = 0; c < plane.channels; ++c) {
+          narrow(from[c / lanes * block_step + i * lanes + c % lanes],
+                 p[i * plane.pixel_stride + c * plane.channel_stride]);
         }
       }
     }
   });
-}
-
-// Asks for the memory of a run of pixels before it is needed.
-template <class T>
-void prefetch_pixels(const Plane<const T>& plane, int64_t first, int64_t count) {
-  const int64_t y = first / plane.width, x = first % plane.width;
-  const T* p = plane.data + y * plane.row_stride + x * plane.pixel_stride;
-  if (plane.channel_stride == 1) {
-    for (int64_t i = 0; i < count; ++i) prefetch(p + i * plane.pixel_stride);
-  } else {
-    for (int c = 0; c < plane.channels; ++c) prefetch(p + c * plane.channel_stride);
-  }
 }
 
 // --- Scratch --------------------------------------------------------------------------------------
@@ -316,23 +335,27 @@ void prefetch_pixels(const Plane<const T>& plane, int64_t first, int64_t count) 
 // What a task works in, cut from the thread's scratch. Every part starts on a line.
 template <class T, class Real>
 struct Workspace {
-  Real* map;            // [H * W] lines: packed features, or the sums of d_features
+  Real* map;            // [blocks][H * W] lines: packed features, or the sums of d_features
   Real* rows_x_bins;    // [rows of a window][Q] lines: between the two passes
-  Real* tile;           // [P][Q] lines
+  Real* tile;           // [blocks][P][Q] lines
   Real* rows;           // channel rows of a tile or a group
-  T* narrowed;          // the same in the array's dtype
+  T* narrowed;          // the same in the array's dtype, if that is another; or a pixel's channels
   int64_t* row_at;      // map rows of the window
   int64_t* bins_at;     // rows of rows_x_bins
   int64_t* q_at;        // lines of a row of bins
 
-  Workspace(int64_t pixels, int64_t max_rows, const int64_t bins[2]) {
-    const int64_t tile_lines = bins[0] * bins[1];
-    const int64_t stage = most_of(tile_lines, kGroup);
-    const int64_t sizes[] = {(pixels + kGroup) * kLineBytes,
+  int64_t map_step;     // from one block to the next
+  int64_t tile_step;
+
+  Workspace(int64_t pixels, int64_t max_rows, const int64_t bins[2], int64_t blocks)
+      : map_step((pixels + kGroup) * kLanes<Real>), tile_step(bins[0] * bins[1] * kLanes<Real>) {
+    const int64_t stage = blocks * most_of(bins[0] * bins[1], kGroup);
+    const int64_t sizes[] = {blocks * map_step * int64_t(sizeof(Real)),
                              max_rows * bins[1] * kLineBytes,
-                             tile_lines * kLineBytes,
+                             blocks * tile_step * int64_t(sizeof(Real)),
                              stage * kLineBytes,
-                             stage * kLineBytes,
+                             sizeof(T) == sizeof(Real) ? blocks * kLineBytes
+                                                       : stage * kLanes<Real> * int64_t(sizeof(T)),
                              max_rows * int64_t(sizeof(int64_t)),
                              max_rows * int64_t(sizeof(int64_t)),
                              bins[1] * int64_t(sizeof(int64_t))};
@@ -355,13 +378,6 @@ struct Workspace {
   Workspace& operator=(const Workspace&) = delete;
 };
 
-// The map that the passes read: packed lines, or the features themselves.
-template <class Real>
-struct Source {
-  const Real* data;
-  int64_t row_step, pixel_step;
-};
-
 template <class Real>
 void place_rows(const Axis<Real>& y, int64_t row_step, int64_t* row_at) {
   for (int64_t r = 0; r < y.pixel_count; ++r) row_at[r] = y.pixels[r] * row_step;
@@ -369,26 +385,22 @@ void place_rows(const Axis<Real>& y, int64_t row_step, int64_t* row_at) {
 
 // --- The operations -------------------------------------------------------------------------------
 
-template <class T>
-Plane<const T> source_plane(const Tensor& tensor, int64_t n, int64_t block) {
-  return plane_of<const T>(tensor, n, block);
-}
-
 // Packs the pixels that the band is the first to touch.
 template <class T, class Real>
-void pack(const Plane<const T>& plane, const Groups& groups, Real* map, Real* rows) {
+void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, Real>& work) {
   for (int64_t g = 0; g < groups.count; ++g) {
     const int64_t first = groups.at[g] * kGroup;
-    load_lines(plane, first, least_of(kGroup, plane.pixels - first), map + first * kLanes<Real>, rows);
+    load_lines(plane, first, least_of(kGroup, plane.pixels - first), work.map + first * kLanes<Real>,
+               work.map_step, work.rows);
   }
 }
 
-// Runs body(visit, block) for all tasks.
+// Runs body(visit, part) for all tasks; a part is the channels of one task.
 template <class Real, class Body>
-void for_tasks(const Windows<Real>& windows, int64_t blocks, int threads, Body body) {
-  const int64_t work = windows.work * blocks;
-  parallel_for(windows.visit_count * blocks, work < kSerialWork ? 1 : threads, [&](int64_t task) {
-    body(windows.visits[task / blocks], task % blocks);
+void for_tasks(const Windows<Real>& windows, int64_t parts, int64_t blocks, int threads, Body body) {
+  const int64_t work = windows.work * parts * blocks;
+  parallel_for(windows.visit_count * parts, work < kSerialWork ? 1 : threads, [&](int64_t task) {
+    body(windows.visits[task / parts], task % parts);
   });
 }
 
@@ -409,41 +421,42 @@ void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
   for_windows(visit, enter, body, [](const Band<Real>&) {});
 }
 
-template <class Real>
-int64_t blocks_of(const Tensor& tensor) {
-  return (tensor.shape[1] + kLanes<Real> - 1) / kLanes<Real>;
-}
-
 int64_t count_of(const Tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3]; }
 
 template <class T>
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
+  constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = output.shape + 2;
-  const int64_t blocks = blocks_of<Real>(features), width = features.shape[3];
-  const int64_t line = kLanes<Real>;
+  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * line;
+  const int64_t parts = (features.shape[1] + channels - 1) / channels;
   const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
   const Windows<Real> windows =
       build_windows(Operation::forward, rois, static_cast<const Real*>(tangent), params,
-                    features.shape, bins, blocks, threads);
-  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
-    const Plane<const T> plane = source_plane<T>(features, visit.image, block);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
-    for_windows(visit, [&](const Band<Real>& band) { pack(plane, band.first, work.map, work.rows); },
-                [&](const Window<Real>& window, const Window<Real>*) {
-      if (!window.term_count) std::memset(work.tile, 0, size_t(bins[0] * bins[1] * kLineBytes));
+                    features.shape, bins, parts, threads);
+  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
+      if (!window.term_count) {
+        std::memset(work.tile, 0, size_t(plane.blocks() * work.tile_step) * sizeof(Real));
+      }
       for (int s = 0; s < window.term_count; ++s) {
         const Axis<Real>& y = window.term[s].y;
         const Axis<Real>& x = window.term[s].x;
-        place_rows(y, width * line, work.row_at);
-        run<Real>({x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
-                   work.bins_at, y.pixel_count}, false);
-        run<Real>({y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at, work.tile, nullptr,
-                   bins[1] * line, work.q_at, bins[1]}, s > 0);
+        place_rows(y, plane.width * line, work.row_at);
+        for (int64_t b = 0; b < plane.blocks(); ++b) {
+          run<Real>({x, bins[1], work.map + b * work.map_step, x.pixels, line, work.row_at,
+                     work.rows_x_bins, nullptr, line, work.bins_at, y.pixel_count}, false);
+          run<Real>({y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at,
+                     work.tile + b * work.tile_step, nullptr, bins[1] * line, work.q_at, bins[1]},
+                    s > 0);
+        }
       }
-      store_lines(plane_of<T>(output, window.roi, block), 0, bins[0] * bins[1], work.tile, work.rows,
-                  work.narrowed, streamed);
+      store_lines(plane_of<T>(output, window.roi, part * channels, channels), 0, bins[0] * bins[1],
+                  work.tile, work.tile_step, work.rows, work.narrowed, streamed);
     });
     if (streamed) stream_fence();
   });
@@ -452,61 +465,70 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
 // Loads the window's part of d_output and asks for the next one's.
 template <class T, class Real>
 void load_tile(const Tensor& d_output, const Window<Real>& window, const Window<Real>* following,
-               int64_t block, Workspace<T, Real>& work) {
-  const Plane<const T> tile = source_plane<T>(d_output, window.roi, block);
+               int64_t first, int64_t channels, Workspace<T, Real>& work) {
   if (following) {
-    const Plane<const T> next = source_plane<T>(d_output, following->roi, block);
+    const auto next = plane_of<const T>(d_output, following->roi, first, channels);
+    const int64_t bytes = next.channels * int64_t(sizeof(T));
     if (next.pixel_stride == 1 && next.channel_stride == next.pixels) {
-      const char* p = reinterpret_cast<const char*>(next.data);
-      const int64_t bytes = next.pixels * next.channels * int64_t(sizeof(T));
-      for (int64_t b = 0; b < bytes; b += kLineBytes) prefetch(p + b);
-    } else if (next.channel_stride == 1) {
-      prefetch_pixels<T>(next, 0, next.pixels);
+      prefetch(next.data, next.pixels * bytes);
+    } else if (next.channel_stride == 1 && next.row_stride == next.width * next.pixel_stride) {
+      for (int64_t i = 0; i < next.pixels; ++i) prefetch(next.data + i * next.pixel_stride, bytes);
     }
   }
-  load_lines(tile, 0, tile.pixels, work.tile, work.rows);
+  const auto tile = plane_of<const T>(d_output, window.roi, first, channels);
+  load_lines(tile, 0, tile.pixels, work.tile, work.tile_step, work.rows);
 }
 
 template <class T>
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& d_features, int threads) {
   using Real = Accumulator<T>;
+  constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = d_output.shape + 2;
-  const int64_t blocks = blocks_of<Real>(d_features), width = d_features.shape[3];
-  const int64_t line = kLanes<Real>;
+  const int64_t blocks = blocks_per_task<T>(d_features), channels = blocks * line;
+  const int64_t parts = (d_features.shape[1] + channels - 1) / channels;
   const bool streamed = count_of(d_features) * int64_t(sizeof(T)) > kStreamBytes;
   const Windows<Real> windows =
       build_windows(Operation::adjoint, rois, static_cast<const Real*>(tangent), params,
-                    d_features.shape, bins, blocks, threads);
-  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
-    const Plane<T> plane = plane_of<T>(d_features, visit.image, block);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
+                    d_features.shape, bins, parts, threads);
+  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<T>(d_features, visit.image, part * channels, channels);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    const auto zero = [&](int64_t group) {
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        std::memset(work.map + b * work.map_step + group * kGroup * line, 0, kGroup * kLineBytes);
+      }
+    };
     const auto unpack = [&](int64_t group, const Real* lines) {
       const int64_t first = group * kGroup;
-      store_lines(plane, first, least_of(kGroup, plane.pixels - first), lines, work.rows,
-                  work.narrowed, streamed);
+      store_lines(plane, first, least_of(kGroup, plane.pixels - first), lines, work.map_step,
+                  work.rows, work.narrowed, streamed);
     };
-    for_windows(visit, [&](const Band<Real>& band) {
-      for (int64_t g = 0; g < band.first.count; ++g) {
-        std::memset(work.map + band.first.at[g] * kGroup * line, 0, size_t(kGroup * kLineBytes));
-      }
-    }, [&](const Window<Real>& window, const Window<Real>* following) {
-      if (window.term_count) load_tile(d_output, window, following, block, work);
-      for (int s = 0; s < window.term_count; ++s) {
-        const Axis<Real>& y = window.term[s].y;
-        const Axis<Real>& x = window.term[s].x;
-        place_rows(y, width * line, work.row_at);
-        run<Real>({y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
-                   nullptr, bins[1] * line, work.q_at, bins[1]}, false);
-        run<Real>({x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at, work.map, x.pixels,
-                   line, work.row_at, y.pixel_count}, true);
-      }
-    }, [&](const Band<Real>& band) {
+    const auto enter = [&](const Band<Real>& band) {
+      for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g]);
+    };
+    const auto leave = [&](const Band<Real>& band) {
       for (int64_t g = 0; g < band.last.count; ++g) {
         unpack(band.last.at[g], work.map + band.last.at[g] * kGroup * line);
       }
-    });
-    std::memset(work.map, 0, size_t(kGroup * kLineBytes));
+    };
+    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
+      if (window.term_count) load_tile(d_output, window, following, part * channels, channels, work);
+      for (int s = 0; s < window.term_count; ++s) {
+        const Axis<Real>& y = window.term[s].y;
+        const Axis<Real>& x = window.term[s].x;
+        place_rows(y, plane.width * line, work.row_at);
+        for (int64_t b = 0; b < plane.blocks(); ++b) {
+          run<Real>({y, y.pixel_count, work.tile + b * work.tile_step, nullptr, bins[1] * line,
+                     work.q_at, work.rows_x_bins, nullptr, bins[1] * line, work.q_at, bins[1]},
+                    false);
+          run<Real>({x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at,
+                     work.map + b * work.map_step, x.pixels, line, work.row_at, y.pixel_count},
+                    true);
+        }
+      }
+    }, leave);
+    zero(0);
     for (int64_t g = 0; g < visit.untouched.count; ++g) unpack(visit.untouched.at[g], work.map);
     if (streamed) stream_fence();
   });
@@ -524,53 +546,61 @@ template <class T>
 void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& rois,
                   const Params& params, void* d_boxes, int threads) {
   using Real = Accumulator<T>;
+  constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = d_output.shape + 2;
-  const int64_t blocks = blocks_of<Real>(features), width = features.shape[3];
-  const int64_t line = kLanes<Real>;
+  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * line;
+  const int64_t parts = (features.shape[1] + channels - 1) / channels;
   const Windows<Real> windows =
       build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
-                          blocks, threads);
-  // One row of partial sums per block of channels, added in order: the same bits for any threads.
+                          parts, threads);
+  // A row of sums per part of the channels, added in order: the same bits for any threads.
   const int64_t count = rois.count * 4;
-  const size_t bytes = size_t(most_of<int64_t>(1, blocks * count)) * sizeof(Real);
+  const size_t bytes = size_t(most_of<int64_t>(1, parts * count)) * sizeof(Real);
   Real* partial = static_cast<Real*>(map_memory(bytes));
   struct Owner {
     void* memory;
     size_t bytes;
     ~Owner() { unmap_memory(memory, bytes); }
   } const owner{partial, bytes};
-  for_tasks(windows, blocks, threads, [&](const Visit<Real>& visit, int64_t block) {
-    const Plane<const T> plane = source_plane<T>(features, visit.image, block);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins);
-    for_windows(visit, [&](const Band<Real>& band) { pack(plane, band.first, work.map, work.rows); },
-                [&](const Window<Real>& window, const Window<Real>* following) {
+  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
+    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Line<Real> d_x[2] = {}, d_y[2] = {};
       if (window.term_count) {
-        load_tile(d_output, window, following, block, work);
+        load_tile(d_output, window, following, part * channels, channels, work);
         // d_output pulled back to the map's rows, against the slopes of x.
         const Axis<Real>& y = window.term[0].y;
         const Axis<Real>& x_slopes = window.term[0].x;
-        place_rows(y, width * line, work.row_at);
-        run<Real>({y, y.pixel_count, work.tile, nullptr, bins[1] * line, work.q_at, work.rows_x_bins,
-                   nullptr, bins[1] * line, work.q_at, bins[1]}, false);
-        dot_slopes(x_slopes, bins[1], work.rows_x_bins, line, work.bins_at, work.map, x_slopes.pixels,
-                   line, work.row_at, y.pixel_count, d_x);
+        place_rows(y, plane.width * line, work.row_at);
+        for (int64_t b = 0; b < plane.blocks(); ++b) {
+          run<Real>({y, y.pixel_count, work.tile + b * work.tile_step, nullptr, bins[1] * line,
+                     work.q_at, work.rows_x_bins, nullptr, bins[1] * line, work.q_at, bins[1]},
+                    false);
+          dot_slopes(x_slopes, bins[1], work.rows_x_bins, line, work.bins_at,
+                     work.map + b * work.map_step, x_slopes.pixels, line, work.row_at,
+                     y.pixel_count, d_x);
+        }
         // The features' rows by bins of x, against the slopes of y.
         const Axis<Real>& y_slopes = window.term[1].y;
         const Axis<Real>& x = window.term[1].x;
-        place_rows(y_slopes, width * line, work.row_at);
-        run<Real>({x, bins[1], work.map, x.pixels, line, work.row_at, work.rows_x_bins, nullptr, line,
-                   work.bins_at, y_slopes.pixel_count}, false);
-        for (int64_t q = 0; q < bins[1]; ++q) {  // a bin without samples does not read d_output
-          if (x.taps && x.index[q * x.taps] >= 0) continue;
-          for (int64_t p = 0; p < bins[0]; ++p) {
-            std::memset(work.tile + (p * bins[1] + q) * line, 0, kLineBytes);
+        place_rows(y_slopes, plane.width * line, work.row_at);
+        for (int64_t b = 0; b < plane.blocks(); ++b) {
+          Real* tile = work.tile + b * work.tile_step;
+          run<Real>({x, bins[1], work.map + b * work.map_step, x.pixels, line, work.row_at,
+                     work.rows_x_bins, nullptr, line, work.bins_at, y_slopes.pixel_count}, false);
+          for (int64_t q = 0; q < bins[1]; ++q) {  // a bin without samples does not read d_output
+            if (x.taps && x.index[q * x.taps] >= 0) continue;
+            for (int64_t p = 0; p < bins[0]; ++p) {
+              std::memset(tile + (p * bins[1] + q) * line, 0, kLineBytes);
+            }
           }
+          dot_slopes(y_slopes, bins[0], tile, bins[1] * line, work.q_at, work.rows_x_bins, nullptr,
+                     bins[1] * line, work.q_at, bins[1], d_y);
         }
-        dot_slopes(y_slopes, bins[0], work.tile, bins[1] * line, work.q_at, work.rows_x_bins, nullptr,
-                   bins[1] * line, work.q_at, bins[1], d_y);
       }
-      Real* d_box = partial + block * count + window.roi * 4;
+      Real* d_box = partial + part * count + window.roi * 4;
       d_box[0] = sum_of(d_x[0]);
       d_box[1] = sum_of(d_y[0]);
       d_box[2] = sum_of(d_x[1]);
@@ -580,7 +610,7 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   Real* result = static_cast<Real*>(d_boxes);
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += double(partial[block * count + i]);
+    for (int64_t part = 0; part < parts; ++part) sum += double(partial[part * count + i]);
     result[i] = Real(sum);
   }
 }

@@ -1,6 +1,7 @@
 // Built with floating-point contraction off: a fused multiply-add would move coordinates.
 #include "geometry.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 namespace roialign {
@@ -59,75 +60,88 @@ int64_t least(int64_t n, Predicate reached) {
 
 // Adds to the entry of `index` in the bin that starts at `begin`. Samples come in ascending order,
 // so the entry is one of the last two or a new one.
-void add(Taps& taps, int64_t begin, int64_t index, double weight0, double weight1) {
-  const int64_t count = int64_t(taps.index.size());
-  for (int64_t t = count - 1; t >= begin && t >= count - 2; --t) {
-    if (taps.index[t] == index) {
-      taps.weight[0][t] += weight0;
-      taps.weight[1][t] += weight1;
-      return;
+struct Sums {
+  int64_t* index;
+  double* weight[2];
+  int64_t begin, count;
+
+  void add(int64_t pixel, double weight0, double weight1) {
+    for (int64_t t = count - 1; t >= begin && t >= count - 2; --t) {
+      if (index[t] == pixel) {
+        weight[0][t] += weight0;
+        weight[1][t] += weight1;
+        return;
+      }
     }
+    index[count] = pixel;
+    weight[0][count] = weight0;
+    weight[1][count++] = weight1;
   }
-  taps.index.push_back(index);
-  taps.weight[0].push_back(weight0);
-  taps.weight[1].push_back(weight1);
+};
+
+// Room for `entries` more, of the next bin.
+Sums open_bin(Taps& taps, int64_t entries) {
+  const int64_t begin = taps.first.back(), room = begin + entries;
+  if (int64_t(taps.index.size()) < room) {
+    const size_t size = size_t(room + room / 2);
+    taps.index.resize(size);
+    for (auto& weight : taps.weight) weight.resize(size);
+  }
+  return {taps.index.data(), {taps.weight[0].data(), taps.weight[1].data()}, begin, begin};
 }
 
 // Scales the bin's sums and drops entries that are zero in Real: a pixel without weight is not read.
 template <class Real>
-void finish_bin(Taps& taps, int64_t begin, double scale) {
-  int64_t kept = begin;
-  for (int64_t t = begin; t < int64_t(taps.index.size()); ++t) {
-    const double weight0 = Real(taps.weight[0][t] * scale);
-    const double weight1 = Real(taps.weight[1][t] * scale);
+void close_bin(Taps& taps, const Sums& sums, double scale) {
+  int64_t kept = sums.begin;
+  for (int64_t t = sums.begin; t < sums.count; ++t) {
+    const double weight0 = Real(sums.weight[0][t] * scale);
+    const double weight1 = Real(sums.weight[1][t] * scale);
     if (weight0 == 0 && weight1 == 0) continue;
-    taps.index[kept] = taps.index[t];
-    taps.weight[0][kept] = weight0;
-    taps.weight[1][kept] = weight1;
+    sums.index[kept] = sums.index[t];
+    sums.weight[0][kept] = weight0;
+    sums.weight[1][kept] = weight1;
     ++kept;
   }
-  taps.index.resize(kept);
-  taps.weight[0].resize(kept);
-  taps.weight[1].resize(kept);
   taps.first.push_back(kept);
 }
 
-// Equation (3): the taps of the samples that are inside, merged per bin.
+// Equation (3): the taps of the samples of bin k that are inside, merged.
 template <class Real, class Position>
-void add_samples(const Positions<Position>& position, int64_t k, const Grid<Real>& grid,
-                 int64_t bins, int64_t size, Taps& values, Taps* slopes) {
-  const int64_t n = grid.samples, begin = values.first.back();
+void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& grid, int64_t bins,
+             int64_t size, double scale, Taps& values, Taps* slopes) {
+  const int64_t n = grid.samples;
   const auto ascending = [&](int64_t j) { return grid.bin < 0 ? n - 1 - j : j; };
   const auto at = [&](int64_t j) { return position(k, ascending(j)); };
   int64_t from = 0, to = n;
-  if (!(at(0) >= -1 && at(n - 1) <= Position(size))) {
+  if (n > 0 && !(at(0) >= -1 && at(n - 1) <= Position(size))) {
     from = least(n, [&](int64_t j) { return at(j) >= -1; });
     to = least(n, [&](int64_t j) { return !(at(j) <= Position(size)); });
   }
+  // Positions ascend, so the pixels are those from the first sample's lower one to the last's upper one.
+  const auto lower = [&](int64_t j) { return int64_t(at(j) < 0 ? 0 : at(j)); };
+  const int64_t entries = from < to ? std::min(2 * (to - from), lower(to - 1) - lower(from) + 2) : 0;
+  Sums value = open_bin(values, entries), slope = slopes ? open_bin(*slopes, entries) : value;
   for (int64_t j = from; j < to; ++j) {
     const Position raw = at(j), p = raw < 0 ? 0 : raw;
     const int64_t lo = int64_t(p);  // p >= 0: the integer part is the floor
     if (lo >= size - 1) {
-      add(values, begin, size - 1, 1, 0);
+      value.add(size - 1, 1, 0);
       continue;
     }
     const double fraction = p - Position(lo);
-    add(values, begin, lo, 1 - fraction, 0);
-    if (fraction != 0) add(values, begin, lo + 1, fraction, 0);
+    value.add(lo, 1 - fraction, 0);
+    if (fraction != 0) value.add(lo + 1, fraction, 0);
     if (slopes && raw >= 0) {
       const double t = (double(k) + (double(ascending(j)) + 0.5) / double(n)) / double(bins);
       const double in_lo = grid.clamped ? 1 : 1 - t, in_hi = grid.clamped ? 0 : t;
-      add(*slopes, slopes->first.back(), lo, -in_lo, -in_hi);
-      add(*slopes, slopes->first.back(), lo + 1, in_lo, in_hi);
+      slope.add(lo, -in_lo, -in_hi);
+      slope.add(lo + 1, in_lo, in_hi);
     }
   }
-}
-
-void clear(Taps& taps) {
-  taps.first.assign(1, 0);
-  taps.index.clear();
-  taps.weight[0].clear();
-  taps.weight[1].clear();
+  const double mean = 1 / double(n > 0 ? n : 1);
+  close_bin<Real>(values, value, mean);
+  if (slopes) close_bin<Real>(*slopes, slope, mean * scale);
 }
 
 }  // namespace
@@ -136,20 +150,17 @@ template <class Real>
 void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
                int64_t size, Real scale, Taps& values, Taps* slopes) {
   const Grid<Real> grid = grid_of(lo, hi, convention, bins, sampling_ratio, scale);
-  const int64_t n = grid.samples;
-  clear(values);
-  if (slopes) clear(*slopes);
+  const double samples = double(grid.samples);
+  values.first.assign(1, 0);
+  if (slopes) slopes->first.assign(1, 0);
   for (int64_t k = 0; k < bins; ++k) {
-    if (n > kWideSamples) {
-      add_samples(Positions<double>{grid.start, grid.bin, double(n)}, k, grid, bins, size, values,
-                  slopes);
-    } else if (n > 0) {
-      add_samples(Positions<Real>{grid.start, grid.bin, Real(n)}, k, grid, bins, size, values,
-                  slopes);
+    if (grid.samples > kWideSamples) {
+      add_bin(Positions<double>{grid.start, grid.bin, samples}, k, grid, bins, size, double(scale),
+              values, slopes);
+    } else {
+      add_bin(Positions<Real>{grid.start, grid.bin, Real(samples)}, k, grid, bins, size,
+              double(scale), values, slopes);
     }
-    const double mean = 1 / double(n > 0 ? n : 1);
-    finish_bin<Real>(values, values.first.back(), mean);
-    if (slopes) finish_bin<Real>(*slopes, slopes->first.back(), mean * double(scale));
   }
 }
 

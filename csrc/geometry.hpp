@@ -8,11 +8,14 @@
 
 namespace roialign {
 
-// A sparse matrix of `bins` rows: the entries of bin k are [first[k], first[k + 1]).
-// `weight[0]` alone holds values; slopes use both: in the box's start and in its end.
+// A sparse matrix of `bins` rows: the entries of bin k are [first[k], first[k + 1]); what lies beyond
+// the last is room. `weight[0]` alone holds values; slopes use both: in the box's start and in its end.
 struct Taps {
   std::vector<int64_t> first, index;
   std::vector<double> weight[2];
+
+  int64_t bins() const { return int64_t(first.size()) - 1; }
+  int64_t count() const { return first.back(); }
 };
 
 // The taps of one box on one axis of `size` pixels: row k of `values` averages the samples of bin k;

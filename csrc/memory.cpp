@@ -67,7 +67,7 @@ Buffer remove_buffer(int i) {
 
 }  // namespace
 
-void* map_memory(std::size_t bytes) {
+void* map_memory(std::size_t bytes, [[maybe_unused]] bool sparse) {
 #if defined(_WIN32)
   void* memory = _aligned_malloc(bytes ? bytes : 1, kAlignment);
   if (!memory) throw std::bad_alloc();
@@ -81,10 +81,9 @@ void* map_memory(std::size_t bytes) {
   // Over-reserve, then cut both ends so that the mapping starts on a huge page.
   const std::size_t size = round_up(bytes, kHugePage), whole = size + kHugePage;
   if (size < bytes || whole < size) throw std::bad_alloc();
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #if defined(MAP_NORESERVE)
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-#else
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+  if (sparse) flags |= MAP_NORESERVE;
 #endif
   void* memory = mmap(nullptr, whole, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -159,7 +158,7 @@ thread_local Scratch scratch;
 void* thread_scratch(std::size_t bytes) {
   if (bytes > scratch.bytes) {
     scratch.release();
-    scratch.memory = map_memory(bytes);
+    scratch.memory = map_memory(bytes, true);
     scratch.bytes = bytes;
   }
   return scratch.memory;

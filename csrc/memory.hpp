@@ -7,9 +7,10 @@ namespace roialign {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-// Memory aligned to 64 bytes; from kHugePage on, its own huge-page-advised mapping that costs nothing
-// until it is touched. Throws std::bad_alloc.
-void* map_memory(std::size_t bytes);
+// Memory aligned to 64 bytes; from kHugePage on, its own huge-page-advised mapping. With `sparse` the
+// system does not count it before it is touched: for scratch of which little may be used.
+// Throws std::bad_alloc.
+void* map_memory(std::size_t bytes, bool sparse = false);
 void unmap_memory(void* memory, std::size_t bytes);
 
 // The same through the cache of freed buffers (ROIALIGN_CACHE_MB, default 64, 0 turns it off).

@@ -165,6 +165,28 @@ inline void rows_to_lines(const float* rows, int64_t stride, float* lines) {
   }
 }
 
+#if defined(__AVX512F__)
+// The same for sixteen pixels, each row read once.
+inline void wide_rows_to_lines(const float* rows, int64_t stride, float* lines) {
+  Quad r[16];
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) r[c] = _mm512_loadu_ps(rows + c * stride);
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) transpose_lanes(r[4 * q], r[4 * q + 1], r[4 * q + 2], r[4 * q + 3]);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {  // lane l of r[4 q + k] is pixel 4 l + k, channels 4 q to 4 q + 3
+    const Quad low01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x44);
+    const Quad high01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xee);
+    const Quad low23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x44);
+    const Quad high23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xee);
+    _mm512_storeu_ps(lines + 16 * k, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(lines + 16 * (4 + k), _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_storeu_ps(lines + 16 * (8 + k), _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(lines + 16 * (12 + k), _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+}
+#endif
+
 inline void lines_to_rows(const float* lines, float* rows, int64_t stride) {
   ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
     Quad a, b, c, d;
@@ -231,40 +253,69 @@ inline void narrow(float x, half& result) {
 }
 #endif
 
-template <class From>
-inline void widen_run(const From* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+// One line between an array's dtype and the accumulator's.
+template <class From, class Real>
+inline void widen_line(const From* from, Real* to) {
+  for (int c = 0; c < kLanes<Real>; ++c) to[c] = widen(from[c]);
 }
-template <class To>
-inline void narrow_run(const float* from, int64_t count, To* to) {
-  for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+template <class To, class Real>
+inline void narrow_line(const Real* from, To* to) {
+  for (int c = 0; c < kLanes<Real>; ++c) narrow(from[c], to[c]);
 }
-inline void widen_run(const double* from, int64_t count, double* to) {
-  std::memcpy(to, from, size_t(count) * sizeof(double));
+inline void widen_line(const float* from, float* to) { store(to, load(from)); }
+inline void narrow_line(const float* from, float* to) { store(to, load(from)); }
+#if defined(__AVX512F__)
+inline void widen_line(const half* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
-inline void narrow_run(const double* from, int64_t count, double* to) {
-  std::memcpy(to, from, size_t(count) * sizeof(double));
+inline void narrow_line(const float* from, half* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(_mm512_loadu_ps(from), 0));
 }
-#if defined(__F16C__)
-inline void widen_run(const half* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
+inline void widen_line(const bfloat16* from, float* to) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void narrow_line(const float* from, bfloat16* to) {
+  const __m512 x = _mm512_loadu_ps(from);
+  const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_epi32(high, _mm512_set1_epi32(1));
+  const __m512i half_way = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half_way), 16);
+  const __m512i result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high,
+                                              _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+}
+#elif defined(__F16C__)
+inline void widen_line(const half* from, float* to) {
+  for (int i = 0; i < 16; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
-  for (; i < count; ++i) to[i] = widen(from[i]);
 }
-inline void narrow_run(const float* from, int64_t count, half* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
+inline void narrow_line(const float* from, half* to) {
+  for (int i = 0; i < 16; i += 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
   }
-  for (; i < count; ++i) narrow(from[i], to[i]);
 }
 #endif
 
+template <class From, class Real>
+inline void widen_run(const From* from, int64_t count, Real* to) {
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= count; i += kLanes<Real>) widen_line(from + i, to + i);
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+template <class To, class Real>
+inline void narrow_run(const Real* from, int64_t count, To* to) {
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= count; i += kLanes<Real>) narrow_line(from + i, to + i);
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+
 // --- Memory ---------------------------------------------------------------------------------------
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 // Copies past the caches: whole 64-byte lines by non-temporal stores, the ragged ends plainly.
 inline void stream(void* to, const void* from, size_t bytes) {

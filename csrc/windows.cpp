@@ -15,7 +15,7 @@ namespace roialign {
 namespace {
 
 constexpr int64_t kChunk = 64;             // RoIs whose taps one task builds
-constexpr int64_t kBandBytes = 4 << 20;    // of lines: the rows of a band, for one block of channels
+constexpr int64_t kBandBytes = 2 << 20;    // of lines: the rows of a band, for one block of channels
 constexpr int64_t kSerialRois = 256;       // fewer: one thread builds all taps
 constexpr int64_t kMinTasks = 16;          // cut visits until there are as many tasks ...
 constexpr int64_t kMinVisit = 64;          // ... but not below this many RoIs
@@ -94,8 +94,8 @@ int64_t image_of(const Rois& rois, int64_t k, int64_t images) {
 
 // What a thread reuses while it builds taps.
 struct Workspace {
-  Taps values[2], slopes[2], tangent;
-  std::vector<int64_t> place;  // pixel -> where it is in `pixels`, -1 if nowhere
+  Taps values[2], slopes[2];
+  std::vector<int64_t> place;  // pixel - least pixel -> where it is in `pixels`, -1 if nowhere
   std::vector<int64_t> used;   // entries of each pixel
 };
 
@@ -108,15 +108,17 @@ int64_t widest(const Taps& taps) {
 
 // Taps as an Axis: pixels are numbered in the order of their appearance. `transposed`: by pixels.
 template <class Real>
-Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, int64_t size, Workspace& work,
-                   Arena& arena) {
-  const int64_t count = int64_t(taps.index.size()), bins = int64_t(taps.first.size()) - 1;
-  if (int64_t(work.place.size()) < size) work.place.resize(size_t(size), -1);
-  int64_t* pixels = arena.allocate<int64_t>(std::min(count, size));
+Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& work, Arena& arena) {
+  const int64_t count = taps.count(), bins = taps.bins();
+  const auto ends = std::minmax_element(taps.index.begin(), taps.index.begin() + count);
+  const int64_t least = count ? *ends.first : 0, extent = count ? *ends.second - least + 1 : 0;
+  work.place.assign(size_t(extent), -1);
+  int64_t* pixels = arena.allocate<int64_t>(std::min(count, extent));
   int64_t distinct = 0;
   work.used.clear();
-  for (const int64_t pixel : taps.index) {
-    int64_t& place = work.place[size_t(pixel)];
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t pixel = taps.index[t];
+    int64_t& place = work.place[size_t(pixel - least)];
     if (place < 0) {
       pixels[distinct] = pixel;
       place = distinct++;
@@ -136,7 +138,7 @@ Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, int64_t size,
     std::fill(weight, weight + rows * width, Real(0));
     for (int64_t k = 0; k < bins; ++k) {
       for (int64_t t = taps.first[k]; t < taps.first[k + 1]; ++t) {
-        const int64_t place = work.place[size_t(taps.index[t])];
+        const int64_t place = work.place[size_t(taps.index[t] - least)];
         const int64_t at = transposed ? place * width + work.used[size_t(place)]++
                                       : k * width + t - taps.first[k];
         index[at] = transposed ? k : place;
@@ -149,24 +151,21 @@ Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, int64_t size,
     std::fill(index + i * width + entries, index + (i + 1) * width,
               entries ? index[i * width + entries - 1] : -1);
   }
-  for (int64_t i = 0; i < distinct; ++i) work.place[size_t(pixels[i])] = -1;
   return axis;
 }
 
-// slope_lo * v_lo + slope_hi * v_hi, without the entries that vanish.
+// slope_lo * v_lo + slope_hi * v_hi in place, without the entries that vanish.
 template <class Real>
-void along(const Taps& slopes, double v_lo, double v_hi, Taps& result) {
-  result.first.assign(1, 0);
-  result.index.clear();
-  result.weight[0].clear();
-  for (size_t k = 0; k + 1 < slopes.first.size(); ++k) {
-    for (int64_t t = slopes.first[k]; t < slopes.first[k + 1]; ++t) {
+void contract_slopes(Taps& slopes, double v_lo, double v_hi) {
+  int64_t kept = 0;
+  for (int64_t k = 0, t = 0; k < slopes.bins(); ++k) {
+    for (const int64_t end = slopes.first[k + 1]; t < end; ++t) {
       const double weight = Real(slopes.weight[0][t] * v_lo + slopes.weight[1][t] * v_hi);
       if (weight == 0) continue;
-      result.index.push_back(slopes.index[t]);
-      result.weight[0].push_back(weight);
+      slopes.index[kept] = slopes.index[t];
+      slopes.weight[0][kept++] = weight;
     }
-    result.first.push_back(int64_t(result.index.size()));
+    slopes.first[k + 1] = kept;
   }
 }
 
@@ -216,23 +215,20 @@ struct Builder {
                       work.values[axis], sloped ? &work.slopes[axis] : nullptr);
     }
     if (sloped && !finite) {  // min_size can make a size of -inf finite; the gradient is still 0
-      for (Taps& slopes : work.slopes) {
-        std::fill(slopes.first.begin(), slopes.first.end(), 0);
-        slopes.index.clear();
-      }
+      for (Taps& slopes : work.slopes) std::fill(slopes.first.begin(), slopes.first.end(), 0);
     }
     // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
     // back to the rows of the map (the y of its first term).
     const bool adjoint = operation == Operation::adjoint;
     const auto values = [&](int axis) {
       const bool transposed = adjoint || (operation == Operation::box_gradient && axis == 0);
-      return axis_of<Real>(work.values[axis], 1, transposed, size(axis), work, arena);
+      return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
     };
     const auto slopes = [&](int axis) {
-      if (!tangent) return axis_of<Real>(work.slopes[axis], 2, false, size(axis), work, arena);
+      if (!tangent) return axis_of<Real>(work.slopes[axis], 2, false, work, arena);
       const Real* v = tangent + 4 * k;
-      along<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]), work.tangent);
-      return axis_of<Real>(work.tangent, 1, adjoint, size(axis), work, arena);
+      contract_slopes<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]));
+      return axis_of<Real>(work.slopes[axis], 1, adjoint, work, arena);
     };
     if (sloped) {
       result.term_count = 2;

@@ -14,9 +14,9 @@ import roialign
 import tolerance
 from oracle import Problem
 
-settings.register_profile("local", deadline=None, max_examples=100)
-settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
-settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("local", deadline=None, max_examples=250)
+settings.register_profile("ci", deadline=None, max_examples=250, derandomize=True)
+settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # directory of golden/: convention (MindSpore's cases have two)
@@ -93,7 +93,7 @@ class Golden:
 
     @cached_property
     def problem(self):
-        scale = float(np.float32(self.parameter("spatial_scale")))  # theirs, for float64 too
+        scale = float(np.float32(self.parameter("spatial_scale")))  # as they do, for float64 too
         try:
             size = tuple(self.parameter("output_size", "pooled_size"))
         except StopIteration:
@@ -215,7 +215,8 @@ def layouts():
         "reversed": lambda a: np.ascontiguousarray(a[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1],
         "sliced": lambda a: np.repeat(np.repeat(a, 2, 3), 3, 1)[:, ::3, :, ::2],
         "read_only": _read_only,
-        "unaligned": _unaligned,
+        "unaligned": lambda a: _moved(a, 1),
+        "shifted": lambda a: _moved(a, a.itemsize),
     }
 
 
@@ -229,8 +230,10 @@ def _read_only(array):
     return array
 
 
-def _unaligned(array):
-    raw = np.empty(array.nbytes + 1, np.uint8)[1:]
-    view = raw.view(array.dtype).reshape(array.shape)
+def _moved(array, offset):
+    """The array so many bytes past a multiple of 64."""
+    raw = np.empty(array.nbytes + 64 + offset, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    view = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     view[...] = array
     return view

@@ -59,6 +59,11 @@ class Problem:
     def output_shape(self):
         return (len(self.boxes), self.features.shape[1], *self.size)
 
+    def draw_output(self, seed=1):
+        """A random d_output."""
+        values = np.random.default_rng(seed).standard_normal(self.output_shape)
+        return values.astype(self.features.dtype)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -207,7 +212,7 @@ def forward_by_sample(problem):
 
 
 def smooth(problem, direction):
-    """[K]: whether every sample keeps its pixels all the way from -direction to +direction [K, 4]."""
+    """[K]: whether every sample keeps its pixels from -direction to +direction ([K, 4] or [4])."""
     ends = [replace(problem, boxes=problem.boxes + sign * direction) for sign in (-1, 1)]
     pairs = zip(*(map(_cells, p.axes) for p in (problem, *ends)), strict=True)
     return np.array([here == before == after for here, before, after in pairs], bool)

@@ -1,4 +1,4 @@
-"""dtypes and memory layouts of the inputs, the layout of results, and rounding that happens once."""
+"""dtypes and layouts of the inputs, the layout of the results, and that they are rounded once."""
 
 import mmap
 

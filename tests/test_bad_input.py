@@ -708,7 +708,7 @@ def test_a_d_output_without_weight_never_enters(bad, last, channels, sampling_ra
 
 
 def test_only_zero_weights_are_left_out():
-    # the rig of the two tests above: the single ones see positions on pixels, and weights in between
+    # the rig of the two tests above: there are positions on pixels, and between them
     counted = weights(TOUCHING, 6, 7, (3, 3), convention=Convention(), sampling_ratio=1)
     assert (counted[0] == 1).sum() == 9  # every bin of the first box reads one pixel
     assert ((counted[3] > 0) & (counted[3] < 1)).any()

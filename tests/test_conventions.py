@@ -1,4 +1,4 @@
-"""`Convention` records, their names and aliases, and the tables of CONVENTIONS by value."""
+"""`Convention` records, their names and aliases, and the tables of docs/conventions.md."""
 
 import dataclasses
 import re

@@ -9,13 +9,14 @@ import pytest
 
 from roialign import _core
 
-TESTS = ["test_golden.py", "test_properties.py", "test_laws.py", "test_tangent.py"]
+ROOT = Path(__file__).parent.parent
+TESTS = [f"tests/test_{name}.py" for name in ("golden", "properties", "laws", "tangent")]
 
 
 def run(isa, *arguments):
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=Path(__file__).parent,
+        cwd=ROOT,
         env=os.environ | {"ROIALIGN_ISA": isa},
         capture_output=True,
         text=True,

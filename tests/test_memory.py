@@ -1,4 +1,4 @@
-"""Large results: never shared while alive, bounded when freed; scratch within its bound; no leak."""
+"""Large results: never shared while alive, bounded once freed; scratch in its bound; no leak."""
 
 import os
 import sys
@@ -164,11 +164,11 @@ def check_no_leak():
         roialign.roi_align_box_gradient(d_output[:4], features, [rois[:2, 1:], rois[2:4, 1:]])
         roialign.roi_align(features, (rois[:, 1:], rois[:, 0].astype(int)), 2)
         for bad in (
-            dict(rois=rois[:, :4]),
-            dict(rois=rois + 5),
-            dict(rois=None),
-            dict(rois=rois, out=features),
-            dict(rois=rois, convention="none"),
+            {"rois": rois[:, :4]},
+            {"rois": rois + 5},
+            {"rois": None},
+            {"rois": rois, "out": features},
+            {"rois": rois, "convention": "none"},
         ):
             try:
                 roialign.roi_align(features, output_size=7, **bad)

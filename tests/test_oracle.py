@@ -15,9 +15,7 @@ def test_golden_forward(golden):
 
 
 def test_golden_adjoint(golden_gradient):
-    golden_gradient.check_adjoint(
-        oracle.adjoint(golden_gradient.problem, golden_gradient.d_output)
-    )
+    golden_gradient.check_adjoint(oracle.adjoint(golden_gradient.problem, golden_gradient.d_output))
 
 
 def test_every_sample(golden):

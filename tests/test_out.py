@@ -121,10 +121,10 @@ def bytes_outside(out, base):
 
 def on_doubles(operation):
     arguments = {
-        forward: dict(features=FEATURES.astype(np.float64)),
-        adjoint: dict(d_output=D_OUTPUT.astype(np.float64)),
-        box_gradient: dict(rois=ROIS.astype(np.float64)),
-        box_gradient_of_pair: dict(rois=(PAIR[0].astype(np.float64), PAIR[1])),
+        forward: {"features": FEATURES.astype(np.float64)},
+        adjoint: {"d_output": D_OUTPUT.astype(np.float64)},
+        box_gradient: {"rois": ROIS.astype(np.float64)},
+        box_gradient_of_pair: {"rois": (PAIR[0].astype(np.float64), PAIR[1])},
     }[operation]
     call = box_gradient if operation is box_gradient_of_pair else operation
     return lambda out=None: call(out, **arguments)
@@ -270,7 +270,7 @@ def test_interleaved_axes_do_not_overlap():
 
 
 def interleaved(values):
-    """(a copy of `values`, an array of its shape): one buffer, ranges that overlap, no shared byte."""
+    """(a copy of `values`, an array of its shape) that take turns in one buffer."""
     whole = np.zeros((*values.shape, 2), values.dtype)
     whole[..., 0] = values
     return whole[..., 0], whole[..., 1]

@@ -28,9 +28,7 @@ def test_golden_sees_a_changed_convention(golden_by_convention, name, field):
         for case in golden_by_convention[name]:
             problem = replace(case.problem, convention=wrong)
             case.check_forward(
-                roialign.roi_align(
-                    problem.features, problem.rois, problem.size, **problem.options
-                )
+                roialign.roi_align(problem.features, problem.rois, problem.size, **problem.options)
             )
 
 
@@ -58,7 +56,8 @@ def test_bound_sees_double_coordinates(make_problem):
     rng = np.random.default_rng(0)
     corners = rng.integers(-12, 24, (300, 2, 2))  # many samples at -1 or at the map's size
     boxes = np.concatenate([corners.min(1), corners.max(1) + 1], 1)
-    problem = make_problem(shape=(1, 1, 9, 11), count=300, scale=(1, 1), size=(7, 7), sampling=3, convention="asymmetric")
+    options = {"size": (7, 7), "sampling": 3, "convention": "asymmetric"}
+    problem = make_problem(shape=(1, 1, 9, 11), count=300, scale=(1, 1), **options)
     problem = replace(problem, boxes=boxes.astype(np.float32))
     output = roialign.roi_align(problem.features, problem.rois, problem.size, **problem.options)
     expected = oracle.forward(problem)
@@ -69,7 +68,7 @@ def test_bound_sees_double_coordinates(make_problem):
         tolerance.check(output, wrong, bound)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, tolerance.BFLOAT16, np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 33, 4, 3)])
 def test_every_output_is_written(make_problem, dtype, shape):
     problem = make_problem(shape=shape, dtype=dtype, sampling=0)

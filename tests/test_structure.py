@@ -1,4 +1,4 @@
-"""The tree as DESIGN 3 says: who imports whom, how the native code is cut and built."""
+"""The tree: who imports whom, how the native code is cut and built."""
 
 import ast
 import re
@@ -74,7 +74,7 @@ def imports(tree, package="roialign"):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_a_module_imports_what_its_place_allows(path):
-    assert path.stem in ALLOWED, f"{path.name} has no place in DESIGN 3: give it one here"
+    assert path.stem in ALLOWED, f"{path.name} has no place in the tree: give it one here"
     inner, outer = imports(ast.parse(path.read_text(encoding="utf-8")))
     inner_allowed, outer_allowed = ALLOWED[path.stem]
     assert inner <= inner_allowed

@@ -1,9 +1,9 @@
 """How far a result may be from the oracle: one table per dtype, and the reason.
 
-A sum of T rounded terms differs from the exact one by at most about T * u * sum |terms|, where u is
-the unit roundoff of the type that sums. Making the weights costs some roundings more (`WEIGHTS`).
-The result is then rounded once to its own dtype. The oracle has the kernel's own coordinates, so
-nothing is due to them (docs/spec.md, error bounds).
+A sum of T rounded terms differs from the exact one by about T * u * sum |terms| at most, where u is
+the unit roundoff of the type that sums; making the weights costs some roundings more. The result
+is then rounded once to its own dtype. The oracle has the kernel's own coordinates, so nothing is
+due to them. Derived in docs/spec.md, error bounds.
 """
 
 from dataclasses import replace
@@ -22,6 +22,7 @@ TABLE = {
     np.dtype(np.float32): (np.dtype(np.float32), 2.0**-24, 2.0**-149),
     np.dtype(np.float64): (np.dtype(np.float64), 2.0**-53, 2.0**-1074),
 }
+DTYPES = list(TABLE)
 WEIGHTS = 8
 
 # against other libraries, for features of size 1: (they round every operation, they round once)
@@ -42,38 +43,57 @@ def check(actual, expected, bound):
 
 def forward(problem, expected, tangent=None):
     """Bound of a forward result; T is the rows and columns that one bin reads."""
-    magnitude = replace(problem, features=abs(problem.features))
-    tangent = None if tangent is None else np.abs(tangent)
+    features = problem.features
+    terms = max(
+        (y.sum(1).max() + x.sum(1).max() for _, y, x in _touched(problem, tangent)), default=0
+    )
+    magnitude, tangent = replace(problem, features=abs(features)), _abs(tangent)
     size = oracle.forward(magnitude, tangent, bound=True)  # without a tangent: at most max|F|
-    axes = [[np.sum(axis.weights > 0, 1).max() for axis in pair] for pair in problem.axes]
-    terms = max((rows + cols for rows, cols in axes), default=0)
-    return _bound(problem.features, terms, size, expected, problem.features.dtype)
+    terms *= 1 if tangent is None else 2
+    return _bound(problem, features, terms, size, expected, features.dtype)
 
 
 def adjoint(problem, d_output, expected, tangent=None):
     """Bound of an adjoint result; T is the bins that one pixel is in."""
-    bins = np.zeros(problem.features.shape[2:])
-    for y, x in problem.axes:
-        bins += np.outer(np.sum(y.weights > 0, 0), np.sum(x.weights > 0, 0))
-    tangent = None if tangent is None else np.abs(tangent)
-    size = oracle.adjoint(problem, abs(d_output), tangent, bound=True)
-    return _bound(d_output, bins.max(initial=0), size, expected, d_output.dtype)
+    bins = np.zeros((len(problem.features), *problem.features.shape[2:]))
+    for image, y, x in _touched(problem, tangent):
+        bins[image] += np.outer(y.sum(0), x.sum(0))
+    terms = bins.max(initial=0) * (1 if tangent is None else 2)
+    size = oracle.adjoint(problem, abs(d_output), _abs(tangent), bound=True)
+    return _bound(problem, d_output, terms, size, expected, d_output.dtype)
 
 
 def box_gradient(problem, d_output, expected):
-    """Bound of a box gradient; T is the bins of one RoI, over the channels."""
+    """Bound of a box gradient; T is the bins, pixels and slopes of its two passes."""
+    terms = 0
+    for y, x in problem.axes:
+        for a, b in ((y, x), (x, y)):
+            pixels = np.sum(a.weights.any(0))
+            terms = max(terms, a.bins + pixels + 4 * np.sum(b.slopes(bound=True).any(0)))
+    terms += 16 + d_output.shape[1] / 8
     magnitude = replace(problem, features=abs(problem.features))
     size = oracle.box_gradient(magnitude, abs(d_output), bound=True)
-    return _bound(d_output, np.prod(d_output.shape[1:]), size, expected, problem.boxes.dtype)
+    return _bound(problem, d_output, terms, size, expected, problem.boxes.dtype)
 
 
-def _size(values):
-    return np.abs(values.astype(np.float64)).max(initial=0)
+def _touched(problem, tangent):
+    """(image, y [P, H], x [Q, W]) of each RoI: where there is weight, or slope under a tangent."""
+    for image, axes in zip(problem.index, problem.axes, strict=True):
+        slopes = [0 if tangent is None else axis.slopes(bound=True).any(0) for axis in axes]
+        yield image, *((a.weights > 0) | (s > 0) for a, s in zip(axes, slopes, strict=True))
 
 
-def _bound(values, terms, size, expected, dtype):
+def _abs(values):
+    return None if values is None else np.abs(values)
+
+
+def _bound(problem, values, terms, size, expected, dtype):
     sums = TABLE[values.dtype][0]
     _, sums_unit, sums_step = TABLE[sums]
     _, unit, step = TABLE[dtype]
-    underflow = sums_step * max(1, _size(values))
-    return (terms + WEIGHTS) * (sums_unit * size + underflow) + unit * np.abs(expected) + step
+    roundings = terms + WEIGHTS
+    if sums == np.float64:  # there weights are summed in their own type, and the oracle's too
+        lengths = [len(s.lo) for pair in problem.axes for axis in pair for s in axis.samples]
+        roundings = 2 * (roundings + 2 * max(lengths, default=0))
+    underflow = sums_step * max(1, np.abs(values.astype(np.float64)).max(initial=0))
+    return roundings * (sums_unit * size + underflow) + unit * np.abs(expected) + step

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -145,6 +146,10 @@ int64_t box_gradient(const Input& d_output_array, const Input& features_array, c
   const nb::gil_scoped_release released;
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   if (bad >= 0 || rois.count == 0) return bad;
+  if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes
+    std::memset(d_boxes, 0, size_t(d_boxes_array.nbytes()));
+    return bad;
+  }
   require(features.shape[2] > 0 && features.shape[3] > 0, "_core: features have no pixels");
   engine->box_gradient(d_output, features, rois, params, d_boxes, threads);
   return bad;
