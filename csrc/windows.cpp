@@ -274,6 +274,13 @@ struct Builder {
   }
 };
 
+// What a thread keeps from call to call.
+template <class T>
+T& of_this_thread() {
+  static thread_local T kept;
+  return kept;
+}
+
 // A set of groups, as bits.
 class GroupSet {
  public:
@@ -314,9 +321,7 @@ template <class Real>
 Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* tangent,
                             const Params& params, const int64_t map_shape[4], const int64_t bins[2],
                             int64_t tasks_per_visit, int threads) {
-  static thread_local Storage<Real> kept;
-  static thread_local Workspace workspace;
-  Storage<Real>& s = kept;
+  Storage<Real>& s = of_this_thread<Storage<Real>>();
   const Builder<Real> builder{operation, rois, tangent, params, map_shape, bins};
   const int64_t count = rois.count, images = map_shape[0];
   const int64_t chunks = (count + kChunk - 1) / kChunk;
@@ -330,7 +335,7 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
     for (int64_t k = chunk * kChunk; k < std::min(count, (chunk + 1) * kChunk); ++k) {
       const int64_t image = image_of(rois, k, images);
       Window<Real>& window = built[size_t(k)];
-      window = image < 0 ? Window<Real>{k, 0, {}} : builder.window(k, workspace, arena);
+      window = image < 0 ? Window<Real>{k, 0, {}} : builder.window(k, of_this_thread<Workspace>(), arena);
       s.keys[size_t(k)] = {std::max<int64_t>(image, 0), builder.band(window),
                            builder.place_in_band(window), k};
     }

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
@@ -162,3 +163,28 @@ def test_fork_while_busy(make_problem):
 def test_spawn(make_problem):
     problem = shared_problem(make_problem)
     assert run_child("spawn", problem, results(problem)) == 0
+
+
+def test_daemon_threads_in_calls_at_exit():
+    """The interpreter may shut down while daemon threads are in the middle of calls."""
+    program = """
+import threading, time
+import numpy as np, roialign
+
+features = np.ones((1, 16, 64, 64), np.float32)
+rois = np.tile(np.float32([[0, 1, 1, 40, 40]]), (50, 1))
+started = [threading.Event() for _ in range(2)]
+
+def call(event):
+    while True:
+        roialign.roi_align(features, rois, 7)
+        event.set()
+
+for event in started:
+    threading.Thread(target=call, args=(event,), daemon=True).start()
+for event in started:
+    event.wait()
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")

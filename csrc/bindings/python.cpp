@@ -6,9 +6,16 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "../dispatch.hpp"
 #include "../memory.hpp"
@@ -73,6 +80,40 @@ void* boxes_like(const Array& array, const Rois& rois, DType dtype) {
   return const_cast<void*>(static_cast<const void*>(array.data()));
 }
 
+// Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock while
+// the interpreter is shutting down is unwound through frames that forbid it, and the process aborts. So
+// shutting down waits for the calls under way, and calls after that keep the lock.
+std::atomic<int> calls_under_way{0};
+std::atomic<bool> shutting_down{false};
+
+class Unlocked {
+ public:
+  Unlocked() {
+    ++calls_under_way;
+    if (!shutting_down) state_ = PyEval_SaveThread();
+  }
+  ~Unlocked() {
+    if (state_) PyEval_RestoreThread(state_);
+    --calls_under_way;
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
+void wait_for_calls() {
+  shutting_down = true;
+  const nb::gil_scoped_release released;
+  while (calls_under_way) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+#if !defined(_WIN32)
+// The parent's other threads do not live in a forked child.
+const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
+#endif
+
 void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
@@ -102,7 +143,7 @@ int64_t forward(const Input& features_array, const Input& boxes, const Input& im
   if (!tangent_array.is_none()) {
     tangent = boxes_like(nb::cast<Input>(tangent_array), rois, features.dtype);
   }
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   const int64_t size = output.shape[0] * output.shape[1] * output.shape[2] * output.shape[3];
   if (bad >= 0 || size == 0) return bad;
@@ -124,7 +165,7 @@ int64_t adjoint(const Input& d_output_array, const Input& boxes, const Input& im
   if (!tangent_array.is_none()) {
     tangent = boxes_like(nb::cast<Input>(tangent_array), rois, d_output.dtype);
   }
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   const int64_t bad = bad_image_index(rois, d_features.shape[0]);
   const int64_t size =
       d_features.shape[0] * d_features.shape[1] * d_features.shape[2] * d_features.shape[3];
@@ -143,7 +184,7 @@ int64_t box_gradient(const Input& d_output_array, const Input& features_array, c
               d_output.dtype == features.dtype && d_output.shape[2] > 0 && d_output.shape[3] > 0,
           "_core: d_output does not fit features and boxes");
   void* d_boxes = boxes_like(d_boxes_array, rois, features.dtype);
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   if (bad >= 0 || rois.count == 0) return bad;
   if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes
@@ -190,6 +231,7 @@ NB_MODULE(_core, m) {
   m.attr("usable_isas") = names(usable_isas());
   m.def("available_cpus", &available_cpus);
   m.def("allocate", &allocate);
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&wait_for_calls));
   // Arrays are never converted: a silent copy of an output would lose the result.
   m.def("forward", &forward, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
         nb::arg().none(), nb::arg(), nb::arg().noconvert(), nb::arg());

@@ -97,6 +97,10 @@ class Rois(NamedTuple):
 
     def like_given(self, d_boxes: np.ndarray) -> Any:
         """A gradient (K, 4) in the form and dtype in which the rois came."""
+        with np.errstate(over="ignore"):  # too large for the boxes' dtype: infinite
+            return self._like_given(d_boxes)
+
+    def _like_given(self, d_boxes: np.ndarray) -> Any:
         if isinstance(self.given, list):
             ends = np.cumsum([len(boxes) for boxes in self.given])[:-1]
             pieces = np.split(d_boxes, ends) if self.given else []
