@@ -1,10 +1,10 @@
 // The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats or 8
 // doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few blocks.
 //
-//   forward       pack the pixels that a window is the first to touch into lines [H * W][line];
-//                 x pass: rows_x_bins = F Ax^T; y pass: tile = Ay rows_x_bins; unpack the tile.
-//   adjoint       load d_output's tile; y pass: rows_x_bins = Ay^T tile; x pass: add
-//                 rows_x_bins Ax to the lines; unpack the pixels that it was the last to touch.
+//   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W][line];
+//                 y pass: strips = Ay F, along the map's rows; x pass: tile = strips Ax^T; unpack it.
+//   adjoint       load d_output's tile; x pass: strips = tile Ax; y pass: add Ay^T strips to the
+//                 lines; unpack the pixels that the band was the last to touch.
 //   box_gradient  the same passes, with the last one replaced by a dot product.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
@@ -22,6 +22,7 @@ namespace ROIALIGN_ISA {
 namespace {
 
 constexpr int kTaps = 8;                              // taps of one pass over the lines
+constexpr int64_t kAhead = 12;                        // groups of pixels asked for ahead
 constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
 constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
 
@@ -38,11 +39,11 @@ template <class T> inline T most_of(T a, T b) { return a < b ? b : a; }
 // A pass: for every row i of the matrix and every line j,
 //   out[out_place[i] * out_step + out_at[j]] (+)= sum over t of weight[t] * in[at(t) + in_at[j]],
 //   at(t) = in_place[index[t]] * in_step.
-// A null place is the identity. `taps` of a row's entries, from `first` on, are added at a time.
+// A null place is the identity. `taps` entries of rows [row, end), from `first` on, are added at a time.
 template <class Real>
 struct Pass {
   Axis<Real> matrix;
-  int64_t rows;
+  int64_t rows;           // of the matrix
   const Real* in;
   const int64_t* in_place;
   int64_t in_step;
@@ -57,10 +58,10 @@ struct Pass {
 inline int64_t placed(const int64_t* place, int64_t i) { return place ? place[i] : i; }
 
 template <class Real, int taps, bool accumulate>
-void add_taps(const Pass<Real>& pass, int64_t first) {
+void add_taps(const Pass<Real>& pass, int64_t row, int64_t end, int64_t first) {
   const Pass<Real> p = pass;  // a copy: stores to lines might alias what a reference names
   const int64_t width = p.matrix.taps;
-  for (int64_t i = 0; i < p.rows; ++i) {
+  for (int64_t i = row; i < end; ++i) {
     const int64_t* index = p.matrix.index + i * width + first;
     const Real* weight = p.matrix.weight[0] + i * width + first;
     Real* out = p.out + placed(p.out_place, i) * p.out_step;
@@ -86,7 +87,7 @@ void add_taps(const Pass<Real>& pass, int64_t first) {
 }
 
 template <class Real>
-using AddTaps = void (*)(const Pass<Real>&, int64_t);
+using AddTaps = void (*)(const Pass<Real>&, int64_t, int64_t, int64_t);
 
 template <class Real, bool accumulate>
 constexpr AddTaps<Real> kAddTaps[kTaps + 1] = {
@@ -102,9 +103,12 @@ void run(const Pass<Real>& pass, bool accumulate) {
       for (int64_t j = 0; j < pass.count; ++j) store(out + pass.out_at[j], Line<Real>{});
     }
   }
+  const int64_t singles = pass.matrix.singles;
+  if (singles) (accumulate ? kAddTaps<Real, true> : kAddTaps<Real, false>)[1](pass, 0, singles, 0);
   for (int64_t first = 0; first < pass.matrix.taps; first += kTaps) {
     const int64_t taps = least_of<int64_t>(pass.matrix.taps - first, kTaps);
-    (accumulate || first ? kAddTaps<Real, true> : kAddTaps<Real, false>)[taps](pass, first);
+    (accumulate || first ? kAddTaps<Real, true> : kAddTaps<Real, false>)[taps](pass, singles, pass.rows,
+                                                                              first);
   }
 }
 
@@ -336,59 +340,97 @@ void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
 template <class T, class Real>
 struct Workspace {
   Real* map;            // [blocks][H * W] lines: packed features, or the sums of d_features
-  Real* rows_x_bins;    // [rows of a window][Q] lines: between the two passes
+  Real* strips;         // [P][columns of a window] lines: between the two passes
   Real* tile;           // [blocks][P][Q] lines
   Real* rows;           // channel rows of a tile or a group
   T* narrowed;          // the same in the array's dtype, if that is another; or a pixel's channels
-  int64_t* row_at;      // map rows of the window
-  int64_t* bins_at;     // rows of rows_x_bins
-  int64_t* q_at;        // lines of a row of bins
+  int64_t* column_at;   // the window's columns in a row of the map
+  int64_t* strip_at;    // the same columns in a strip
+  int64_t* strips_at;   // strips
+  int64_t* tile_at;     // rows of the tile
 
   int64_t map_step;     // from one block to the next
   int64_t tile_step;
 
-  Workspace(int64_t pixels, int64_t max_rows, const int64_t bins[2], int64_t blocks)
+  Workspace(int64_t pixels, int64_t max_columns, const int64_t bins[2], int64_t blocks)
       : map_step((pixels + kGroup) * kLanes<Real>), tile_step(bins[0] * bins[1] * kLanes<Real>) {
     const int64_t stage = blocks * most_of(bins[0] * bins[1], kGroup);
     const int64_t sizes[] = {blocks * map_step * int64_t(sizeof(Real)),
-                             max_rows * bins[1] * kLineBytes,
+                             bins[0] * max_columns * kLineBytes,
                              blocks * tile_step * int64_t(sizeof(Real)),
                              stage * kLineBytes,
                              sizeof(T) == sizeof(Real) ? blocks * kLineBytes
                                                        : stage * kLanes<Real> * int64_t(sizeof(T)),
-                             max_rows * int64_t(sizeof(int64_t)),
-                             max_rows * int64_t(sizeof(int64_t)),
-                             bins[1] * int64_t(sizeof(int64_t))};
-    int64_t at[9] = {0};
-    for (int i = 0; i < 8; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
-    char* base = static_cast<char*>(thread_scratch(size_t(at[8])));
+                             max_columns * int64_t(sizeof(int64_t)),
+                             max_columns * int64_t(sizeof(int64_t)),
+                             bins[0] * int64_t(sizeof(int64_t)),
+                             bins[0] * int64_t(sizeof(int64_t))};
+    int64_t at[10] = {0};
+    for (int i = 0; i < 9; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
+    char* base = static_cast<char*>(thread_scratch(size_t(at[9])));
     map = reinterpret_cast<Real*>(base + at[0]);
-    rows_x_bins = reinterpret_cast<Real*>(base + at[1]);
+    strips = reinterpret_cast<Real*>(base + at[1]);
     tile = reinterpret_cast<Real*>(base + at[2]);
     rows = reinterpret_cast<Real*>(base + at[3]);
     narrowed = reinterpret_cast<T*>(base + at[4]);
-    row_at = reinterpret_cast<int64_t*>(base + at[5]);
-    bins_at = reinterpret_cast<int64_t*>(base + at[6]);
-    q_at = reinterpret_cast<int64_t*>(base + at[7]);
-    for (int64_t r = 0; r < max_rows; ++r) bins_at[r] = r * bins[1] * kLanes<Real>;
-    for (int64_t q = 0; q < bins[1]; ++q) q_at[q] = q * kLanes<Real>;
+    column_at = reinterpret_cast<int64_t*>(base + at[5]);
+    strip_at = reinterpret_cast<int64_t*>(base + at[6]);
+    strips_at = reinterpret_cast<int64_t*>(base + at[7]);
+    tile_at = reinterpret_cast<int64_t*>(base + at[8]);
+    for (int64_t j = 0; j < max_columns; ++j) strip_at[j] = j * kLanes<Real>;
+    for (int64_t p = 0; p < bins[0]; ++p) tile_at[p] = p * bins[1] * kLanes<Real>;
   }
   ~Workspace() { trim_thread_scratch(); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 };
 
-template <class Real>
-void place_rows(const Axis<Real>& y, int64_t row_step, int64_t* row_at) {
-  for (int64_t r = 0; r < y.pixel_count; ++r) row_at[r] = y.pixels[r] * row_step;
+// Where the columns of a window are; returns the length of a strip.
+template <class T, class Real>
+int64_t place_columns(const Axis<Real>& x, int64_t bins, const Workspace<T, Real>& work) {
+  const int64_t step = x.pixel_count * kLanes<Real>;
+  for (int64_t j = 0; j < x.pixel_count; ++j) work.column_at[j] = x.pixels[j] * kLanes<Real>;
+  for (int64_t p = 0; p < bins; ++p) work.strips_at[p] = p * step;
+  return step;
+}
+
+// strips = Ay F, for one block's map; y is by bins.
+template <class T, class Real>
+Pass<Real> pool_rows(const Term<Real>& term, int64_t bins, int64_t row_step, const Real* map,
+                     int64_t strip, const Workspace<T, Real>& work) {
+  return {term.y, bins, map, term.y.pixels, row_step, work.column_at,
+          work.strips, nullptr, strip, work.strip_at, term.x.pixel_count};
+}
+
+// strips = tile Ax, for one block's tile; x is by pixels.
+template <class T, class Real>
+Pass<Real> spread_columns(const Term<Real>& term, const int64_t bins[2], const Real* tile,
+                          const Workspace<T, Real>& work) {
+  return {term.x, term.x.pixel_count, tile, nullptr, kLanes<Real>, work.tile_at,
+          work.strips, nullptr, kLanes<Real>, work.strips_at, bins[0]};
 }
 
 // --- The operations -------------------------------------------------------------------------------
+
+// Asks for a run of pixels that will be loaded soon.
+template <class T>
+void prefetch_pixels(const Plane<const T>& plane, int64_t first, int64_t count) {
+  const int64_t y = first / plane.width, x = first % plane.width;
+  const T* p = plane.data + y * plane.row_stride + x * plane.pixel_stride;
+  if (plane.channel_stride == 1) {
+    for (int64_t i = 0; i < least_of(count, plane.width - x); ++i) {
+      prefetch(p + i * plane.pixel_stride, plane.channels * int64_t(sizeof(T)));
+    }
+  } else {
+    for (int64_t c = 0; c < plane.channels; ++c) prefetch(p + c * plane.channel_stride, 1);
+  }
+}
 
 // Packs the pixels that the band is the first to touch.
 template <class T, class Real>
 void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, Real>& work) {
   for (int64_t g = 0; g < groups.count; ++g) {
+    if (g + kAhead < groups.count) prefetch_pixels(plane, groups.at[g + kAhead] * kGroup, kGroup);
     const int64_t first = groups.at[g] * kGroup;
     load_lines(plane, first, least_of(kGroup, plane.pixels - first), work.map + first * kLanes<Real>,
                work.map_step, work.rows);
@@ -437,21 +479,20 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
                     features.shape, bins, parts, threads);
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (!window.term_count) {
         std::memset(work.tile, 0, size_t(plane.blocks() * work.tile_step) * sizeof(Real));
       }
       for (int s = 0; s < window.term_count; ++s) {
-        const Axis<Real>& y = window.term[s].y;
-        const Axis<Real>& x = window.term[s].x;
-        place_rows(y, plane.width * line, work.row_at);
+        const Term<Real>& term = window.term[s];
+        const int64_t strip = place_columns(term.x, bins[0], work);
         for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run<Real>({x, bins[1], work.map + b * work.map_step, x.pixels, line, work.row_at,
-                     work.rows_x_bins, nullptr, line, work.bins_at, y.pixel_count}, false);
-          run<Real>({y, bins[0], work.rows_x_bins, nullptr, bins[1] * line, work.q_at,
-                     work.tile + b * work.tile_step, nullptr, bins[1] * line, work.q_at, bins[1]},
+          run(pool_rows(term, bins[0], plane.width * line, work.map + b * work.map_step, strip, work),
+              false);
+          run<Real>({term.x, bins[1], work.strips, nullptr, line, work.strips_at,
+                     work.tile + b * work.tile_step, nullptr, line, work.tile_at, bins[0]},
                     s > 0);
         }
       }
@@ -462,19 +503,38 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
   });
 }
 
-// Loads the window's part of d_output and asks for the next one's.
-template <class T, class Real>
-void load_tile(const Tensor& d_output, const Window<Real>& window, const Window<Real>* following,
-               int64_t first, int64_t channels, Workspace<T, Real>& work) {
-  if (following) {
-    const auto next = plane_of<const T>(d_output, following->roi, first, channels);
-    const int64_t bytes = next.channels * int64_t(sizeof(T));
-    if (next.pixel_stride == 1 && next.channel_stride == next.pixels) {
-      prefetch(next.data, next.pixels * bytes);
-    } else if (next.channel_stride == 1 && next.row_stride == next.width * next.pixel_stride) {
-      for (int64_t i = 0; i < next.pixels; ++i) prefetch(next.data + i * next.pixel_stride, bytes);
+// The part of d_output that comes next. It is asked for in quarters, between the passes: the memory
+// system takes only so many requests at a time.
+template <class T>
+class Upcoming {
+ public:
+  template <class Real>
+  Upcoming(const Tensor& d_output, const Window<Real>* following, int64_t first, int64_t channels)
+      : tile_(plane_of<const T>(d_output, following ? following->roi : 0, first, channels)),
+        known_(following) {}
+
+  void ask(int64_t quarter) const {
+    if (!known_) return;
+    const int64_t bytes = tile_.channels * int64_t(sizeof(T));
+    if (tile_.pixel_stride == 1 && tile_.channel_stride == tile_.pixels) {
+      const int64_t part = (tile_.pixels * bytes + 3) / 4;
+      prefetch(reinterpret_cast<const char*>(tile_.data) + quarter * part, part);
+    } else if (tile_.channel_stride == 1 && tile_.row_stride == tile_.width * tile_.pixel_stride) {
+      const int64_t end = tile_.pixels * (quarter + 1) / 4;
+      for (int64_t i = tile_.pixels * quarter / 4; i < end; ++i) {
+        prefetch(tile_.data + i * tile_.pixel_stride, bytes);
+      }
     }
   }
+
+ private:
+  Plane<const T> tile_;
+  bool known_;
+};
+
+template <class T, class Real>
+void load_tile(const Tensor& d_output, const Window<Real>& window, int64_t first, int64_t channels,
+               const Workspace<T, Real>& work) {
   const auto tile = plane_of<const T>(d_output, window.roi, first, channels);
   load_lines(tile, 0, tile.pixels, work.tile, work.tile_step, work.rows);
 }
@@ -493,7 +553,7 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                     d_features.shape, bins, parts, threads);
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<T>(d_features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
     const auto zero = [&](int64_t group) {
       for (int64_t b = 0; b < plane.blocks(); ++b) {
         std::memset(work.map + b * work.map_step + group * kGroup * line, 0, kGroup * kLineBytes);
@@ -513,20 +573,22 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
       }
     };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      if (window.term_count) load_tile(d_output, window, following, part * channels, channels, work);
+      const Upcoming<T> upcoming(d_output, following, part * channels, channels);
+      upcoming.ask(0);
+      if (window.term_count) load_tile(d_output, window, part * channels, channels, work);
+      upcoming.ask(1);
       for (int s = 0; s < window.term_count; ++s) {
-        const Axis<Real>& y = window.term[s].y;
-        const Axis<Real>& x = window.term[s].x;
-        place_rows(y, plane.width * line, work.row_at);
+        const Term<Real>& term = window.term[s];
+        const int64_t strip = place_columns(term.x, bins[0], work);
         for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run<Real>({y, y.pixel_count, work.tile + b * work.tile_step, nullptr, bins[1] * line,
-                     work.q_at, work.rows_x_bins, nullptr, bins[1] * line, work.q_at, bins[1]},
-                    false);
-          run<Real>({x, x.pixel_count, work.rows_x_bins, nullptr, line, work.bins_at,
-                     work.map + b * work.map_step, x.pixels, line, work.row_at, y.pixel_count},
-                    true);
+          run(spread_columns(term, bins, work.tile + b * work.tile_step, work), false);
+          if (s == 0 && b == 0) upcoming.ask(2);
+          run<Real>({term.y, term.y.pixel_count, work.strips, nullptr, strip, work.strip_at,
+                     work.map + b * work.map_step, term.y.pixels, plane.width * line, work.column_at,
+                     term.x.pixel_count}, true);
         }
       }
+      upcoming.ask(3);
     }, leave);
     zero(0);
     for (int64_t g = 0; g < visit.untouched.count; ++g) unpack(visit.untouched.at[g], work.map);
@@ -564,42 +626,40 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   } const owner{partial, bytes};
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_rows, bins, plane.blocks());
+    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Line<Real> d_x[2] = {}, d_y[2] = {};
+      const Upcoming<T> upcoming(d_output, following, part * channels, channels);
+      upcoming.ask(0);
       if (window.term_count) {
-        load_tile(d_output, window, following, part * channels, channels, work);
-        // d_output pulled back to the map's rows, against the slopes of x.
-        const Axis<Real>& y = window.term[0].y;
-        const Axis<Real>& x_slopes = window.term[0].x;
-        place_rows(y, plane.width * line, work.row_at);
+        load_tile(d_output, window, part * channels, channels, work);
+        upcoming.ask(1);
+        // d_output pulled back to the map's columns, against the slopes of y; after it the features
+        // pooled to bins of y, against the slopes of x.
+        const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
+        int64_t strip = place_columns(pulled.x, bins[0], work);
         for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run<Real>({y, y.pixel_count, work.tile + b * work.tile_step, nullptr, bins[1] * line,
-                     work.q_at, work.rows_x_bins, nullptr, bins[1] * line, work.q_at, bins[1]},
-                    false);
-          dot_slopes(x_slopes, bins[1], work.rows_x_bins, line, work.bins_at,
-                     work.map + b * work.map_step, x_slopes.pixels, line, work.row_at,
-                     y.pixel_count, d_x);
+          run(spread_columns(pulled, bins, work.tile + b * work.tile_step, work), false);
+          dot_slopes(pulled.y, bins[0], work.strips, strip, work.strip_at,
+                     work.map + b * work.map_step, pulled.y.pixels, plane.width * line,
+                     work.column_at, pulled.x.pixel_count, d_y);
         }
-        // The features' rows by bins of x, against the slopes of y.
-        const Axis<Real>& y_slopes = window.term[1].y;
-        const Axis<Real>& x = window.term[1].x;
-        place_rows(y_slopes, plane.width * line, work.row_at);
+        upcoming.ask(2);
+        strip = place_columns(pooled.x, bins[0], work);
         for (int64_t b = 0; b < plane.blocks(); ++b) {
           Real* tile = work.tile + b * work.tile_step;
-          run<Real>({x, bins[1], work.map + b * work.map_step, x.pixels, line, work.row_at,
-                     work.rows_x_bins, nullptr, line, work.bins_at, y_slopes.pixel_count}, false);
-          for (int64_t q = 0; q < bins[1]; ++q) {  // a bin without samples does not read d_output
-            if (x.taps && x.index[q * x.taps] >= 0) continue;
-            for (int64_t p = 0; p < bins[0]; ++p) {
-              std::memset(tile + (p * bins[1] + q) * line, 0, kLineBytes);
-            }
+          run(pool_rows(pooled, bins[0], plane.width * line, work.map + b * work.map_step, strip, work),
+              false);
+          for (int64_t p = 0; p < bins[0]; ++p) {  // a bin without samples does not read d_output
+            if (pooled.y.taps && pooled.y.index[p * pooled.y.taps] >= 0) continue;
+            std::memset(tile + p * bins[1] * line, 0, size_t(bins[1] * kLineBytes));
           }
-          dot_slopes(y_slopes, bins[0], tile, bins[1] * line, work.q_at, work.rows_x_bins, nullptr,
-                     bins[1] * line, work.q_at, bins[1], d_y);
+          dot_slopes(pooled.x, bins[1], tile, line, work.tile_at, work.strips, nullptr, line,
+                     work.strips_at, bins[0], d_x);
         }
       }
+      upcoming.ask(3);
       Real* d_box = partial + part * count + window.roi * 4;
       d_box[0] = sum_of(d_x[0]);
       d_box[1] = sum_of(d_y[0]);

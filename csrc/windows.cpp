@@ -126,11 +126,20 @@ Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& wo
     }
     ++work.used[size_t(place)];
   }
+  int64_t singles = 0;
+  if (transposed) {  // single entries first: their rows need one multiply-add, and no padding
+    for (int64_t i = 0; i < distinct; ++i) {
+      if (work.used[size_t(i)] != 1) continue;
+      std::swap(work.place[size_t(pixels[i] - least)], work.place[size_t(pixels[singles] - least)]);
+      std::swap(work.used[size_t(i)], work.used[size_t(singles)]);
+      std::swap(pixels[i], pixels[singles++]);
+    }
+  }
   const int64_t width = !transposed ? widest(taps)
                         : distinct ? *std::max_element(work.used.begin(), work.used.end()) : 0;
   const int64_t rows = transposed ? distinct : bins;
   int64_t* index = arena.allocate<int64_t>(rows * width);
-  Axis<Real> axis{pixels, distinct, width, index, {nullptr, nullptr}};
+  Axis<Real> axis{pixels, distinct, width, singles, index, {nullptr, nullptr}};
   std::fill(work.used.begin(), work.used.end(), 0);
   for (int w = 0; w < weights; ++w) {
     Real* weight = arena.allocate<Real>(rows * width);
@@ -218,10 +227,10 @@ struct Builder {
       for (Taps& slopes : work.slopes) std::fill(slopes.first.begin(), slopes.first.end(), 0);
     }
     // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
-    // back to the rows of the map (the y of its first term).
+    // back to the columns of the map (the x of its first term).
     const bool adjoint = operation == Operation::adjoint;
     const auto values = [&](int axis) {
-      const bool transposed = adjoint || (operation == Operation::box_gradient && axis == 0);
+      const bool transposed = adjoint || (operation == Operation::box_gradient && axis == 1);
       return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
     };
     const auto slopes = [&](int axis) {
@@ -232,8 +241,8 @@ struct Builder {
     };
     if (sloped) {
       result.term_count = 2;
-      result.term[0] = {values(0), slopes(1)};
-      result.term[1] = {slopes(0), values(1)};
+      result.term[0] = {slopes(0), values(1)};
+      result.term[1] = {values(0), slopes(1)};
     } else {
       result.term_count = 1;
       result.term[0] = {values(0), values(1)};
@@ -348,8 +357,8 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
   for (const Window<Real>& window : s.windows) {
     for (int i = 0; i < window.term_count; ++i) {
       const Term<Real>& term = window.term[i];
-      result.max_rows = std::max(result.max_rows, term.y.pixel_count);
-      result.work += term.y.pixel_count * (term.x.pixel_count + 2 * bins[1]);
+      result.max_columns = std::max(result.max_columns, term.x.pixel_count);
+      result.work += term.x.pixel_count * (term.y.pixel_count + 2 * bins[0]);
     }
   }
 

@@ -14,18 +14,19 @@ constexpr int64_t kGroup = 16;
 // One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
 // entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]; a row without
 // entries has index -1. An entry's `index` counts along `pixels` where rows are bins, and along the
-// bins where the matrix is transposed and its rows are `pixels`.
+// bins where the matrix is transposed and its rows are `pixels`; those with a single entry come first.
 template <class Real>
 struct Axis {
   const int64_t* pixels;     // the distinct rows (columns) of the map that have weight
   int64_t pixel_count;
   int64_t taps;
+  int64_t singles;           // rows with one entry at the start of a transposed matrix
   const int64_t* index;
   const Real* weight[2];     // values: [0]; slopes: in the box's start, in its end
 };
 
 // One product y . F . x^T of sparse matrices. The plain operations have one term; with a box tangent
-// there are two, and the box gradient's two give the boxes' x and y.
+// there are two, and the box gradient's two give the boxes' y and x.
 template <class Real>
 struct Term {
   Axis<Real> y, x;
@@ -68,7 +69,7 @@ template <class Real>
 struct Windows {
   const Visit<Real>* visits;
   int64_t visit_count;
-  int64_t max_rows;          // the most pixel rows of a term
+  int64_t max_columns;       // the most pixel columns of a term
   int64_t work;              // multiply-adds per channel
 };
 
