@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from roialign import _checks, _conventions
@@ -18,27 +19,33 @@ __all__ = [
 ]
 
 
-class _Rule:
-    """The arguments that all operations share: their types at once, their values in `resolve`."""
+def _rule(spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
+    """The arguments that all operations share: all types first, then the values.
 
-    def __init__(self, spatial_scale, sampling_ratio, convention, reduction) -> None:
-        self._scale = _checks.reals("spatial_scale", spatial_scale)
-        self._ratio = _checks.integer("sampling_ratio", sampling_ratio)
-        if not isinstance(convention, (str, _conventions.Convention)):
-            raise TypeError(
-                "`convention` must be a name or a Convention, "
-                f"got {_checks.type_name(convention)}"
-            )
-        self._convention = convention
-        self._reduction = _checks.string("reduction", reduction)
+    Comes after the type checks of the other arguments and before the checks of their values.
+    """
+    given = (spatial_scale, sampling_ratio, convention, reduction)
+    if tuple(map(type, given)) == (float, int, str, str):
+        return _plain_rule(*given)
+    return _resolved_rule(*given)
 
-    def resolve(self) -> dict[str, Any]:
-        _checks.reduction(self._reduction)
-        return {
-            "spatial_scale": _checks.scales("spatial_scale", self._scale),
-            "sampling_ratio": self._ratio,
-            "convention": _conventions.resolve(self._convention),
-        }
+
+def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
+    scale = _checks.reals("spatial_scale", spatial_scale)
+    ratio = _checks.integer("sampling_ratio", sampling_ratio)
+    if not isinstance(convention, (str, _conventions.Convention)):
+        raise TypeError(
+            f"`convention` must be a name or a Convention, got {_checks.type_name(convention)}"
+        )
+    _checks.reduction(_checks.string("reduction", reduction))
+    return {
+        "spatial_scale": _checks.scales("spatial_scale", scale),
+        "sampling_ratio": ratio,
+        "convention": _conventions.resolve(convention),
+    }
+
+
+_plain_rule = functools.lru_cache(_resolved_rule)  # the usual types, which make safe keys
 
 
 def roi_align(
@@ -93,10 +100,10 @@ def roi_align(
     _numpy.check_features("features", features)
     _numpy.check_rois(rois)
     bins = _checks.integers("output_size", output_size)
-    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
     if out is not None:
         _numpy.check_out("out", out, features.dtype)
-    return _forward(features, rois, _checks.bins("output_size", bins), rule.resolve(), out)
+    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
+    return _forward(features, rois, _checks.bins("output_size", bins), rule, out)
 
 
 def _forward(features: Any, rois: Any, bins: tuple[int, int], rule: dict[str, Any], out: Any) -> Any:
@@ -164,11 +171,10 @@ def roi_align_adjoint(
             f"`feature_shape` must be a tuple (N, C, H, W), got {_checks.type_name(feature_shape)}"
         )
     shape = _checks.integers("feature_shape", feature_shape)
-    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
     if out is not None:
         _numpy.check_out("out", out, d_output.dtype)
 
-    resolved = rule.resolve()
+    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
     parsed = _numpy.parse_rois(rois, shape[0])
     _check_d_output(d_output, len(parsed.boxes), shape[1])
@@ -178,7 +184,7 @@ def roi_align_adjoint(
     if out is not None:
         _numpy.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
     return _numpy.adjoint(
-        d_output, parsed.boxes, parsed.image_index, shape, out=out, **resolved
+        d_output, parsed.boxes, parsed.image_index, shape, out=out, **rule
     )
 
 
@@ -224,14 +230,13 @@ def roi_align_box_gradient(
     _numpy.check_features("features", features)
     _numpy.check_same_dtype("d_output", d_output, "features", features)
     _numpy.check_rois(rois)
-    rule = _Rule(spatial_scale, sampling_ratio, convention, reduction)
     if out is not None:
         if isinstance(rois, list):
             raise TypeError("`out` must be None where `rois` is a list, got an array")
         for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
             _numpy.check_out("out", out, _numpy.gradient_dtype(boxes.dtype))
 
-    resolved = rule.resolve()
+    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     parsed = _numpy.parse_rois(rois, features.shape[0])
     count = len(parsed.boxes)
@@ -241,7 +246,7 @@ def roi_align_box_gradient(
         inputs = [d_output, features, *parsed.arrays()]
         _numpy.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
     d_boxes = _numpy.box_gradient(
-        d_output, features, parsed.boxes, parsed.image_index, **resolved
+        d_output, features, parsed.boxes, parsed.image_index, **rule
     )
     d_rois = parsed.like_given(d_boxes)
     if out is None:

@@ -204,7 +204,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, channels_last: bool) -> np.nd
 
 def _addressable(array: np.ndarray) -> bool:
     """Whether every element is aligned: the core counts strides in elements."""
-    return array.flags.aligned and not any(stride % array.itemsize for stride in array.strides)
+    flags = array.flags
+    if flags.c_contiguous:
+        return flags.aligned
+    itemsize = array.itemsize
+    return flags.aligned and all([stride % itemsize == 0 for stride in array.strides])
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
