@@ -1,11 +1,12 @@
 // The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats or 8
 // doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few blocks.
 //
-//   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W][line];
-//                 y pass: strips = Ay F, along the map's rows; x pass: tile = strips Ax^T; unpack it.
-//   adjoint       load d_output's tile; x pass: strips = tile Ax; y pass: add Ay^T strips to the
+//   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W];
+//                 for every row p of bins: strip = Ay[p] F, a line per column of the window; then
+//                 tile[p] = strip Ax^T. The finished tile leaves while the next one is made.
+//   adjoint       load d_output's tile; for every p: strip = tile[p] Ax; add Ay[p]^T strip to the
 //                 lines; unpack the pixels that the band was the last to touch.
-//   box_gradient  the same passes, with the last one replaced by a dot product.
+//   box_gradient  for every p the same strips, and dot products with the slopes.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
 // instantiate anything with external linkage that another file instantiates too (no std:: containers
@@ -21,8 +22,15 @@ namespace roialign {
 namespace ROIALIGN_ISA {
 namespace {
 
-constexpr int kTaps = 8;                              // taps of one pass over the lines
+#define ROIALIGN_INLINE inline __attribute__((always_inline))
+#define ROIALIGN_LAMBDA __attribute__((always_inline))
+#define ROIALIGN_NOINLINE __attribute__((noinline))
+constexpr int kTaps = 8;                              // rows read or added to at a time
+constexpr int kFusedTaps = 4;                         // ... by bins that need no strip
+constexpr int kDots = 4;                              // dot products held in registers
 constexpr int64_t kAhead = 12;                        // groups of pixels asked for ahead
+constexpr int64_t kRows = 7;                          // bins of y whose strips are made at a time
+constexpr int64_t kUnpacked = 8;                      // groups of pixels that leave together
 constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
 constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
 
@@ -31,133 +39,303 @@ template <> struct AccumulatorOf<double> { using type = double; };
 template <class T> struct AccumulatorOf<const T> : AccumulatorOf<T> {};
 template <class T> using Accumulator = typename AccumulatorOf<T>::type;
 
-template <class T> inline T least_of(T a, T b) { return b < a ? b : a; }
-template <class T> inline T most_of(T a, T b) { return a < b ? b : a; }
+template <class T> constexpr T least_of(T a, T b) { return b < a ? b : a; }
+template <class T> constexpr T most_of(T a, T b) { return a < b ? b : a; }
 
-// --- Passes over lines ----------------------------------------------------------------------------
+// --- Kernels over lines ---------------------------------------------------------------------------
+// A strip holds a line for each column of a window, a run of strips is for a run of bins of y. How many
+// taps a kernel adds at a time is a constant of its instantiation: all entries of a row from `first` on.
 
-// A pass: for every row i of the matrix and every line j,
-//   out[out_place[i] * out_step + out_at[j]] (+)= sum over t of weight[t] * in[at(t) + in_at[j]],
-//   at(t) = in_place[index[t]] * in_step.
-// A null place is the identity. `taps` entries of rows [row, end), from `first` on, are added at a time.
-template <class Real>
-struct Pass {
-  Axis<Real> matrix;
-  int64_t rows;           // of the matrix
-  const Real* in;
-  const int64_t* in_place;
-  int64_t in_step;
-  const int64_t* in_at;
-  Real* out;
-  const int64_t* out_place;
-  int64_t out_step;
-  const int64_t* out_at;
-  int64_t count;  // of lines
+template <int n>
+struct Count {
+  static constexpr int value = n;
 };
 
-inline int64_t placed(const int64_t* place, int64_t i) { return place ? place[i] : i; }
+// Calls body(Count<n>, first) until all of an axis's taps are added.
+template <int most = kTaps, class Body>
+ROIALIGN_INLINE void for_taps(int64_t all, const Body& body) {
+  for (int64_t first = 0; first < all; first += most) {
+    switch (least_of<int64_t>(most, all - first)) {
+      case 1: body(Count<1>{}, first); break;
+      case 2: body(Count<2>{}, first); break;
+      case 3: body(Count<3>{}, first); break;
+      case 4: body(Count<4>{}, first); break;
+      case 5: body(Count<least_of(5, most)>{}, first); break;
+      case 6: body(Count<least_of(6, most)>{}, first); break;
+      case 7: body(Count<least_of(7, most)>{}, first); break;
+      default: body(Count<most>{}, first);
+    }
+  }
+}
 
-template <class Real, int taps, bool accumulate>
-void add_taps(const Pass<Real>& pass, int64_t row, int64_t end, int64_t first) {
-  const Pass<Real> p = pass;  // a copy: stores to lines might alias what a reference names
-  const int64_t width = p.matrix.taps;
-  for (int64_t i = row; i < end; ++i) {
-    const int64_t* index = p.matrix.index + i * width + first;
-    const Real* weight = p.matrix.weight[0] + i * width + first;
-    Real* out = p.out + placed(p.out_place, i) * p.out_step;
-    if (*index < 0) {
-      for (int64_t j = 0; !accumulate && j < p.count; ++j) store(out + p.out_at[j], Line<Real>{});
+struct Range {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// The lines of one block's map, by the pixels of a window's axis y.
+template <class Real>
+struct Map {
+  Real* lines;
+  int64_t row_step;
+  Real* row(const Axis<Real>& y, int64_t entry) const { return lines + y.pixels[y.index[entry]] * row_step; }
+};
+
+// strips[p][j] (+)= sum over t of y[p][t] * map[row t][column j], for bins p of y.
+template <int taps, bool accumulate, class Real>
+ROIALIGN_NOINLINE void gather(const Axis<Real>& y, Range p, int64_t first, Map<Real> map,
+                              const Axis<Real>& x, Real* strips) {
+  const int32_t* columns = x.pixels;
+  const int64_t count = x.pixel_count;
+  for (; p.begin < p.end; ++p.begin) {
+    if (!y.entries[p.begin]) {
+      std::memset(strips, 0, size_t(count * kLineBytes));
+      strips += count * kLanes<Real>;
       continue;
     }
     Vector<Real> w[taps];
-    const Real* in[taps];
+    const Real* row[taps];
 #pragma GCC unroll 8
     for (int t = 0; t < taps; ++t) {
-      w[t] = broadcast(weight[t]);
-      in[t] = p.in + placed(p.in_place, index[t]) * p.in_step;
+      w[t] = broadcast(y.weight[0][p.begin * y.taps + first + t]);
+      row[t] = map.row(y, p.begin * y.taps + first + t);
     }
-    for (int64_t j = 0; j < p.count; ++j) {
-      const int64_t from = p.in_at[j], to = p.out_at[j];
-      Line<Real> sum = accumulate ? load(out + to) : Line<Real>{};
+    for (int64_t j = 0; j < count; ++j, strips += kLanes<Real>) {
+      const int64_t at = int64_t(columns[j]) * kLanes<Real>;
+      Line<Real> sum = accumulate ? load(strips) : Line<Real>{};
 #pragma GCC unroll 8
-      for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(in[t] + from));
-      store(out + to, sum);
+      for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(row[t] + at));
+      store(strips, sum);
     }
   }
 }
 
-template <class Real>
-using AddTaps = void (*)(const Pass<Real>&, int64_t, int64_t, int64_t);
-
-template <class Real, bool accumulate>
-constexpr AddTaps<Real> kAddTaps[kTaps + 1] = {
-    nullptr, add_taps<Real, 1, accumulate>, add_taps<Real, 2, accumulate>,
-    add_taps<Real, 3, accumulate>, add_taps<Real, 4, accumulate>, add_taps<Real, 5, accumulate>,
-    add_taps<Real, 6, accumulate>, add_taps<Real, 7, accumulate>, add_taps<Real, 8, accumulate>};
-
-template <class Real>
-void run(const Pass<Real>& pass, bool accumulate) {
-  if (pass.matrix.taps == 0 && !accumulate) {
-    for (int64_t i = 0; i < pass.rows; ++i) {
-      Real* out = pass.out + placed(pass.out_place, i) * pass.out_step;
-      for (int64_t j = 0; j < pass.count; ++j) store(out + pass.out_at[j], Line<Real>{});
-    }
-  }
-  const int64_t singles = pass.matrix.singles;
-  if (singles) (accumulate ? kAddTaps<Real, true> : kAddTaps<Real, false>)[1](pass, 0, singles, 0);
-  for (int64_t first = 0; first < pass.matrix.taps; first += kTaps) {
-    const int64_t taps = least_of<int64_t>(pass.matrix.taps - first, kTaps);
-    (accumulate || first ? kAddTaps<Real, true> : kAddTaps<Real, false>)[taps](pass, singles, pass.rows,
-                                                                              first);
-  }
-}
-
-// sum[t] = sum over j of g[g_at[j]] * in[in_at[j] + at[t]].
-template <class Real, int taps>
-void dot_taps(const Real* g, const int64_t* g_at, const Real* in, const int64_t* in_at,
-              const int64_t* at, int64_t count, Line<Real>* result) {
-  Line<Real> sum[taps] = {};
-  const Real* source[taps];
-  for (int t = 0; t < taps; ++t) source[t] = in + at[t];
-  for (int64_t j = 0; j < count; ++j) {
-    const Line<Real> d = load(g + g_at[j]);
+// map[row t][column j] += y[p][t] * strips[p][j].
+template <int taps, class Real>
+ROIALIGN_NOINLINE void scatter(const Axis<Real>& y, Range p, int64_t first, Map<Real> map,
+                               const Axis<Real>& x, const Real* strips) {
+  const int32_t* columns = x.pixels;
+  const int64_t count = x.pixel_count;
+  for (; p.begin < p.end; ++p.begin, strips += count * kLanes<Real>) {
+    if (y.entries[p.begin] <= first) continue;
+    Vector<Real> w[taps];
+    Real* row[taps];
 #pragma GCC unroll 8
-    for (int t = 0; t < taps; ++t) multiply_add(sum[t], d, load(source[t] + in_at[j]));
-  }
-  for (int t = 0; t < taps; ++t) result[t] = sum[t];
-}
-
-template <class Real>
-using Dot = void (*)(const Real*, const int64_t*, const Real*, const int64_t*, const int64_t*,
-                     int64_t, Line<Real>*);
-
-constexpr int kDots = 4;  // sums held in registers
-template <class Real>
-constexpr Dot<Real> kDot[kDots + 1] = {nullptr, dot_taps<Real, 1>, dot_taps<Real, 2>,
-                                       dot_taps<Real, 3>, dot_taps<Real, 4>};
-
-// result[e] += sum over rows i and entries t of slope_e * <g[i * g_step], in[place[index] * in_step]>,
-// for the box's start and end e. A slope of zero multiplies nothing.
-template <class Real>
-void dot_slopes(const Axis<Real>& slopes, int64_t rows, const Real* g, int64_t g_step,
-                const int64_t* g_at, const Real* in, const int64_t* place, int64_t in_step,
-                const int64_t* in_at, int64_t count, Line<Real> result[2]) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t begin = i * slopes.taps, end = begin + slopes.taps;
-    if (begin == end || slopes.index[begin] < 0) continue;
-    for (int64_t t = begin; t < end; t += kDots) {
-      const int taps = int(least_of<int64_t>(end - t, kDots));
-      int64_t at[kDots];
-      for (int s = 0; s < taps; ++s) at[s] = placed(place, slopes.index[t + s]) * in_step;
-      Line<Real> sum[kDots];
-      kDot<Real>[taps](g + i * g_step, g_at, in, in_at, at, count, sum);
-      for (int s = 0; s < taps; ++s) {
-        for (int e = 0; e < 2; ++e) {
-          const Real slope = slopes.weight[e][t + s];
-          if (slope != 0) multiply_add(result[e], broadcast(slope), sum[s]);
-        }
+    for (int t = 0; t < taps; ++t) {
+      w[t] = broadcast(y.weight[0][p.begin * y.taps + first + t]);
+      row[t] = map.row(y, p.begin * y.taps + first + t);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t at = int64_t(columns[j]) * kLanes<Real>;
+      const Line<Real> line = load(strips + j * kLanes<Real>);
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) {
+        Line<Real> sum = load(row[t] + at);
+        multiply_add(sum, w[t], line);
+        store(row[t] + at, sum);
       }
     }
+  }
+}
+
+// out[k][i] (+)= sum over t of x[i][t] * in[k][index[i][t]], for rows i of x and `count` lines k, which
+// are `in_step` and `out_step` apart.
+template <int taps, bool accumulate, class Real>
+ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int64_t count, const Real* in,
+                               int64_t in_step, Real* out, int64_t out_step) {
+  for (; i.begin < i.end; ++i.begin) {
+    const int64_t at = i.begin * x.taps + first;
+    Vector<Real> w[taps];
+    const Real* from[taps];
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) {
+      w[t] = broadcast(x.weight[0][at + t]);
+      from[t] = in + x.index[at + t] * kLanes<Real>;
+    }
+    Real* to = out + i.begin * kLanes<Real>;
+    if (!x.entries[i.begin]) {
+      for (int64_t k = 0; !accumulate && k < count; ++k, to += out_step) store(to, Line<Real>{});
+      continue;
+    }
+    for (int64_t k = 0, step = 0; k < count; ++k, step += in_step, to += out_step) {
+      Line<Real> sum = accumulate ? load(to) : Line<Real>{};
+#pragma GCC unroll 8
+      for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load(from[t] + step));
+      store(to, sum);
+    }
+  }
+}
+
+// Both products in one, for bins of x that share few columns: no strips.
+//   out[p][q] = sum over c of x[q][c] * sum over t of y[p][t] * map[row t][column c]
+template <int y_taps, int x_taps, class Real>
+ROIALIGN_NOINLINE void pool(const Axis<Real>& y, Range p, Map<Real> map, const Axis<Real>& x, int64_t bins,
+                            Real* out) {
+  for (; p.begin < p.end; ++p.begin) {
+    if (!y.entries[p.begin]) {
+      std::memset(out, 0, size_t(bins * kLineBytes));
+      out += bins * kLanes<Real>;
+      continue;
+    }
+    Vector<Real> w[y_taps];
+    const Real* row[y_taps];
+#pragma GCC unroll 4
+    for (int t = 0; t < y_taps; ++t) {
+      w[t] = broadcast(y.weight[0][p.begin * y_taps + t]);
+      row[t] = map.row(y, p.begin * y_taps + t);
+    }
+    const int32_t *index = x.index, *pixels = x.pixels;
+    const Real* weight = x.weight[0];
+    for (int64_t q = 0; q < bins; ++q, index += x_taps, weight += x_taps, out += kLanes<Real>) {
+      Line<Real> sum{};
+      if (!x.entries[q]) {
+        store(out, sum);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < x_taps; ++c) {
+        const int64_t at = int64_t(pixels[index[c]]) * kLanes<Real>;
+        Line<Real> pooled{};
+#pragma GCC unroll 4
+        for (int t = 0; t < y_taps; ++t) multiply_add(pooled, w[t], load(row[t] + at));
+        multiply_add(sum, broadcast(weight[c]), pooled);
+      }
+      store(out, sum);
+    }
+  }
+}
+
+// sums[t] = sum over j of strip[j] * map[row t][column j]: of one bin of y, entries from `at` on.
+template <int taps, class Real>
+ROIALIGN_NOINLINE void dot(const Axis<Real>& y, int64_t at, Map<Real> map, const Axis<Real>& x,
+                           const Real* strip, Line<Real>* sums) {
+  Line<Real> sum[taps] = {};
+  const Real* row[taps];
+  for (int t = 0; t < taps; ++t) row[t] = map.row(y, at + t);
+  for (int64_t j = 0; j < x.pixel_count; ++j) {
+    const Line<Real> line = load(strip + j * kLanes<Real>);
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) multiply_add(sum[t], line, load(row[t] + int64_t(x.pixels[j]) * kLanes<Real>));
+  }
+  for (int t = 0; t < taps; ++t) sums[t] = sum[t];
+}
+
+// sums[t] = sum over p of d_out[p] * strips[p][index[t]]: of one bin of x, entries from `at` on. A bin of
+// y without entries has no samples: its d_out is not read.
+template <int taps, class Real>
+ROIALIGN_NOINLINE void dot_bins(const Axis<Real>& x, int64_t at, const int32_t* y_entries, Range p,
+                                const Real* strips, const Real* d_out, int64_t bins, Line<Real>* sums) {
+  Line<Real> sum[taps] = {};
+  const Real* in[taps];
+  for (int t = 0; t < taps; ++t) in[t] = strips + x.index[at + t] * kLanes<Real>;
+  const int64_t strip = x.pixel_count * kLanes<Real>;
+  for (int64_t k = p.begin, step = 0; k < p.end; ++k, step += strip, d_out += bins * kLanes<Real>) {
+    if (!y_entries[k]) continue;
+    const Line<Real> line = load(d_out);
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) multiply_add(sum[t], line, load(in[t] + step));
+  }
+  for (int t = 0; t < taps; ++t) sums[t] = sum[t];
+}
+
+// --- Products of them -----------------------------------------------------------------------------
+
+// strips = Ay F.
+template <class Real>
+void pool_columns(const Term<Real>& term, Range p, Map<Real> map, Real* strips) {
+  for_taps(term.y.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+    constexpr int n = decltype(taps)::value;
+    if (first) gather<n, true>(term.y, p, first, map, term.x, strips);
+    else gather<n, false>(term.y, p, first, map, term.x, strips);
+  });
+}
+
+// out (+)= in x^T for `count` lines, x with `rows` rows.
+template <class Real>
+void multiply(const Axis<Real>& x, int64_t rows, int64_t count, const Real* in, int64_t in_step, Real* out,
+              int64_t out_step, bool accumulate) {
+  if (x.singles) {
+    const Range all{0, x.singles};
+    if (accumulate) combine<1, true>(x, all, 0, count, in, in_step, out, out_step);
+    else combine<1, false>(x, all, 0, count, in, in_step, out, out_step);
+  }
+  if (x.singles == rows) return;
+  for_taps(x.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+    constexpr int n = decltype(taps)::value;
+    const Range rest{x.singles, rows};
+    if (accumulate || first) combine<n, true>(x, rest, first, count, in, in_step, out, out_step);
+    else combine<n, false>(x, rest, first, count, in, in_step, out, out_step);
+  });
+}
+
+// out (+)= Ay F Ax^T, for bins p of y and all `bins` of x.
+template <class Real>
+void pool_bins(const Term<Real>& term, Range p, int64_t bins, Map<Real> map, Real* strips, Real* out,
+               bool accumulate) {
+  const Axis<Real>&y = term.y, &x = term.x;
+  if (!y.taps || !x.taps) {
+    if (!accumulate) std::memset(out, 0, size_t(p.count() * bins * kLineBytes));
+  } else if (x.separate && y.taps <= kFusedTaps && !accumulate) {
+    for_taps<kFusedTaps>(y.taps, [&](auto y_taps, int64_t) ROIALIGN_LAMBDA {
+      for_taps<kFusedTaps>(x.taps, [&](auto x_taps, int64_t) ROIALIGN_LAMBDA {
+        pool<decltype(y_taps)::value, decltype(x_taps)::value>(y, p, map, x, bins, out);
+      });
+    });
+  } else {
+    const int64_t strip = x.pixel_count * kLanes<Real>;
+    pool_columns(term, p, map, strips);
+    multiply(x, bins, p.count(), strips, strip, out, bins * kLanes<Real>, accumulate);
+  }
+}
+
+// strips = d_out Ax, lines d_out of `bins` bins.
+template <class Real>
+void pull_columns(const Axis<Real>& x, int64_t count, const Real* d_out, int64_t bins, Real* strips) {
+  multiply(x, x.pixel_count, count, d_out, bins * kLanes<Real>, strips, x.pixel_count * kLanes<Real>, false);
+}
+
+// The map += Ay^T strips.
+template <class Real>
+void spread_columns(const Term<Real>& term, Range p, const Real* strips, Map<Real> map) {
+  for_taps(term.y.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+    scatter<decltype(taps)::value>(term.y, p, first, map, term.x, strips);
+  });
+}
+
+// d[e] += slope_e * line for the box's start and end e. A slope of zero multiplies nothing.
+template <class Real>
+inline void add_slopes(const Axis<Real>& slopes, int64_t at, const Line<Real>& line, Line<Real> d[2]) {
+  for (int e = 0; e < 2; ++e) {
+    if (slopes.weight[e][at] != 0) multiply_add(d[e], broadcast(slopes.weight[e][at]), line);
+  }
+}
+
+// d[e] += <strips, Ay_e F>, Ay_e the slopes of y.
+template <class Real>
+void dot_y_slopes(const Term<Real>& term, Range p, Map<Real> map, const Real* strips, Line<Real> d[2]) {
+  for (; p.begin < p.end; ++p.begin, strips += term.x.pixel_count * kLanes<Real>) {
+    const int64_t begin = p.begin * term.y.taps;
+    for_taps<kDots>(term.y.entries[p.begin], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+      constexpr int n = decltype(taps)::value;
+      Line<Real> sums[n];
+      dot<n>(term.y, begin + first, map, term.x, strips, sums);
+      for (int t = 0; t < n; ++t) add_slopes(term.y, begin + first + t, sums[t], d);
+    });
+  }
+}
+
+// d[e] += <d_out, strips Ax_e^T>, Ax_e the slopes of x.
+template <class Real>
+void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* strips, const Real* d_out,
+                  Line<Real> d[2]) {
+  const Axis<Real>& x = term.x;
+  for (int64_t q = 0; q < bins; ++q, d_out += kLanes<Real>) {
+    for_taps<kDots>(x.entries[q], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+      constexpr int n = decltype(taps)::value;
+      Line<Real> sums[n];
+      dot_bins<n>(x, q * x.taps + first, term.y.entries, p, strips, d_out, bins, sums);
+      for (int t = 0; t < n; ++t) add_slopes(x, q * x.taps + first + t, sums[t], d);
+    });
   }
 }
 
@@ -180,6 +358,7 @@ struct Plane {
   int64_t channels;
 
   int64_t blocks() const { return (channels + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>; }
+  bool even() const { return row_stride == width * pixel_stride; }  // between pixels, across rows too
 };
 
 // Channels [first, first + count) of image or RoI n, as far as there are any.
@@ -197,7 +376,7 @@ Plane<T> plane_of(const Tensor& tensor, int64_t n, int64_t first, int64_t count)
 // Calls body(pointer, count, done) for the runs of equally spaced pixels in [first, first + count).
 template <class T, class Body>
 void for_runs(const Plane<T>& plane, int64_t first, int64_t count, Body body) {
-  if (plane.row_stride == plane.width * plane.pixel_stride) {
+  if (plane.even()) {
     body(plane.data + first * plane.pixel_stride, count, int64_t{0});
     return;
   }
@@ -209,34 +388,13 @@ void for_runs(const Plane<T>& plane, int64_t first, int64_t count, Body body) {
   }
 }
 
-inline void transpose_rows(const float* rows, int64_t stride, int64_t count, float* lines) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  // Rows a multiple of 4 KiB apart share a cache set, and would be lost between quarters of a line.
-  if (stride % 1024 == 0) {
-    for (; i + 16 <= count; i += 16) wide_rows_to_lines(rows + i, stride, lines + i * 16);
-  }
-#endif
-  for (; i + 4 <= count; i += 4) rows_to_lines(rows + i, stride, lines + i * 16);
-  for (; i < count; ++i) {
-    for (int c = 0; c < 16; ++c) lines[i * 16 + c] = rows[c * stride + i];
-  }
-}
-inline void transpose_rows(const double* rows, int64_t stride, int64_t count, double* lines) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < 8; ++c) lines[i * 8 + c] = rows[c * stride + i];
-  }
-}
-inline void transpose_lines(const float* lines, int64_t count, float* rows, int64_t stride) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) lines_to_rows(lines + i * 16, rows + i, stride);
-  for (; i < count; ++i) {
-    for (int c = 0; c < 16; ++c) rows[c * stride + i] = lines[i * 16 + c];
-  }
-}
-inline void transpose_lines(const double* lines, int64_t count, double* rows, int64_t stride) {
-  for (int c = 0; c < 8; ++c) {
-    for (int64_t i = 0; i < count; ++i) rows[c * stride + i] = lines[i * 8 + c];
+// Calls body(at, pixels) for the tiles of `lanes` pixels in a run; the last one reaches back so as to be
+// whole, if the run is long enough.
+template <int lanes, class Body>
+inline void for_tiles(int64_t run, Body body) {
+  for (int64_t i = 0; i < run; i += lanes) {
+    const int64_t at = least_of(i, most_of<int64_t>(run - lanes, 0));
+    body(at, int(least_of<int64_t>(lanes, run - at)));
   }
 }
 
@@ -244,94 +402,131 @@ template <class T> inline bool same(const T*, const T*) { return true; }
 template <class T, class Real> inline bool same(const T*, const Real*) { return false; }
 
 // Pixels [first, first + count) of the plane as lines, block after block `block_step` apart; absent
-// channels are 0. `rows` is scratch for the lines of one block.
+// channels are 0.
 template <class T, class Real>
 void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real* lines,
-                int64_t block_step, Real* rows) {
+                int64_t block_step) {
   constexpr int lanes = kLanes<Real>;
+  const int64_t c_step = plane.channel_stride, i_step = plane.pixel_stride;
   for_runs(plane, first, count, [&](const T* run_data, int64_t run, int64_t done) {
     for (int64_t b = 0; b < plane.blocks(); ++b) {
-      const T* p = run_data + b * lanes * plane.channel_stride;
+      const T* p = run_data + b * lanes * c_step;
       const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
       Real* to = lines + b * block_step + done * lanes;
-      if (channels == lanes && plane.channel_stride == 1) {
-        for (int64_t i = 0; i < run; ++i) widen_line(p + i * plane.pixel_stride, to + i * lanes);
-      } else if (plane.pixel_stride == 1) {
-        const Real* from = rows;
-        int64_t stride = run;
-        if (same(p, from) && channels == lanes) {
-          from = reinterpret_cast<const Real*>(p);
-          stride = plane.channel_stride;
-        } else {
-          for (int c = 0; c < channels; ++c) {
-            widen_run(p + c * plane.channel_stride, run, rows + c * run);
-          }
-          for (int64_t i = channels * run; i < lanes * run; ++i) rows[i] = 0;
-        }
-        transpose_rows(from, stride, run, to);
-      } else {
-        for (int64_t i = 0; i < run; ++i) {
-          for (int c = 0; c < lanes; ++c) {
-            to[i * lanes + c] =
-                c < channels ? widen(p[i * plane.pixel_stride + c * plane.channel_stride]) : 0;
-          }
-        }
+      if (channels == lanes && c_step == 1) {
+        for (int64_t i = 0; i < run; ++i) widen_line(p + i * i_step, to + i * lanes);
+        continue;
       }
+      for_tiles<lanes>(run, [&](int64_t at, int pixels) {
+        const T* from = p + at * i_step;
+        const bool whole = i_step == 1 && pixels == lanes;
+        if (whole && same(p, to) && channels == lanes) {
+          transpose(reinterpret_cast<const Real*>(from), c_step, to + at * lanes, lanes);
+          return;
+        }
+        Real rows[lanes * lanes], tile[lanes * lanes];
+        for (int c = 0; c < lanes; ++c) {
+          if (whole && c < channels) {
+            widen_line(from + c * c_step, rows + c * lanes);
+            continue;
+          }
+          for (int i = 0; i < lanes; ++i) {
+            rows[c * lanes + i] = c < channels && i < pixels ? widen(from[c * c_step + i * i_step]) : 0;
+          }
+        }
+        transpose(rows, lanes, tile, lanes);
+        std::memcpy(to + at * lanes, tile, size_t(pixels * kLineBytes));
+      });
     }
   });
 }
 
-inline void copy_out(void* to, const void* from, int64_t bytes, bool streamed) {
-  if (streamed) stream(to, from, size_t(bytes));
-  else std::memcpy(to, from, size_t(bytes));
-}
+// A copy under way: `runs` runs of bytes, from contiguous memory to places `step` apart.
+struct Copy {
+  char* to = nullptr;
+  const char* from = nullptr;
+  int64_t run = 0, step = 0, runs = 0;
+  bool streamed = false;  // past the caches
+  int64_t done = 0;       // bytes of the run at `to`
 
-// The inverse. `rows` and `narrowed` are scratch for the lines of all blocks.
-template <class T, class Real>
-void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines,
-                 int64_t block_step, Real* rows, T* narrowed, bool streamed) {
-  constexpr int lanes = kLanes<Real>;
-  const int64_t blocks = plane.blocks();
-  for_runs(plane, first, count, [&](T* p, int64_t run, int64_t done) {
-    const Real* from = lines + done * lanes;
-    if (plane.channel_stride == 1 && plane.channels == blocks * lanes) {
-      for (int64_t i = 0; i < run; ++i) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          narrow_line(from + b * block_step + i * lanes, narrowed + b * lanes);
-        }
-        copy_out(p + i * plane.pixel_stride, narrowed, plane.channels * int64_t(sizeof(T)), streamed);
+  // At least so many bytes more, as far as there are any: up to a cache line or the end of a run.
+  void advance(int64_t bytes) {
+    while (bytes > 0 && runs > 0) {
+      int64_t end = run;
+      if (bytes < run - done) {
+        end = done + bytes;
+        end += -(reinterpret_cast<intptr_t>(to) + end) & (kLineBytes - 1);
+        end = least_of(end, run);
       }
-    } else if (plane.pixel_stride == 1) {
-      if (same(p, rows) && plane.channels == blocks * lanes && !streamed) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          transpose_lines(from + b * block_step, run,
-                          reinterpret_cast<Real*>(p + b * lanes * plane.channel_stride),
-                          plane.channel_stride);
-        }
+      if (streamed) stream(to + done, from + done, size_t(end - done));
+      else std::memcpy(to + done, from + done, size_t(end - done));
+      bytes -= end - done;
+      done = end;
+      if (done < run) continue;
+      done = 0;
+      to += step;
+      from += run;
+      --runs;
+    }
+  }
+  void finish() { advance(run * runs); }
+};
+
+// Lines to pixels [first, first + count) of the plane, through `stage`, where they are in the array's
+// dtype and its order of memory. What is returned remains to be copied.
+template <class T, class Real>
+Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines,
+                 int64_t block_step, T* stage, bool streamed) {
+  constexpr int lanes = kLanes<Real>;
+  const bool channels_last = plane.channel_stride == 1 && plane.pixel_stride != 1;
+  for (int64_t b = 0; b < plane.blocks(); ++b) {
+    const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
+    const Real* block = lines + b * block_step;
+    if (channels_last) {
+      T* to = stage + b * lanes;
+      for (int64_t i = 0; i < count; ++i, to += plane.channels) {
+        if (channels == lanes) narrow_line(block + i * lanes, to);
+        else for (int c = 0; c < channels; ++c) narrow(block[i * lanes + c], to[c]);
+      }
+      continue;
+    }
+    for_tiles<lanes>(count, [&](int64_t at, int pixels) {
+      T* to = stage + b * lanes * count + at;
+      if (same(to, block) && channels == lanes && pixels == lanes) {
+        transpose(block + at * lanes, lanes, reinterpret_cast<Real*>(to), count);
         return;
       }
-      for (int64_t b = 0; b < blocks; ++b) {
-        transpose_lines(from + b * block_step, run, rows + b * lanes * run, run);
+      Real rows[lanes * lanes], tile[lanes * lanes];
+      std::memcpy(tile, block + at * lanes, size_t(pixels * kLineBytes));
+      transpose(tile, lanes, rows, lanes);
+      for (int c = 0; c < channels; ++c) {
+        if (pixels == lanes) narrow_line(rows + c * lanes, to + c * count);
+        else for (int i = 0; i < pixels; ++i) narrow(rows[c * lanes + i], to[c * count + i]);
       }
-      T* out = narrowed;
-      if (same(p, rows)) out = reinterpret_cast<T*>(rows);
-      else narrow_run(rows, plane.channels * run, narrowed);
-      if (plane.channel_stride == run) {  // channels follow each other: one piece
-        copy_out(p, out, plane.channels * run * int64_t(sizeof(T)), streamed);
-      } else {
-        for (int64_t c = 0; c < plane.channels; ++c) {
-          copy_out(p + c * plane.channel_stride, out + c * run, run * int64_t(sizeof(T)), streamed);
+    });
+  }
+  Copy copy{reinterpret_cast<char*>(plane.data + first * plane.pixel_stride),
+            reinterpret_cast<const char*>(stage)};
+  copy.streamed = streamed;
+  if (!plane.even() || (plane.pixel_stride != 1 && plane.channel_stride != 1)) {
+    for_runs(plane, first, count, [&](T* p, int64_t run, int64_t done) {
+      for (int64_t c = 0; c < plane.channels; ++c) {
+        for (int64_t i = 0; i < run; ++i) {
+          p[i * plane.pixel_stride + c * plane.channel_stride] =
+              channels_last ? stage[(done + i) * plane.channels + c] : stage[c * count + done + i];
         }
       }
-    } else {
-      for (int64_t i = 0; i < run; ++i) {
-        for (int64_t c = 0; c < plane.channels; ++c) {
-          narrow(from[c / lanes * block_step + i * lanes + c % lanes],
-                 p[i * plane.pixel_stride + c * plane.channel_stride]);
-        }
-      }
-    }
-  });
+    });
+    return copy;
+  }
+  copy.run = (channels_last ? plane.channels : count) * int64_t(sizeof(T));
+  copy.step = (channels_last ? plane.pixel_stride : plane.channel_stride) * int64_t(sizeof(T));
+  copy.runs = channels_last ? count : plane.channels;
+  if (copy.run == copy.step) {
+    copy.run *= copy.runs;
+    copy.runs = 1;
+  }
+  return copy;
 }
 
 // --- Scratch --------------------------------------------------------------------------------------
@@ -339,76 +534,35 @@ void store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
 // What a task works in, cut from the thread's scratch. Every part starts on a line.
 template <class T, class Real>
 struct Workspace {
-  Real* map;            // [blocks][H * W] lines: packed features, or the sums of d_features
-  Real* strips;         // [P][columns of a window] lines: between the two passes
-  Real* tile;           // [blocks][P][Q] lines
-  Real* rows;           // channel rows of a tile or a group
-  T* narrowed;          // the same in the array's dtype, if that is another; or a pixel's channels
-  int64_t* column_at;   // the window's columns in a row of the map
-  int64_t* strip_at;    // the same columns in a strip
-  int64_t* strips_at;   // strips
-  int64_t* tile_at;     // rows of the tile
+  Real* map;     // [blocks][H * W] lines: packed features, or the sums of d_features
+  Real* strips;  // [kRows] for each column of a window
+  Real* tile;    // [blocks][P][Q] lines
+  T* stage;      // a finished tile, or pixels of the map, in the array's dtype and order
 
-  int64_t map_step;     // from one block to the next
+  int64_t map_step;   // from one block to the next
   int64_t tile_step;
+  int64_t row_step;   // from one row of the map to the next
 
-  Workspace(int64_t pixels, int64_t max_columns, const int64_t bins[2], int64_t blocks)
-      : map_step((pixels + kGroup) * kLanes<Real>), tile_step(bins[0] * bins[1] * kLanes<Real>) {
-    const int64_t stage = blocks * most_of(bins[0] * bins[1], kGroup);
-    const int64_t sizes[] = {blocks * map_step * int64_t(sizeof(Real)),
-                             bins[0] * max_columns * kLineBytes,
-                             blocks * tile_step * int64_t(sizeof(Real)),
-                             stage * kLineBytes,
-                             sizeof(T) == sizeof(Real) ? blocks * kLineBytes
-                                                       : stage * kLanes<Real> * int64_t(sizeof(T)),
-                             max_columns * int64_t(sizeof(int64_t)),
-                             max_columns * int64_t(sizeof(int64_t)),
-                             bins[0] * int64_t(sizeof(int64_t)),
-                             bins[0] * int64_t(sizeof(int64_t))};
-    int64_t at[10] = {0};
-    for (int i = 0; i < 9; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
-    char* base = static_cast<char*>(thread_scratch(size_t(at[9])));
-    map = reinterpret_cast<Real*>(base + at[0]);
+  Workspace(const Tensor& features, int64_t max_columns, const int64_t bins[2], int64_t blocks)
+      : map_step((features.shape[2] * features.shape[3] + kGroup) * kLanes<Real>),
+        tile_step(bins[0] * bins[1] * kLanes<Real>),
+        row_step(features.shape[3] * kLanes<Real>) {
+    const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
+    const int64_t sizes[] = {blocks * map_step * int64_t(sizeof(Real)), kRows * max_columns * kLineBytes,
+                             blocks * tile_step * int64_t(sizeof(Real)), staged * int64_t(sizeof(T))};
+    int64_t at[5] = {0};
+    for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
+    char* base = static_cast<char*>(thread_scratch(size_t(at[4])));
+    map = reinterpret_cast<Real*>(base);
     strips = reinterpret_cast<Real*>(base + at[1]);
     tile = reinterpret_cast<Real*>(base + at[2]);
-    rows = reinterpret_cast<Real*>(base + at[3]);
-    narrowed = reinterpret_cast<T*>(base + at[4]);
-    column_at = reinterpret_cast<int64_t*>(base + at[5]);
-    strip_at = reinterpret_cast<int64_t*>(base + at[6]);
-    strips_at = reinterpret_cast<int64_t*>(base + at[7]);
-    tile_at = reinterpret_cast<int64_t*>(base + at[8]);
-    for (int64_t j = 0; j < max_columns; ++j) strip_at[j] = j * kLanes<Real>;
-    for (int64_t p = 0; p < bins[0]; ++p) tile_at[p] = p * bins[1] * kLanes<Real>;
+    stage = reinterpret_cast<T*>(base + at[3]);
   }
   ~Workspace() { trim_thread_scratch(); }
+  Map<Real> map_of(int64_t block) const { return {map + block * map_step, row_step}; }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 };
-
-// Where the columns of a window are; returns the length of a strip.
-template <class T, class Real>
-int64_t place_columns(const Axis<Real>& x, int64_t bins, const Workspace<T, Real>& work) {
-  const int64_t step = x.pixel_count * kLanes<Real>;
-  for (int64_t j = 0; j < x.pixel_count; ++j) work.column_at[j] = x.pixels[j] * kLanes<Real>;
-  for (int64_t p = 0; p < bins; ++p) work.strips_at[p] = p * step;
-  return step;
-}
-
-// strips = Ay F, for one block's map; y is by bins.
-template <class T, class Real>
-Pass<Real> pool_rows(const Term<Real>& term, int64_t bins, int64_t row_step, const Real* map,
-                     int64_t strip, const Workspace<T, Real>& work) {
-  return {term.y, bins, map, term.y.pixels, row_step, work.column_at,
-          work.strips, nullptr, strip, work.strip_at, term.x.pixel_count};
-}
-
-// strips = tile Ax, for one block's tile; x is by pixels.
-template <class T, class Real>
-Pass<Real> spread_columns(const Term<Real>& term, const int64_t bins[2], const Real* tile,
-                          const Workspace<T, Real>& work) {
-  return {term.x, term.x.pixel_count, tile, nullptr, kLanes<Real>, work.tile_at,
-          work.strips, nullptr, kLanes<Real>, work.strips_at, bins[0]};
-}
 
 // --- The operations -------------------------------------------------------------------------------
 
@@ -433,7 +587,7 @@ void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, 
     if (g + kAhead < groups.count) prefetch_pixels(plane, groups.at[g + kAhead] * kGroup, kGroup);
     const int64_t first = groups.at[g] * kGroup;
     load_lines(plane, first, least_of(kGroup, plane.pixels - first), work.map + first * kLanes<Real>,
-               work.map_step, work.rows);
+               work.map_step);
   }
 }
 
@@ -463,15 +617,21 @@ void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
   for_windows(visit, enter, body, [](const Band<Real>&) {});
 }
 
+// Calls body(range) for runs of at most kRows bins of y, ranges_of(bins) times.
+inline int64_t ranges_of(int64_t bins) { return (bins + kRows - 1) / kRows; }
+template <class Body>
+inline void for_rows(int64_t bins, Body body) {
+  for (int64_t p = 0; p < bins; p += kRows) body(Range{p, least_of(p + kRows, bins)});
+}
+
 int64_t count_of(const Tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3]; }
 
 template <class T>
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
-  constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = output.shape + 2;
-  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * line;
+  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * kLanes<Real>;
   const int64_t parts = (features.shape[1] + channels - 1) / channels;
   const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
   const Windows<Real> windows =
@@ -479,64 +639,65 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
                     features.shape, bins, parts, threads);
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
+    const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
+    Copy leaving;  // the tile before
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (!window.term_count) {
         std::memset(work.tile, 0, size_t(plane.blocks() * work.tile_step) * sizeof(Real));
       }
-      for (int s = 0; s < window.term_count; ++s) {
-        const Term<Real>& term = window.term[s];
-        const int64_t strip = place_columns(term.x, bins[0], work);
-        for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run(pool_rows(term, bins[0], plane.width * line, work.map + b * work.map_step, strip, work),
-              false);
-          run<Real>({term.x, bins[1], work.strips, nullptr, line, work.strips_at,
-                     work.tile + b * work.tile_step, nullptr, line, work.tile_at, bins[0]},
-                    s > 0);
-        }
+      const int64_t piece = leaving.run * leaving.runs / (plane.blocks() * ranges_of(bins[0]));
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        for_rows(bins[0], [&](Range p) {
+          Real* out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
+          leaving.advance(piece);  // before the work: stores wait in line behind it
+          for (int s = 0; s < window.term_count; ++s) {
+            pool_bins(window.term[s], p, bins[1], work.map_of(b), work.strips, out, s > 0);
+          }
+        });
       }
-      store_lines(plane_of<T>(output, window.roi, part * channels, channels), 0, bins[0] * bins[1],
-                  work.tile, work.tile_step, work.rows, work.narrowed, streamed);
+      leaving.finish();
+      leaving = store_lines(plane_of<T>(output, window.roi, part * channels, channels), 0,
+                            bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
     });
+    leaving.finish();
     if (streamed) stream_fence();
   });
 }
 
-// The part of d_output that comes next. It is asked for in quarters, between the passes: the memory
-// system takes only so many requests at a time.
+// The part of d_output that comes next. It is asked for in `pieces`, while the one before is worked on:
+// the memory system takes only so many requests at a time.
 template <class T>
 class Upcoming {
  public:
   template <class Real>
-  Upcoming(const Tensor& d_output, const Window<Real>* following, int64_t first, int64_t channels)
+  Upcoming(const Tensor& d_output, const Window<Real>* following, int64_t first, int64_t channels,
+           int64_t pieces)
       : tile_(plane_of<const T>(d_output, following ? following->roi : 0, first, channels)),
-        known_(following) {}
+        next_(following ? 0 : tile_.pixels),
+        piece_((tile_.pixels + pieces - 1) / pieces) {}
 
-  void ask(int64_t quarter) const {
-    if (!known_) return;
-    const int64_t bytes = tile_.channels * int64_t(sizeof(T));
+  void ask() {
+    const int64_t from = next_, bytes = tile_.channels * int64_t(sizeof(T));
+    next_ = least_of(from + piece_, tile_.pixels);
     if (tile_.pixel_stride == 1 && tile_.channel_stride == tile_.pixels) {
-      const int64_t part = (tile_.pixels * bytes + 3) / 4;
-      prefetch(reinterpret_cast<const char*>(tile_.data) + quarter * part, part);
-    } else if (tile_.channel_stride == 1 && tile_.row_stride == tile_.width * tile_.pixel_stride) {
-      const int64_t end = tile_.pixels * (quarter + 1) / 4;
-      for (int64_t i = tile_.pixels * quarter / 4; i < end; ++i) {
-        prefetch(tile_.data + i * tile_.pixel_stride, bytes);
-      }
+      const char* data = reinterpret_cast<const char*>(tile_.data);
+      prefetch(data + from * bytes, (next_ - from) * bytes);
+    } else if (tile_.channel_stride == 1 && tile_.even()) {
+      for (int64_t i = from; i < next_; ++i) prefetch(tile_.data + i * tile_.pixel_stride, bytes);
     }
   }
 
  private:
   Plane<const T> tile_;
-  bool known_;
+  int64_t next_, piece_;  // pixels
 };
 
 template <class T, class Real>
 void load_tile(const Tensor& d_output, const Window<Real>& window, int64_t first, int64_t channels,
                const Workspace<T, Real>& work) {
   const auto tile = plane_of<const T>(d_output, window.roi, first, channels);
-  load_lines(tile, 0, tile.pixels, work.tile, work.tile_step, work.rows);
+  load_lines(tile, 0, tile.pixels, work.tile, work.tile_step);
 }
 
 template <class T>
@@ -553,45 +714,47 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                     d_features.shape, bins, parts, threads);
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<T>(d_features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
-    const auto zero = [&](int64_t group) {
+    const Workspace<T, Real> work(d_features, windows.max_columns, bins, plane.blocks());
+    const auto zero = [&](int64_t group, int64_t count) {
       for (int64_t b = 0; b < plane.blocks(); ++b) {
-        std::memset(work.map + b * work.map_step + group * kGroup * line, 0, kGroup * kLineBytes);
+        std::memset(work.map + b * work.map_step + group * kGroup * line, 0,
+                    size_t(count * kGroup * kLineBytes));
       }
     };
-    const auto unpack = [&](int64_t group, const Real* lines) {
-      const int64_t first = group * kGroup;
-      store_lines(plane, first, least_of(kGroup, plane.pixels - first), lines, work.map_step,
-                  work.rows, work.narrowed, streamed);
+    // Groups that follow each other leave together. `lines` of a group are at `step` times its number.
+    const auto unpack = [&](const Groups& groups, int64_t step) {
+      for (int64_t g = 0, end; g < groups.count; g = end) {
+        for (end = g + 1; end < groups.count && end < g + kUnpacked; ++end) {
+          if (groups.at[end] != groups.at[end - 1] + 1) break;
+        }
+        const int64_t first = groups.at[g] * kGroup;
+        store_lines(plane, first, least_of((end - g) * kGroup, plane.pixels - first),
+                    work.map + groups.at[g] * step, work.map_step, work.stage, streamed).finish();
+      }
     };
     const auto enter = [&](const Band<Real>& band) {
-      for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g]);
+      for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g], 1);
     };
-    const auto leave = [&](const Band<Real>& band) {
-      for (int64_t g = 0; g < band.last.count; ++g) {
-        unpack(band.last.at[g], work.map + band.last.at[g] * kGroup * line);
-      }
-    };
+    const auto leave = [&](const Band<Real>& band) { unpack(band.last, kGroup * line); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      const Upcoming<T> upcoming(d_output, following, part * channels, channels);
-      upcoming.ask(0);
+      Upcoming<T> upcoming(d_output, following, part * channels, channels,
+                           2 * plane.blocks() * ranges_of(bins[0]));
       if (window.term_count) load_tile(d_output, window, part * channels, channels, work);
-      upcoming.ask(1);
-      for (int s = 0; s < window.term_count; ++s) {
-        const Term<Real>& term = window.term[s];
-        const int64_t strip = place_columns(term.x, bins[0], work);
-        for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run(spread_columns(term, bins, work.tile + b * work.tile_step, work), false);
-          if (s == 0 && b == 0) upcoming.ask(2);
-          run<Real>({term.y, term.y.pixel_count, work.strips, nullptr, strip, work.strip_at,
-                     work.map + b * work.map_step, term.y.pixels, plane.width * line, work.column_at,
-                     term.x.pixel_count}, true);
-        }
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        for_rows(bins[0], [&](Range p) {
+          const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * line;
+          for (int s = 0; s < window.term_count; ++s) {
+            const Term<Real>& term = window.term[s];
+            upcoming.ask();
+            pull_columns(term.x, p.count(), d_out, bins[1], work.strips);
+            upcoming.ask();
+            spread_columns(term, p, work.strips, work.map_of(b));
+          }
+        });
       }
-      upcoming.ask(3);
     }, leave);
-    zero(0);
-    for (int64_t g = 0; g < visit.untouched.count; ++g) unpack(visit.untouched.at[g], work.map);
+    zero(0, least_of(kUnpacked, (plane.pixels + kGroup - 1) / kGroup));
+    unpack(visit.untouched, 0);
     if (streamed) stream_fence();
   });
 }
@@ -608,9 +771,8 @@ template <class T>
 void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& rois,
                   const Params& params, void* d_boxes, int threads) {
   using Real = Accumulator<T>;
-  constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = d_output.shape + 2;
-  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * line;
+  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * kLanes<Real>;
   const int64_t parts = (features.shape[1] + channels - 1) / channels;
   const Windows<Real> windows =
       build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
@@ -626,40 +788,29 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   } const owner{partial, bytes};
   for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
     const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
-    Workspace<T, Real> work(plane.pixels, windows.max_columns, bins, plane.blocks());
+    const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Line<Real> d_x[2] = {}, d_y[2] = {};
-      const Upcoming<T> upcoming(d_output, following, part * channels, channels);
-      upcoming.ask(0);
-      if (window.term_count) {
-        load_tile(d_output, window, part * channels, channels, work);
-        upcoming.ask(1);
-        // d_output pulled back to the map's columns, against the slopes of y; after it the features
-        // pooled to bins of y, against the slopes of x.
-        const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
-        int64_t strip = place_columns(pulled.x, bins[0], work);
-        for (int64_t b = 0; b < plane.blocks(); ++b) {
-          run(spread_columns(pulled, bins, work.tile + b * work.tile_step, work), false);
-          dot_slopes(pulled.y, bins[0], work.strips, strip, work.strip_at,
-                     work.map + b * work.map_step, pulled.y.pixels, plane.width * line,
-                     work.column_at, pulled.x.pixel_count, d_y);
-        }
-        upcoming.ask(2);
-        strip = place_columns(pooled.x, bins[0], work);
-        for (int64_t b = 0; b < plane.blocks(); ++b) {
-          Real* tile = work.tile + b * work.tile_step;
-          run(pool_rows(pooled, bins[0], plane.width * line, work.map + b * work.map_step, strip, work),
-              false);
-          for (int64_t p = 0; p < bins[0]; ++p) {  // a bin without samples does not read d_output
-            if (pooled.y.taps && pooled.y.index[p * pooled.y.taps] >= 0) continue;
-            std::memset(tile + p * bins[1] * line, 0, size_t(bins[1] * kLineBytes));
-          }
-          dot_slopes(pooled.x, bins[1], tile, line, work.tile_at, work.strips, nullptr, line,
-                     work.strips_at, bins[0], d_x);
-        }
+      Upcoming<T> upcoming(d_output, following, part * channels, channels,
+                           4 * plane.blocks() * ranges_of(bins[0]));
+      if (window.term_count) load_tile(d_output, window, part * channels, channels, work);
+      // d_output pulled back to the map's columns, against the slopes of y; and the features pooled to
+      // the columns, against the slopes of x.
+      const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
+      for (int64_t b = 0; window.term_count && b < plane.blocks(); ++b) {
+        for_rows(bins[0], [&](Range p) {
+          const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
+          upcoming.ask();
+          pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
+          upcoming.ask();
+          dot_y_slopes(pulled, p, work.map_of(b), work.strips, d_y);
+          upcoming.ask();
+          pool_columns(pooled, p, work.map_of(b), work.strips);
+          upcoming.ask();
+          dot_x_slopes(pooled, p, bins[1], work.strips, d_out, d_x);
+        });
       }
-      upcoming.ask(3);
       Real* d_box = partial + part * count + window.roi * 4;
       d_box[0] = sum_of(d_x[0]);
       d_box[1] = sum_of(d_y[0]);

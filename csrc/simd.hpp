@@ -75,131 +75,53 @@ inline void multiply_add(Line<Real>& acc, const Line<Real>& a, const Line<Real>&
   ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += a.part[v] * b.part[v];
 }
 
-// --- 4 pixels x 16 channels of floats: between channel rows in memory and four lines ---------------
-// A vector is some 128-bit lanes; each lane is transposed as a 4 x 4 tile by in-lane shuffles.
+// --- Transposition --------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-using Quad = __m512;
-inline Quad low_singles(Quad a, Quad b) { return _mm512_unpacklo_ps(a, b); }
-inline Quad high_singles(Quad a, Quad b) { return _mm512_unpackhi_ps(a, b); }
-inline Quad low_pairs(Quad a, Quad b) {
-  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-inline Quad high_pairs(Quad a, Quad b) {
-  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-}
-// Lane l from p + 4 l stride.
-inline Quad gather_lanes(const float* p, int64_t stride) {
-  Quad q = _mm512_castps128_ps512(_mm_loadu_ps(p));
-  q = _mm512_insertf32x4(q, _mm_loadu_ps(p + 4 * stride), 1);
-  q = _mm512_insertf32x4(q, _mm_loadu_ps(p + 8 * stride), 2);
-  return _mm512_insertf32x4(q, _mm_loadu_ps(p + 12 * stride), 3);
-}
-inline void scatter_lanes(float* p, int64_t stride, Quad q) {
-  _mm_storeu_ps(p, _mm512_castps512_ps128(q));
-  _mm_storeu_ps(p + 4 * stride, _mm512_extractf32x4_ps(q, 1));
-  _mm_storeu_ps(p + 8 * stride, _mm512_extractf32x4_ps(q, 2));
-  _mm_storeu_ps(p + 12 * stride, _mm512_extractf32x4_ps(q, 3));
-}
-#elif defined(__AVX2__)
-using Quad = __m256;
-inline Quad low_singles(Quad a, Quad b) { return _mm256_unpacklo_ps(a, b); }
-inline Quad high_singles(Quad a, Quad b) { return _mm256_unpackhi_ps(a, b); }
-inline Quad low_pairs(Quad a, Quad b) {
-  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-inline Quad high_pairs(Quad a, Quad b) {
-  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-}
-inline Quad gather_lanes(const float* p, int64_t stride) {
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
-}
-inline void scatter_lanes(float* p, int64_t stride, Quad q) {
-  _mm_storeu_ps(p, _mm256_castps256_ps128(q));
-  _mm_storeu_ps(p + 4 * stride, _mm256_extractf128_ps(q, 1));
-}
-#elif defined(__SSE2__)
-using Quad = __m128;
-inline Quad low_singles(Quad a, Quad b) { return _mm_unpacklo_ps(a, b); }
-inline Quad high_singles(Quad a, Quad b) { return _mm_unpackhi_ps(a, b); }
-inline Quad low_pairs(Quad a, Quad b) { return _mm_movelh_ps(a, b); }
-inline Quad high_pairs(Quad a, Quad b) { return _mm_movehl_ps(b, a); }
-inline Quad gather_lanes(const float* p, int64_t) { return _mm_loadu_ps(p); }
-inline void scatter_lanes(float* p, int64_t, Quad q) { _mm_storeu_ps(p, q); }
-#elif defined(__ARM_NEON)
-using Quad = float32x4_t;
-inline Quad low_singles(Quad a, Quad b) { return vzip1q_f32(a, b); }
-inline Quad high_singles(Quad a, Quad b) { return vzip2q_f32(a, b); }
-inline Quad low_pairs(Quad a, Quad b) {
-  return vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
-}
-inline Quad high_pairs(Quad a, Quad b) {
-  return vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
-}
-inline Quad gather_lanes(const float* p, int64_t) { return vld1q_f32(p); }
-inline void scatter_lanes(float* p, int64_t, Quad q) { vst1q_f32(p, q); }
-#endif
+// Lanes<0, ..., n - 1>, as the base of LanesOf<n>.
+template <int... lane>
+struct Lanes {};
+template <int n, int... lane>
+struct LanesOf : LanesOf<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct LanesOf<0, lane...> : Lanes<lane...> {};
 
-inline void transpose_lanes(Quad& a, Quad& b, Quad& c, Quad& d) {
-  const Quad ab0 = low_singles(a, b), ab1 = high_singles(a, b);
-  const Quad cd0 = low_singles(c, d), cd1 = high_singles(c, d);
-  a = low_pairs(ab0, cd0);
-  b = high_pairs(ab0, cd0);
-  c = low_pairs(ab1, cd1);
-  d = high_pairs(ab1, cd1);
+// Lanes whose number has bit s change places between a and b.
+template <int s, class V, int... lane>
+inline void exchange(V& a, V& b, Lanes<lane...>) {
+  constexpr int n = sizeof...(lane);
+  const V low = __builtin_shufflevector(a, b, (lane & s ? n + lane - s : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & s ? n + lane : lane + s)...);
+  a = low;
 }
 
-constexpr int kPartLanes = kVectorBytes / 4;  // floats of a vector
-
-// Four pixels of 16 channel rows `stride` apart into four lines.
-inline void rows_to_lines(const float* rows, int64_t stride, float* lines) {
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
-    const float* p = rows + v * kPartLanes * stride;
-    Quad a = gather_lanes(p, stride), b = gather_lanes(p + stride, stride);
-    Quad c = gather_lanes(p + 2 * stride, stride), d = gather_lanes(p + 3 * stride, stride);
-    transpose_lanes(a, b, c, d);
-    std::memcpy(lines + v * kPartLanes, &a, sizeof a);
-    std::memcpy(lines + v * kPartLanes + 16, &b, sizeof b);
-    std::memcpy(lines + v * kPartLanes + 32, &c, sizeof c);
-    std::memcpy(lines + v * kPartLanes + 48, &d, sizeof d);
-  }
-}
-
-#if defined(__AVX512F__)
-// The same for sixteen pixels, each row read once.
-inline void wide_rows_to_lines(const float* rows, int64_t stride, float* lines) {
-  Quad r[16];
+template <int s, class V, int n>
+inline void transpose_vectors(V (&v)[n]) {
+  if constexpr (s < n) {
 #pragma GCC unroll 16
-  for (int c = 0; c < 16; ++c) r[c] = _mm512_loadu_ps(rows + c * stride);
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) transpose_lanes(r[4 * q], r[4 * q + 1], r[4 * q + 2], r[4 * q + 3]);
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {  // lane l of r[4 q + k] is pixel 4 l + k, channels 4 q to 4 q + 3
-    const Quad low01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x44);
-    const Quad high01 = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xee);
-    const Quad low23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x44);
-    const Quad high23 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xee);
-    _mm512_storeu_ps(lines + 16 * k, _mm512_shuffle_f32x4(low01, low23, 0x88));
-    _mm512_storeu_ps(lines + 16 * (4 + k), _mm512_shuffle_f32x4(low01, low23, 0xdd));
-    _mm512_storeu_ps(lines + 16 * (8 + k), _mm512_shuffle_f32x4(high01, high23, 0x88));
-    _mm512_storeu_ps(lines + 16 * (12 + k), _mm512_shuffle_f32x4(high01, high23, 0xdd));
+    for (int i = 0; i < n; ++i) {
+      if (!(i & s)) exchange<s>(v[i], v[i + s], LanesOf<n>());
+    }
+    transpose_vectors<2 * s>(v);
   }
 }
-#endif
 
-inline void lines_to_rows(const float* lines, float* rows, int64_t stride) {
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
-    Quad a, b, c, d;
-    std::memcpy(&a, lines + v * kPartLanes, sizeof a);
-    std::memcpy(&b, lines + v * kPartLanes + 16, sizeof b);
-    std::memcpy(&c, lines + v * kPartLanes + 32, sizeof c);
-    std::memcpy(&d, lines + v * kPartLanes + 48, sizeof d);
-    transpose_lanes(a, b, c, d);
-    float* p = rows + v * kPartLanes * stride;
-    scatter_lanes(p, stride, a);
-    scatter_lanes(p + stride, stride, b);
-    scatter_lanes(p + 2 * stride, stride, c);
-    scatter_lanes(p + 3 * stride, stride, d);
+// A square of as many elements as a line has, from rows `in_step` apart to columns `out_step` apart.
+// Vectors of at most 32 bytes: those are faster here than longer ones.
+template <class Real>
+inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
+  constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
+  typedef Real Square __attribute__((vector_size(bytes), aligned(sizeof(Real)), may_alias));
+  for (int y = 0; y < kLanes<Real>; y += n) {
+    for (int x = 0; x < kLanes<Real>; x += n) {
+      Square v[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        v[i] = *reinterpret_cast<const Square*>(in + (y + i) * in_step + x);
+      }
+      transpose_vectors<1>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) *reinterpret_cast<Square*>(out + (x + i) * out_step + y) = v[i];
+    }
   }
 }
 
@@ -297,19 +219,6 @@ inline void narrow_line(const float* from, half* to) {
   }
 }
 #endif
-
-template <class From, class Real>
-inline void widen_run(const From* from, int64_t count, Real* to) {
-  int64_t i = 0;
-  for (; i + kLanes<Real> <= count; i += kLanes<Real>) widen_line(from + i, to + i);
-  for (; i < count; ++i) to[i] = widen(from[i]);
-}
-template <class To, class Real>
-inline void narrow_run(const Real* from, int64_t count, To* to) {
-  int64_t i = 0;
-  for (; i + kLanes<Real> <= count; i += kLanes<Real>) narrow_line(from + i, to + i);
-  for (; i < count; ++i) narrow(from[i], to[i]);
-}
 
 // --- Memory ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 #include "windows.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 64;             // RoIs whose taps one task builds
 constexpr int64_t kBandBytes = 2 << 20;    // of lines: the rows of a band, for one block of channels
+constexpr int32_t kSeparateTaps = 4;       // most taps of a bin that shares few pixels with others
 constexpr int64_t kSerialRois = 256;       // fewer: one thread builds all taps
 constexpr int64_t kMinTasks = 16;          // cut visits until there are as many tasks ...
 constexpr int64_t kMinVisit = 64;          // ... but not below this many RoIs
@@ -95,16 +97,9 @@ int64_t image_of(const Rois& rois, int64_t k, int64_t images) {
 // What a thread reuses while it builds taps.
 struct Workspace {
   Taps values[2], slopes[2];
-  std::vector<int64_t> place;  // pixel - least pixel -> where it is in `pixels`, -1 if nowhere
-  std::vector<int64_t> used;   // entries of each pixel
+  std::vector<int32_t> place;  // pixel - least pixel -> where it is in `pixels`, -1 if nowhere
+  std::vector<int32_t> used;   // entries of each pixel
 };
-
-// The most entries of a row.
-int64_t widest(const Taps& taps) {
-  int64_t most = 0;
-  for (size_t k = 1; k < taps.first.size(); ++k) most = std::max(most, taps.first[k] - taps.first[k - 1]);
-  return most;
-}
 
 // Taps as an Axis: pixels are numbered in the order of their appearance. `transposed`: by pixels.
 template <class Real>
@@ -113,52 +108,54 @@ Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& wo
   const auto ends = std::minmax_element(taps.index.begin(), taps.index.begin() + count);
   const int64_t least = count ? *ends.first : 0, extent = count ? *ends.second - least + 1 : 0;
   work.place.assign(size_t(extent), -1);
-  int64_t* pixels = arena.allocate<int64_t>(std::min(count, extent));
-  int64_t distinct = 0;
-  work.used.clear();
+  work.used.assign(size_t(extent), 0);
+  int32_t *place = work.place.data(), *used = work.used.data();
+  int32_t* pixels = arena.allocate<int32_t>(std::min(count, extent));
+  int32_t distinct = 0, singles = 0;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t pixel = taps.index[t];
-    int64_t& place = work.place[size_t(pixel - least)];
-    if (place < 0) {
-      pixels[distinct] = pixel;
-      place = distinct++;
-      work.used.push_back(0);
+    int32_t& at = place[pixel - least];
+    if (at < 0) {
+      pixels[distinct] = int32_t(pixel);
+      at = distinct++;
     }
-    ++work.used[size_t(place)];
+    ++used[at];
   }
-  int64_t singles = 0;
   if (transposed) {  // single entries first: their rows need one multiply-add, and no padding
-    for (int64_t i = 0; i < distinct; ++i) {
-      if (work.used[size_t(i)] != 1) continue;
-      std::swap(work.place[size_t(pixels[i] - least)], work.place[size_t(pixels[singles] - least)]);
-      std::swap(work.used[size_t(i)], work.used[size_t(singles)]);
+    for (int32_t i = 0; i < distinct; ++i) {
+      if (used[i] != 1) continue;
+      std::swap(place[pixels[i] - least], place[pixels[singles] - least]);
+      std::swap(used[i], used[singles]);
       std::swap(pixels[i], pixels[singles++]);
     }
   }
-  const int64_t width = !transposed ? widest(taps)
-                        : distinct ? *std::max_element(work.used.begin(), work.used.end()) : 0;
   const int64_t rows = transposed ? distinct : bins;
-  int64_t* index = arena.allocate<int64_t>(rows * width);
-  Axis<Real> axis{pixels, distinct, width, singles, index, {nullptr, nullptr}};
-  std::fill(work.used.begin(), work.used.end(), 0);
+  int32_t* entries = arena.allocate<int32_t>(rows);
+  int32_t width = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    entries[i] = transposed ? used[i] : int32_t(taps.first[size_t(i) + 1] - taps.first[size_t(i)]);
+    width = std::max(width, entries[i]);
+  }
+  int32_t* index = arena.allocate<int32_t>(rows * width);
+  const bool separate = width <= kSeparateTaps && 4 * bins * width <= 5 * distinct;
+  Axis<Real> axis{pixels, distinct, width, singles, separate, entries, index, {nullptr, nullptr}};
   for (int w = 0; w < weights; ++w) {
     Real* weight = arena.allocate<Real>(rows * width);
     axis.weight[w] = weight;
     std::fill(weight, weight + rows * width, Real(0));
-    for (int64_t k = 0; k < bins; ++k) {
-      for (int64_t t = taps.first[k]; t < taps.first[k + 1]; ++t) {
-        const int64_t place = work.place[size_t(taps.index[t] - least)];
-        const int64_t at = transposed ? place * width + work.used[size_t(place)]++
-                                      : k * width + t - taps.first[k];
-        index[at] = transposed ? k : place;
-        weight[at] = Real(taps.weight[w][t]);
+    std::fill(used, used + distinct, 0);
+    for (int64_t k = 0, t = 0; k < bins; ++k) {
+      for (const int64_t begin = t; t < taps.first[size_t(k) + 1]; ++t) {
+        const int32_t i = place[taps.index[size_t(t)] - least];
+        const int64_t at = transposed ? int64_t(i) * width + used[i]++ : k * width + t - begin;
+        index[at] = transposed ? int32_t(k) : i;
+        weight[at] = Real(taps.weight[w][size_t(t)]);
       }
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t entries = transposed ? work.used[size_t(i)] : taps.first[i + 1] - taps.first[i];
-    std::fill(index + i * width + entries, index + (i + 1) * width,
-              entries ? index[i * width + entries - 1] : -1);
+    std::fill(index + i * width + entries[i], index + (i + 1) * width,
+              entries[i] ? index[i * width + entries[i] - 1] : 0);
   }
   return axis;
 }
@@ -178,8 +175,9 @@ void contract_slopes(Taps& slopes, double v_lo, double v_hi) {
   }
 }
 
-// The order of windows.
+// The order of windows: bands from top to bottom, even ones from left to right and odd ones back.
 struct Key {
+  int64_t index;              // of the image, or -1
   int64_t image, band, place, roi;
   bool operator<(const Key& other) const {
     return std::tie(image, band, place, roi) <
@@ -189,7 +187,7 @@ struct Key {
 
 template <class Real>
 struct Storage {
-  std::vector<Window<Real>> windows;
+  std::vector<Window<Real>> windows;  // in the order of `keys`
   std::vector<Visit<Real>> visits;
   std::vector<Band<Real>> bands;
   std::vector<Arena> arenas;
@@ -208,63 +206,64 @@ struct Builder {
 
   int64_t size(int axis) const { return map_shape[2 + axis]; }
 
-  Window<Real> window(int64_t k, Workspace& work, Arena& arena) const {
-    Window<Real> result{k, 0, {}};
-    const bool sloped = operation == Operation::box_gradient || tangent;
-    const int64_t at = k * rois.boxes_stride[0];
-    Real box[4];  // x1, y1, x2, y2
-    bool finite = true;
-    for (int i = 0; i < 4; ++i) {
-      box[i] = Real(read_float(rois.boxes, rois.boxes_dtype, at + i * rois.boxes_stride[1]));
-      finite = finite && std::isfinite(box[i]);
+  // x1, y1, x2, y2
+  std::array<Real, 4> box(int64_t k) const {
+    std::array<Real, 4> result;
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t at = k * rois.boxes_stride[0] + i * rois.boxes_stride[1];
+      result[size_t(i)] = Real(read_float(rois.boxes, rois.boxes_dtype, at));
     }
+    return result;
+  }
+
+  Window<Real> window(int64_t k, Workspace& work, Arena& arena) const {
+    const bool sloped = operation == Operation::box_gradient || tangent;
+    const std::array<Real, 4> box = this->box(k);
     for (int axis = 0; axis < 2; ++axis) {  // y, x
-      axis_taps<Real>(box[1 - axis], box[3 - axis], params.convention, bins[axis],
+      axis_taps<Real>(box[size_t(1 - axis)], box[size_t(3 - axis)], params.convention, bins[axis],
                       params.sampling_ratio, size(axis), Real(params.scale[axis]),
                       work.values[axis], sloped ? &work.slopes[axis] : nullptr);
     }
-    if (sloped && !finite) {  // min_size can make a size of -inf finite; the gradient is still 0
+    if (sloped && !std::all_of(box.begin(), box.end(), [](Real c) { return std::isfinite(c); })) {
+      // min_size can make a size of -inf finite; the gradient is still 0
       for (Taps& slopes : work.slopes) std::fill(slopes.first.begin(), slopes.first.end(), 0);
     }
-    // The adjoint walks both matrices by pixels; so does the box gradient where it pulls d_output
-    // back to the columns of the map (the x of its first term).
-    const bool adjoint = operation == Operation::adjoint;
+    // What pulls d_output back to the columns of the map walks them: the x of the adjoint, and of the
+    // box gradient's first term.
     const auto values = [&](int axis) {
-      const bool transposed = adjoint || (operation == Operation::box_gradient && axis == 1);
+      const bool transposed = axis == 1 && operation != Operation::forward;
       return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
     };
     const auto slopes = [&](int axis) {
       if (!tangent) return axis_of<Real>(work.slopes[axis], 2, false, work, arena);
       const Real* v = tangent + 4 * k;
       contract_slopes<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]));
-      return axis_of<Real>(work.slopes[axis], 1, adjoint, work, arena);
+      const bool transposed = axis == 1 && operation == Operation::adjoint;
+      return axis_of<Real>(work.slopes[axis], 1, transposed, work, arena);
     };
+    const int count = sloped ? 2 : 1;
+    Term<Real>* term = arena.allocate<Term<Real>>(count);
     if (sloped) {
-      result.term_count = 2;
-      result.term[0] = {slopes(0), values(1)};
-      result.term[1] = {values(0), slopes(1)};
+      term[0] = {slopes(0), values(1)};
+      term[1] = {values(0), slopes(1)};
     } else {
-      result.term_count = 1;
-      result.term[0] = {values(0), values(1)};
+      term[0] = {values(0), values(1)};
     }
-    return result;
+    return {k, term, count};
   }
 
-  int64_t band_rows() const {
-    return std::max<int64_t>(1, kBandBytes / (64 * std::max<int64_t>(1, map_shape[3])));
-  }
-
-  // Of the window's centre; empty windows are in the first band.
-  int64_t band(const Window<Real>& window) const {
-    const Axis<Real>* y = window.term_count ? &window.term[0].y : nullptr;
-    return y && y->pixel_count ? y->pixels[y->pixel_count / 2] / band_rows() : 0;
-  }
-
-  // From left to right in even bands, back in odd ones.
-  int64_t place_in_band(const Window<Real>& window) const {
-    const Axis<Real>* x = window.term_count ? &window.term[0].x : nullptr;
-    const int64_t centre = x && x->pixel_count ? x->pixels[x->pixel_count / 2] : 0;
-    return band(window) % 2 ? -centre : centre;
+  // Where the box's centre is, about: only the order of windows depends on it.
+  Key key(int64_t k) const {
+    const int64_t image = image_of(rois, k, map_shape[0]);
+    const std::array<Real, 4> box = this->box(k);
+    int64_t centre[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      const double c = (double(box[size_t(1 - axis)]) + double(box[size_t(3 - axis)])) * params.scale[axis] / 2;
+      centre[axis] = c > 0 ? int64_t(std::min(c, double(size(axis)))) : 0;
+    }
+    const int64_t rows = std::max<int64_t>(1, kBandBytes / (64 * std::max<int64_t>(1, size(1))));
+    const int64_t band = centre[0] / rows;
+    return {image, std::max<int64_t>(image, 0), band, band % 2 ? -centre[1] : centre[1], k};
   }
 
   // Calls touch(from, to) for runs of groups of pixels that the window reads or writes.
@@ -276,7 +275,7 @@ struct Builder {
       if (!x.pixel_count) continue;
       const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
       for (int64_t j = 0; j < y.pixel_count; ++j) {
-        const int64_t row = y.pixels[j] * map_shape[3];
+        const int64_t row = int64_t(y.pixels[j]) * map_shape[3];
         touch((row + *ends.first) / kGroup, (row + *ends.second) / kGroup + 1);
       }
     }
@@ -335,30 +334,28 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
   const int64_t count = rois.count, images = map_shape[0];
   const int64_t chunks = (count + kChunk - 1) / kChunk;
 
-  std::vector<Window<Real>> built(static_cast<size_t>(count));
+  s.keys.clear();
+  for (int64_t k = 0; k < count; ++k) s.keys.push_back(builder.key(k));
+  std::sort(s.keys.begin(), s.keys.end());
+  s.windows.resize(size_t(count));
   if (int64_t(s.arenas.size()) < chunks) s.arenas.resize(size_t(chunks));
-  s.keys.resize(size_t(count));
   parallel_for(chunks, count < kSerialRois ? 1 : threads, [&](int64_t chunk) {
     Arena& arena = s.arenas[size_t(chunk)];
     arena.clear();
-    for (int64_t k = chunk * kChunk; k < std::min(count, (chunk + 1) * kChunk); ++k) {
-      const int64_t image = image_of(rois, k, images);
-      Window<Real>& window = built[size_t(k)];
-      window = image < 0 ? Window<Real>{k, 0, {}} : builder.window(k, of_this_thread<Workspace>(), arena);
-      s.keys[size_t(k)] = {std::max<int64_t>(image, 0), builder.band(window),
-                           builder.place_in_band(window), k};
+    for (int64_t i = chunk * kChunk; i < std::min(count, (chunk + 1) * kChunk); ++i) {
+      const Key& key = s.keys[size_t(i)];
+      s.windows[size_t(i)] = key.index < 0
+          ? Window<Real>{key.roi, nullptr, 0}
+          : builder.window(key.roi, of_this_thread<Workspace>(), arena);
     }
   });
-  std::sort(s.keys.begin(), s.keys.end());
-  s.windows.clear();
-  for (const Key& key : s.keys) s.windows.push_back(built[size_t(key.roi)]);
 
   Windows<Real> result{};
   for (const Window<Real>& window : s.windows) {
     for (int i = 0; i < window.term_count; ++i) {
       const Term<Real>& term = window.term[i];
-      result.max_columns = std::max(result.max_columns, term.x.pixel_count);
-      result.work += term.x.pixel_count * (term.y.pixel_count + 2 * bins[0]);
+      result.max_columns = std::max<int64_t>(result.max_columns, term.x.pixel_count);
+      result.work += int64_t(term.x.pixel_count) * (term.y.pixel_count + 2 * bins[0]);
     }
   }
 

@@ -12,16 +12,18 @@ namespace roialign {
 constexpr int64_t kGroup = 16;
 
 // One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
-// entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]; a row without
-// entries has index -1. An entry's `index` counts along `pixels` where rows are bins, and along the
-// bins where the matrix is transposed and its rows are `pixels`; those with a single entry come first.
+// entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]. An entry's
+// `index` counts along `pixels` where rows are bins, and along the bins where the matrix is transposed
+// and its rows are `pixels`; those with a single entry come first.
 template <class Real>
 struct Axis {
-  const int64_t* pixels;     // the distinct rows (columns) of the map that have weight
-  int64_t pixel_count;
-  int64_t taps;
-  int64_t singles;           // rows with one entry at the start of a transposed matrix
-  const int64_t* index;
+  const int32_t* pixels;     // the distinct rows (columns) of the map that have weight
+  int32_t pixel_count;
+  int32_t taps;
+  int32_t singles;           // rows with one entry at the start of a transposed matrix
+  bool separate;             // bins have few taps and share few pixels
+  const int32_t* entries;    // of a row, without the padding
+  const int32_t* index;
   const Real* weight[2];     // values: [0]; slopes: in the box's start, in its end
 };
 
@@ -35,8 +37,8 @@ struct Term {
 template <class Real>
 struct Window {
   int64_t roi;
+  const Term<Real>* term;    // next to what its axes point to: a window is read as one run of memory
   int term_count;            // 0: the image index is bad
-  Term<Real> term[2];
 };
 
 enum class Operation { forward, adjoint, box_gradient };
