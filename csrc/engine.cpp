@@ -434,6 +434,10 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
             rows[c * lanes + i] = c < channels && i < pixels ? widen(from[c * c_step + i * i_step]) : 0;
           }
         }
+        if (pixels == lanes) {
+          transpose(rows, lanes, to + at * lanes, lanes);
+          return;
+        }
         transpose(rows, lanes, tile, lanes);
         std::memcpy(to + at * lanes, tile, size_t(pixels * kLineBytes));
       });
@@ -448,6 +452,21 @@ struct Copy {
   int64_t run = 0, step = 0, runs = 0;
   bool streamed = false;  // past the caches
   int64_t done = 0;       // bytes of the run at `to`
+
+  // Joins runs that touch. Asks for the lines of which a streamed run writes only a part: stores wait in
+  // line for them.
+  void prepare() {
+    if (run == step) {
+      run *= runs;
+      runs = 1;
+    }
+    for (int64_t r = 0; streamed && r < runs; ++r) {
+      char* ends[] = {to + r * step, to + r * step + run};
+      for (char* end : ends) {
+        if (reinterpret_cast<intptr_t>(end) % kLineBytes) prefetch_for_write(end);
+      }
+    }
+  }
 
   // At least so many bytes more, as far as there are any: up to a cache line or the end of a run.
   void advance(int64_t bytes) {
@@ -479,6 +498,16 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
                  int64_t block_step, T* stage, bool streamed) {
   constexpr int lanes = kLanes<Real>;
   const bool channels_last = plane.channel_stride == 1 && plane.pixel_stride != 1;
+  Copy copy{reinterpret_cast<char*>(plane.data + first * plane.pixel_stride),
+            reinterpret_cast<const char*>(stage)};
+  const bool runs = plane.even() && (channels_last || plane.pixel_stride == 1);
+  if (runs) {
+    copy.run = (channels_last ? plane.channels : count) * int64_t(sizeof(T));
+    copy.step = (channels_last ? plane.pixel_stride : plane.channel_stride) * int64_t(sizeof(T));
+    copy.runs = channels_last ? count : plane.channels;
+    copy.streamed = streamed;
+    copy.prepare();
+  }
   for (int64_t b = 0; b < plane.blocks(); ++b) {
     const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
     const Real* block = lines + b * block_step;
@@ -497,18 +526,19 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
         return;
       }
       Real rows[lanes * lanes], tile[lanes * lanes];
-      std::memcpy(tile, block + at * lanes, size_t(pixels * kLineBytes));
-      transpose(tile, lanes, rows, lanes);
+      if (pixels == lanes) {
+        transpose(block + at * lanes, lanes, rows, lanes);
+      } else {
+        std::memcpy(tile, block + at * lanes, size_t(pixels * kLineBytes));
+        transpose(tile, lanes, rows, lanes);
+      }
       for (int c = 0; c < channels; ++c) {
         if (pixels == lanes) narrow_line(rows + c * lanes, to + c * count);
         else for (int i = 0; i < pixels; ++i) narrow(rows[c * lanes + i], to[c * count + i]);
       }
     });
   }
-  Copy copy{reinterpret_cast<char*>(plane.data + first * plane.pixel_stride),
-            reinterpret_cast<const char*>(stage)};
-  copy.streamed = streamed;
-  if (!plane.even() || (plane.pixel_stride != 1 && plane.channel_stride != 1)) {
+  if (!runs) {
     for_runs(plane, first, count, [&](T* p, int64_t run, int64_t done) {
       for (int64_t c = 0; c < plane.channels; ++c) {
         for (int64_t i = 0; i < run; ++i) {
@@ -517,14 +547,6 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
         }
       }
     });
-    return copy;
-  }
-  copy.run = (channels_last ? plane.channels : count) * int64_t(sizeof(T));
-  copy.step = (channels_last ? plane.pixel_stride : plane.channel_stride) * int64_t(sizeof(T));
-  copy.runs = channels_last ? count : plane.channels;
-  if (copy.run == copy.step) {
-    copy.run *= copy.runs;
-    copy.runs = 1;
   }
   return copy;
 }
@@ -721,21 +743,26 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                     size_t(count * kGroup * kLineBytes));
       }
     };
-    // Groups that follow each other leave together. `lines` of a group are at `step` times its number.
+    // Groups that follow each other leave together, cut between cache lines. The lines of pixel i are at
+    // i * step.
     const auto unpack = [&](const Groups& groups, int64_t step) {
-      for (int64_t g = 0, end; g < groups.count; g = end) {
-        for (end = g + 1; end < groups.count && end < g + kUnpacked; ++end) {
-          if (groups.at[end] != groups.at[end - 1] + 1) break;
+      for (int64_t g = 0; g < groups.count;) {
+        int64_t from = groups.at[g] * kGroup, end = from + kGroup;
+        while (++g < groups.count && groups.at[g] * kGroup == end) end += kGroup;
+        for (end = least_of(end, plane.pixels); from < end;) {
+          int64_t to = least_of(from + kUnpacked * kGroup, end);
+          const T* cut = plane.data + to * plane.pixel_stride;
+          if (to < end) to -= int64_t(reinterpret_cast<uintptr_t>(cut) % kLineBytes / sizeof(T));
+          store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage, streamed)
+              .finish();
+          from = to;
         }
-        const int64_t first = groups.at[g] * kGroup;
-        store_lines(plane, first, least_of((end - g) * kGroup, plane.pixels - first),
-                    work.map + groups.at[g] * step, work.map_step, work.stage, streamed).finish();
       }
     };
     const auto enter = [&](const Band<Real>& band) {
       for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g], 1);
     };
-    const auto leave = [&](const Band<Real>& band) { unpack(band.last, kGroup * line); };
+    const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Upcoming<T> upcoming(d_output, following, part * channels, channels,
                            2 * plane.blocks() * ranges_of(bins[0]));

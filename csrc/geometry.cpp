@@ -40,11 +40,22 @@ Grid<Real> grid_of(Real lo, Real hi, const Convention& c, int64_t bins, int64_t 
 
 // Equation (2): the position of sample i of bin k.
 template <class Real>
-struct Positions {
-  Real start, bin, samples;
-  Real operator()(int64_t k, int64_t i) const {
-    return start + Real(k) * bin + ((Real(i) + Real(0.5)) * bin) / samples;
+class Positions {
+ public:
+  Positions(Real start, Real bin, int64_t samples) : start_(start), bin_(bin), samples_(Real(samples)) {
+    for (; known_ < kKnown && known_ < samples; ++known_) offsets_[known_] = offset(known_);
   }
+  Real operator()(int64_t k, int64_t i) const {
+    return start_ + Real(k) * bin_ + (i < known_ ? offsets_[i] : offset(i));
+  }
+
+ private:
+  static constexpr int64_t kKnown = 16;
+  Real offset(int64_t i) const { return ((Real(i) + Real(0.5)) * bin_) / samples_; }
+
+  Real start_, bin_, samples_;
+  Real offsets_[kKnown];  // of the first samples, the same in every bin: divisions are slow
+  int64_t known_ = 0;
 };
 
 // The least j in [0, n) at which the monotone `reached` holds, or n.
@@ -118,9 +129,7 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
     from = least(n, [&](int64_t j) { return at(j) >= -1; });
     to = least(n, [&](int64_t j) { return !(at(j) <= Position(size)); });
   }
-  // Positions ascend, so the pixels are those from the first sample's lower one to the last's upper one.
-  const auto lower = [&](int64_t j) { return int64_t(at(j) < 0 ? 0 : at(j)); };
-  const int64_t entries = from < to ? std::min(2 * (to - from), lower(to - 1) - lower(from) + 2) : 0;
+  const int64_t entries = std::min(2 * (to - from), size);  // positions ascend: no pixel comes twice
   Sums value = open_bin(values, entries), slope = slopes ? open_bin(*slopes, entries) : value;
   for (int64_t j = from; j < to; ++j) {
     const Position raw = at(j), p = raw < 0 ? 0 : raw;
@@ -150,18 +159,13 @@ template <class Real>
 void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
                int64_t size, Real scale, Taps& values, Taps* slopes) {
   const Grid<Real> grid = grid_of(lo, hi, convention, bins, sampling_ratio, scale);
-  const double samples = double(grid.samples);
   values.first.assign(1, 0);
   if (slopes) slopes->first.assign(1, 0);
-  for (int64_t k = 0; k < bins; ++k) {
-    if (grid.samples > kWideSamples) {
-      add_bin(Positions<double>{grid.start, grid.bin, samples}, k, grid, bins, size, double(scale),
-              values, slopes);
-    } else {
-      add_bin(Positions<Real>{grid.start, grid.bin, Real(samples)}, k, grid, bins, size,
-              double(scale), values, slopes);
-    }
-  }
+  const auto add_bins = [&](const auto& position) {
+    for (int64_t k = 0; k < bins; ++k) add_bin(position, k, grid, bins, size, double(scale), values, slopes);
+  };
+  if (grid.samples > kWideSamples) add_bins(Positions<double>(grid.start, grid.bin, grid.samples));
+  else add_bins(Positions<Real>(grid.start, grid.bin, grid.samples));
 }
 
 template void axis_taps(float, float, const Convention&, int64_t, int64_t, int64_t, float, Taps&,

@@ -231,6 +231,11 @@ inline void prefetch(const void* p, int64_t bytes) {
   }
 }
 
+inline void prefetch_for_write(void* p) {
+  __builtin_prefetch(p, 1, 3);
+  __asm__ volatile("");
+}
+
 // Copies past the caches: whole 64-byte lines by non-temporal stores, the ragged ends plainly.
 inline void stream(void* to, const void* from, size_t bytes) {
 #if defined(__SSE2__)
