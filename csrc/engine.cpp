@@ -31,6 +31,7 @@ constexpr int kDots = 4;                              // dot products held in re
 constexpr int64_t kAhead = 12;                        // groups of pixels asked for ahead
 constexpr int64_t kRows = 7;                          // bins of y whose strips are made at a time
 constexpr int64_t kUnpacked = 8;                      // groups of pixels that leave together
+constexpr int64_t kNearPixels = 16384;                // of a map of which four blocks stay in the caches
 constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
 constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
 
@@ -341,13 +342,28 @@ void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* str
 
 // --- Between arrays and lines ---------------------------------------------------------------------
 
-// How many blocks of channels a task takes: so many that what it reads and writes at a time are whole
-// cache lines, and with channels innermost longer runs.
-template <class T>
-int64_t blocks_per_task(const Tensor& map) {
-  const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
-  return channels_last ? 4 : sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
-}
+// How the channels of a map are cut into parts, one for each task: so many blocks that what a task reads
+// and writes at a time are whole cache lines, and with channels innermost longer runs.
+struct Parts {
+  int64_t channels, blocks, size, shift;
+
+  // `target` gets the result; where its channels are innermost the cuts are between its cache lines.
+  template <class T>
+  static Parts of(const Tensor& map, const Tensor* target, T) {
+    const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
+    const bool near = map.shape[2] * map.shape[3] <= kNearPixels;
+    const int64_t blocks = channels_last ? (near ? 4 : 2) : sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
+    Parts parts{map.shape[1], blocks, blocks * kLanes<Accumulator<T>>, 0};
+    if (channels_last && target) {
+      parts.shift = int64_t(reinterpret_cast<uintptr_t>(target->data) % kLineBytes / sizeof(T));
+    }
+    return parts;
+  }
+  int64_t count() const { return (channels + shift + size - 1) / size; }
+  Range operator[](int64_t part) const {
+    return {most_of<int64_t>(part * size - shift, 0), least_of((part + 1) * size - shift, channels)};
+  }
+};
 
 // The channels of one task, of one image or of one RoI's d_output or output.
 template <class T>
@@ -361,16 +377,16 @@ struct Plane {
   bool even() const { return row_stride == width * pixel_stride; }  // between pixels, across rows too
 };
 
-// Channels [first, first + count) of image or RoI n, as far as there are any.
+// Channels of image or RoI n.
 template <class T>
-Plane<T> plane_of(const Tensor& tensor, int64_t n, int64_t first, int64_t count) {
-  return {static_cast<T*>(tensor.data) + n * tensor.stride[0] + first * tensor.stride[1],
+Plane<T> plane_of(const Tensor& tensor, int64_t n, Range channels) {
+  return {static_cast<T*>(tensor.data) + n * tensor.stride[0] + channels.begin * tensor.stride[1],
           tensor.shape[3],
           tensor.shape[2] * tensor.shape[3],
           tensor.stride[1],
           tensor.stride[2],
           tensor.stride[3],
-          least_of(count, tensor.shape[1] - first)};
+          channels.count()};
 }
 
 // Calls body(pointer, count, done) for the runs of equally spaced pixels in [first, first + count).
@@ -413,8 +429,13 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
       const T* p = run_data + b * lanes * c_step;
       const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
       Real* to = lines + b * block_step + done * lanes;
-      if (channels == lanes && c_step == 1) {
-        for (int64_t i = 0; i < run; ++i) widen_line(p + i * i_step, to + i * lanes);
+      if (c_step == 1) {
+        for (int64_t i = 0; i < run; ++i) {
+          T line[lanes] = {};
+          const T* from = p + i * i_step;
+          if (channels < lanes) from = static_cast<T*>(std::memcpy(line, from, channels * sizeof(T)));
+          widen_line(from, to + i * lanes);
+        }
         continue;
       }
       for_tiles<lanes>(run, [&](int64_t at, int pixels) {
@@ -514,8 +535,9 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
     if (channels_last) {
       T* to = stage + b * lanes;
       for (int64_t i = 0; i < count; ++i, to += plane.channels) {
-        if (channels == lanes) narrow_line(block + i * lanes, to);
-        else for (int c = 0; c < channels; ++c) narrow(block[i * lanes + c], to[c]);
+        T line[lanes];
+        narrow_line(block + i * lanes, channels < lanes ? line : to);
+        if (channels < lanes) std::memcpy(to, line, channels * sizeof(T));
       }
       continue;
     }
@@ -615,10 +637,10 @@ void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, 
 
 // Runs body(visit, part) for all tasks; a part is the channels of one task.
 template <class Real, class Body>
-void for_tasks(const Windows<Real>& windows, int64_t parts, int64_t blocks, int threads, Body body) {
-  const int64_t work = windows.work * parts * blocks;
-  parallel_for(windows.visit_count * parts, work < kSerialWork ? 1 : threads, [&](int64_t task) {
-    body(windows.visits[task / parts], task % parts);
+void for_tasks(const Windows<Real>& windows, const Parts& parts, int threads, Body body) {
+  const int64_t count = parts.count(), work = windows.work * count * parts.blocks;
+  parallel_for(windows.visit_count * count, work < kSerialWork ? 1 : threads, [&](int64_t task) {
+    body(windows.visits[task / count], task % count);
   });
 }
 
@@ -653,14 +675,13 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = output.shape + 2;
-  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * kLanes<Real>;
-  const int64_t parts = (features.shape[1] + channels - 1) / channels;
+  const Parts parts = Parts::of(features, &output, T{});
   const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
   const Windows<Real> windows =
       build_windows(Operation::forward, rois, static_cast<const Real*>(tangent), params,
-                    features.shape, bins, parts, threads);
-  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
-    const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
+                    features.shape, bins, parts.count(), threads);
+  for_tasks(windows, parts, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<const T>(features, visit.image, parts[part]);
     const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
     Copy leaving;  // the tile before
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
@@ -679,7 +700,7 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
         });
       }
       leaving.finish();
-      leaving = store_lines(plane_of<T>(output, window.roi, part * channels, channels), 0,
+      leaving = store_lines(plane_of<T>(output, window.roi, parts[part]), 0,
                             bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
     });
     leaving.finish();
@@ -693,9 +714,8 @@ template <class T>
 class Upcoming {
  public:
   template <class Real>
-  Upcoming(const Tensor& d_output, const Window<Real>* following, int64_t first, int64_t channels,
-           int64_t pieces)
-      : tile_(plane_of<const T>(d_output, following ? following->roi : 0, first, channels)),
+  Upcoming(const Tensor& d_output, const Window<Real>* following, Range channels, int64_t pieces)
+      : tile_(plane_of<const T>(d_output, following ? following->roi : 0, channels)),
         next_(following ? 0 : tile_.pixels),
         piece_((tile_.pixels + pieces - 1) / pieces) {}
 
@@ -716,9 +736,9 @@ class Upcoming {
 };
 
 template <class T, class Real>
-void load_tile(const Tensor& d_output, const Window<Real>& window, int64_t first, int64_t channels,
+void load_tile(const Tensor& d_output, const Window<Real>& window, Range channels,
                const Workspace<T, Real>& work) {
-  const auto tile = plane_of<const T>(d_output, window.roi, first, channels);
+  const auto tile = plane_of<const T>(d_output, window.roi, channels);
   load_lines(tile, 0, tile.pixels, work.tile, work.tile_step);
 }
 
@@ -728,14 +748,13 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
   using Real = Accumulator<T>;
   constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = d_output.shape + 2;
-  const int64_t blocks = blocks_per_task<T>(d_features), channels = blocks * line;
-  const int64_t parts = (d_features.shape[1] + channels - 1) / channels;
+  const Parts parts = Parts::of(d_features, &d_features, T{});
   const bool streamed = count_of(d_features) * int64_t(sizeof(T)) > kStreamBytes;
   const Windows<Real> windows =
       build_windows(Operation::adjoint, rois, static_cast<const Real*>(tangent), params,
-                    d_features.shape, bins, parts, threads);
-  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
-    const auto plane = plane_of<T>(d_features, visit.image, part * channels, channels);
+                    d_features.shape, bins, parts.count(), threads);
+  for_tasks(windows, parts, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<T>(d_features, visit.image, parts[part]);
     const Workspace<T, Real> work(d_features, windows.max_columns, bins, plane.blocks());
     const auto zero = [&](int64_t group, int64_t count) {
       for (int64_t b = 0; b < plane.blocks(); ++b) {
@@ -764,9 +783,9 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
     };
     const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      Upcoming<T> upcoming(d_output, following, part * channels, channels,
+      Upcoming<T> upcoming(d_output, following, parts[part],
                            2 * plane.blocks() * ranges_of(bins[0]));
-      if (window.term_count) load_tile(d_output, window, part * channels, channels, work);
+      if (window.term_count) load_tile(d_output, window, parts[part], work);
       for (int64_t b = 0; b < plane.blocks(); ++b) {
         for_rows(bins[0], [&](Range p) {
           const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * line;
@@ -799,29 +818,28 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
                   const Params& params, void* d_boxes, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = d_output.shape + 2;
-  const int64_t blocks = blocks_per_task<T>(features), channels = blocks * kLanes<Real>;
-  const int64_t parts = (features.shape[1] + channels - 1) / channels;
+  const Parts parts = Parts::of(features, nullptr, T{});
   const Windows<Real> windows =
       build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
-                          parts, threads);
+                          parts.count(), threads);
   // A row of sums per part of the channels, added in order: the same bits for any threads.
   const int64_t count = rois.count * 4;
-  const size_t bytes = size_t(most_of<int64_t>(1, parts * count)) * sizeof(Real);
+  const size_t bytes = size_t(most_of<int64_t>(1, parts.count() * count)) * sizeof(Real);
   Real* partial = static_cast<Real*>(map_memory(bytes));
   struct Owner {
     void* memory;
     size_t bytes;
     ~Owner() { unmap_memory(memory, bytes); }
   } const owner{partial, bytes};
-  for_tasks(windows, parts, blocks, threads, [&](const Visit<Real>& visit, int64_t part) {
-    const auto plane = plane_of<const T>(features, visit.image, part * channels, channels);
+  for_tasks(windows, parts, threads, [&](const Visit<Real>& visit, int64_t part) {
+    const auto plane = plane_of<const T>(features, visit.image, parts[part]);
     const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Line<Real> d_x[2] = {}, d_y[2] = {};
-      Upcoming<T> upcoming(d_output, following, part * channels, channels,
+      Upcoming<T> upcoming(d_output, following, parts[part],
                            4 * plane.blocks() * ranges_of(bins[0]));
-      if (window.term_count) load_tile(d_output, window, part * channels, channels, work);
+      if (window.term_count) load_tile(d_output, window, parts[part], work);
       // d_output pulled back to the map's columns, against the slopes of y; and the features pooled to
       // the columns, against the slopes of x.
       const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
@@ -848,7 +866,7 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   Real* result = static_cast<Real*>(d_boxes);
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += double(partial[part * count + i]);
+    for (int64_t part = 0; part < parts.count(); ++part) sum += double(partial[part * count + i]);
     result[i] = Real(sum);
   }
 }

@@ -225,8 +225,10 @@ inline void narrow_line(const float* from, half* to) {
 // Into the second cache. The empty statement has effects, as a prefetch has not: compilers drop calls
 // of functions that do nothing else.
 inline void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 1);
+  const char* end = static_cast<const char*>(p) + bytes;
+  const char* line = static_cast<const char*>(p) - reinterpret_cast<uintptr_t>(p) % kLineBytes;
+  for (; line < end; line += kLineBytes) {
+    __builtin_prefetch(line, 0, 1);
     __asm__ volatile("");
   }
 }
