@@ -490,3 +490,17 @@ def test_options_are_keyword_only():
         roialign.roi_align_adjoint(D_OUTPUT, ROIS, FEATURES.shape, 1.0)
     with pytest.raises(TypeError):
         roialign.roi_align_box_gradient(D_OUTPUT, FEATURES, ROIS, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2**31, 1), (1, 1, 1, 2**31)])
+def test_a_side_that_32_bits_do_not_count(shape):
+    features, rois = np.broadcast_to(np.float16(0), shape), np.zeros((1, 5), np.float32)
+    d_output = np.zeros((1, 1, 2, 2), np.float16)
+    for call, name in (
+        (lambda: forward(features, rois), "features"),
+        (lambda: adjoint(d_output, rois, shape), "feature_shape"),
+        (lambda: box_gradient(d_output, features, rois), "features"),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` .*2147483647.*2147483648"):
+            call()
+    assert forward(features, rois[:0]).shape == (0, 1, 2, 2)

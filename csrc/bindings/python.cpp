@@ -118,6 +118,13 @@ void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
 
+// A map that RoIs can sample: the engine counts the pixels of an axis in 32 bits.
+void require_pixels(const Tensor& map) {
+  for (const int axis : {2, 3}) {
+    require(map.shape[axis] > 0 && map.shape[axis] <= INT32_MAX, "_core: no map to be sampled");
+  }
+}
+
 // (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None, floor)
 using Rule = std::tuple<double, double, int64_t, double, double, double, nb::object, bool>;
 
@@ -147,7 +154,7 @@ int64_t forward(const Input& features_array, const Input& boxes, const Input& im
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   const int64_t size = output.shape[0] * output.shape[1] * output.shape[2] * output.shape[3];
   if (bad >= 0 || size == 0) return bad;
-  require(features.shape[2] > 0 && features.shape[3] > 0, "_core: features have no pixels");
+  require_pixels(features);
   engine->forward(features, rois, tangent, params, output, threads);
   return bad;
 }
@@ -170,6 +177,7 @@ int64_t adjoint(const Input& d_output_array, const Input& boxes, const Input& im
   const int64_t size =
       d_features.shape[0] * d_features.shape[1] * d_features.shape[2] * d_features.shape[3];
   if (bad >= 0 || size == 0) return bad;
+  if (rois.count) require_pixels(d_features);
   engine->adjoint(d_output, rois, tangent, params, d_features, threads);
   return bad;
 }
@@ -191,7 +199,7 @@ int64_t box_gradient(const Input& d_output_array, const Input& features_array, c
     std::memset(d_boxes, 0, size_t(d_boxes_array.nbytes()));
     return bad;
   }
-  require(features.shape[2] > 0 && features.shape[3] > 0, "_core: features have no pixels");
+  require_pixels(features);
   engine->box_gradient(d_output, features, rois, params, d_boxes, threads);
   return bad;
 }

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Sequence
 
 REDUCTIONS = ("mean",)
+MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
 
 
 def type_name(value: object) -> str:
@@ -118,9 +119,11 @@ def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pixels(name: str, shape: Sequence[int], rois: int) -> None:
-    """RoIs need an image and pixels to sample; channels there may be none."""
+    """RoIs need an image and pixels to sample, as many as 32 bits count; channels there may be none."""
     if rois and not (shape[0] and shape[2] and shape[3]):
         raise ValueError(
             f"`{name}` must have at least one image and one pixel where there are RoIs, "
             f"got {tuple(shape)}"
         )
+    if rois and max(shape[2:]) > MAX_SIDE:
+        raise ValueError(f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}")
