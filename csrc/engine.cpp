@@ -151,7 +151,7 @@ ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int6
 #pragma GCC unroll 8
     for (int t = 0; t < taps; ++t) {
       w[t] = broadcast(x.weight[0][at + t]);
-      from[t] = in + x.index[at + t] * kLanes<Real>;
+      from[t] = in + int64_t(x.index[at + t]) * kLanes<Real>;
     }
     Real* to = out + i.begin * kLanes<Real>;
     if (!x.entries[i.begin]) {
@@ -228,7 +228,7 @@ ROIALIGN_NOINLINE void dot_bins(const Axis<Real>& x, int64_t at, const int32_t* 
                                 const Real* strips, const Real* d_out, int64_t bins, Line<Real>* sums) {
   Line<Real> sum[taps] = {};
   const Real* in[taps];
-  for (int t = 0; t < taps; ++t) in[t] = strips + x.index[at + t] * kLanes<Real>;
+  for (int t = 0; t < taps; ++t) in[t] = strips + int64_t(x.index[at + t]) * kLanes<Real>;
   const int64_t strip = x.pixel_count * kLanes<Real>;
   for (int64_t k = p.begin, step = 0; k < p.end; ++k, step += strip, d_out += bins * kLanes<Real>) {
     if (!y_entries[k]) continue;
