@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -29,13 +30,18 @@ namespace {
 
 const Engine* engine = nullptr;
 
-using Input = nb::ndarray<nb::ro, nb::device::cpu>;
-using Output = nb::ndarray<nb::device::cpu>;
+// An array of at most four dimensions. It comes as an object of NumPy (bfloat16 as uint16, a view that
+// every NumPy can export), or as what an adapter knows of a tensor that it has checked and keeps alive:
+// (address, dtype, shape, strides in elements).
+struct Array {
+  nb::object owner;
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int ndim = 0;
+  int64_t shape[4] = {}, stride[4] = {};
+};
 
-// bfloat16 arrives as uint16, a view that every NumPy can export.
-template <class Array>
-DType dtype_of(const Array& array) {
-  const nb::dlpack::dtype t = array.dtype();
+DType dtype_of(const nb::dlpack::dtype& t) {
   if (t == nb::dtype<float>()) return DType::float32;
   if (t == nb::dtype<double>()) return DType::float64;
   if (t == nb::dtype<uint16_t>()) return DType::bfloat16;
@@ -44,40 +50,72 @@ DType dtype_of(const Array& array) {
   throw nb::type_error("_core: unsupported dtype");
 }
 
-template <class Array>
-Tensor tensor_of(const Array& array) {
-  if (array.ndim() != 4) throw nb::value_error("_core: array must have 4 dimensions");
-  Tensor tensor{const_cast<void*>(static_cast<const void*>(array.data())), dtype_of(array), {}, {}};
-  if (tensor.dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
-  for (int i = 0; i < 4; ++i) {
-    tensor.shape[i] = int64_t(array.shape(i));
-    tensor.stride[i] = array.stride(i);
+Array described(const nb::tuple& tuple) {
+  if (tuple.size() != 4) throw nb::type_error("_core: an array is (address, dtype, shape, strides)");
+  const int dtype = nb::cast<int>(tuple[1]);
+  if (dtype < 0 || dtype > int(DType::int64)) throw nb::type_error("_core: unsupported dtype");
+  Array array;
+  array.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(tuple[0]));
+  array.dtype = DType(dtype);
+  const nb::tuple shape = nb::cast<nb::tuple>(tuple[2]), stride = nb::cast<nb::tuple>(tuple[3]);
+  if (shape.size() > 4 || stride.size() != shape.size()) {
+    throw nb::value_error("_core: array must have at most 4 dimensions");
   }
+  array.ndim = int(shape.size());
+  for (int i = 0; i < array.ndim; ++i) {
+    array.shape[i] = nb::cast<int64_t>(shape[size_t(i)]);
+    array.stride[i] = nb::cast<int64_t>(stride[size_t(i)]);
+  }
+  return array;
+}
+
+// Never converted: a silent copy of an output would lose the result.
+template <class NdArray>
+Array array_of(const nb::handle& object) {
+  if (nb::isinstance<nb::tuple>(object)) return described(nb::borrow<nb::tuple>(object));
+  const NdArray given = nb::cast<NdArray>(object, false);
+  if (given.ndim() > 4) throw nb::value_error("_core: array must have at most 4 dimensions");
+  Array array;
+  array.owner = nb::borrow(object);
+  array.data = const_cast<void*>(static_cast<const void*>(given.data()));
+  array.dtype = dtype_of(given.dtype());
+  array.ndim = int(given.ndim());
+  for (int i = 0; i < array.ndim; ++i) {
+    array.shape[i] = int64_t(given.shape(size_t(i)));
+    array.stride[i] = given.stride(size_t(i));
+  }
+  return array;
+}
+Array input(const nb::handle& object) { return array_of<nb::ndarray<nb::ro, nb::device::cpu>>(object); }
+Array output(const nb::handle& object) { return array_of<nb::ndarray<nb::device::cpu>>(object); }
+
+Tensor tensor_of(const Array& array) {
+  if (array.ndim != 4) throw nb::value_error("_core: array must have 4 dimensions");
+  if (array.dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
+  Tensor tensor{array.data, array.dtype, {}, {}};
+  std::copy(array.shape, array.shape + 4, tensor.shape);
+  std::copy(array.stride, array.stride + 4, tensor.stride);
   return tensor;
 }
 
-Rois rois_of(const Input& boxes, const Input& image_index) {
-  if (boxes.ndim() != 2 || boxes.shape(1) != 4 || image_index.ndim() != 1 ||
-      image_index.shape(0) != boxes.shape(0)) {
+Rois rois_of(const Array& boxes, const Array& image_index) {
+  if (boxes.ndim != 2 || boxes.shape[1] != 4 || image_index.ndim != 1 ||
+      image_index.shape[0] != boxes.shape[0]) {
     throw nb::value_error("_core: boxes must be (K, 4) and image_index (K,)");
   }
-  const Rois rois{int64_t(boxes.shape(0)), boxes.data(), dtype_of(boxes),
-                  {boxes.stride(0), boxes.stride(1)}, image_index.data(), dtype_of(image_index),
-                  image_index.stride(0)};
-  if (rois.boxes_dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
-  return rois;
+  if (boxes.dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
+  return {boxes.shape[0], boxes.data, boxes.dtype, {boxes.stride[0], boxes.stride[1]},
+          image_index.data, image_index.dtype, image_index.stride[0]};
 }
 
 // The box tangent or gradient: (K, 4) contiguous, of the coordinate type.
-template <class Array>
 void* boxes_like(const Array& array, const Rois& rois, DType dtype) {
   const DType coordinate = dtype == DType::float64 ? DType::float64 : DType::float32;
-  if (array.ndim() != 2 || int64_t(array.shape(0)) != rois.count || array.shape(1) != 4 ||
-      dtype_of(array) != coordinate ||
-      (rois.count > 0 && (array.stride(0) != 4 || array.stride(1) != 1))) {
+  if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != 4 ||
+      array.dtype != coordinate || (rois.count > 0 && (array.stride[0] != 4 || array.stride[1] != 1))) {
     throw nb::value_error("_core: box tangents and gradients must be contiguous (K, 4)");
   }
-  return const_cast<void*>(static_cast<const void*>(array.data()));
+  return array.data;
 }
 
 // Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock while
@@ -137,19 +175,19 @@ Params params_of(const Rule& rule) {
 }
 
 // Each operation returns the first RoI whose image index is bad, having done nothing; or -1.
-int64_t forward(const Input& features_array, const Input& boxes, const Input& image_index,
-                const nb::object& tangent_array, const Rule& rule, const Output& output_array,
-                int threads) {
+int64_t forward(const nb::object& features_object, const nb::object& boxes_object,
+                const nb::object& index_object, const nb::object& tangent_object, const Rule& rule,
+                const nb::object& output_object, int threads) {
+  const Array features_array = input(features_object), boxes = input(boxes_object),
+              image_index = input(index_object), output_array = ::output(output_object);
   const Tensor features = tensor_of(features_array), output = tensor_of(output_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
   require(output.shape[0] == rois.count && output.shape[1] == features.shape[1] &&
               output.dtype == features.dtype,
           "_core: output does not fit features and boxes");
-  void* tangent = nullptr;
-  if (!tangent_array.is_none()) {
-    tangent = boxes_like(nb::cast<Input>(tangent_array), rois, features.dtype);
-  }
+  const void* tangent =
+      tangent_object.is_none() ? nullptr : boxes_like(input(tangent_object), rois, features.dtype);
   const Unlocked unlocked;
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   const int64_t size = output.shape[0] * output.shape[1] * output.shape[2] * output.shape[3];
@@ -159,19 +197,19 @@ int64_t forward(const Input& features_array, const Input& boxes, const Input& im
   return bad;
 }
 
-int64_t adjoint(const Input& d_output_array, const Input& boxes, const Input& image_index,
-                const nb::object& tangent_array, const Rule& rule, const Output& d_features_array,
-                int threads) {
+int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_object,
+                const nb::object& index_object, const nb::object& tangent_object, const Rule& rule,
+                const nb::object& d_features_object, int threads) {
+  const Array d_output_array = input(d_output_object), boxes = input(boxes_object),
+              image_index = input(index_object), d_features_array = output(d_features_object);
   const Tensor d_output = tensor_of(d_output_array), d_features = tensor_of(d_features_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
   require(d_output.shape[0] == rois.count && d_output.shape[1] == d_features.shape[1] &&
               d_output.dtype == d_features.dtype && d_output.shape[2] > 0 && d_output.shape[3] > 0,
           "_core: d_features does not fit d_output and boxes");
-  void* tangent = nullptr;
-  if (!tangent_array.is_none()) {
-    tangent = boxes_like(nb::cast<Input>(tangent_array), rois, d_output.dtype);
-  }
+  const void* tangent =
+      tangent_object.is_none() ? nullptr : boxes_like(input(tangent_object), rois, d_output.dtype);
   const Unlocked unlocked;
   const int64_t bad = bad_image_index(rois, d_features.shape[0]);
   const int64_t size =
@@ -182,9 +220,12 @@ int64_t adjoint(const Input& d_output_array, const Input& boxes, const Input& im
   return bad;
 }
 
-int64_t box_gradient(const Input& d_output_array, const Input& features_array, const Input& boxes,
-                     const Input& image_index, const Rule& rule, const Output& d_boxes_array,
-                     int threads) {
+int64_t box_gradient(const nb::object& d_output_object, const nb::object& features_object,
+                     const nb::object& boxes_object, const nb::object& index_object, const Rule& rule,
+                     const nb::object& d_boxes_object, int threads) {
+  const Array d_output_array = input(d_output_object), features_array = input(features_object),
+              boxes = input(boxes_object), image_index = input(index_object),
+              d_boxes_array = output(d_boxes_object);
   const Tensor d_output = tensor_of(d_output_array), features = tensor_of(features_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
@@ -196,7 +237,7 @@ int64_t box_gradient(const Input& d_output_array, const Input& features_array, c
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   if (bad >= 0 || rois.count == 0) return bad;
   if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes
-    std::memset(d_boxes, 0, size_t(d_boxes_array.nbytes()));
+    std::memset(d_boxes, 0, size_t(rois.count) * 4 * (features.dtype == DType::float64 ? sizeof(double) : sizeof(float)));
     return bad;
   }
   require_pixels(features);
@@ -234,17 +275,22 @@ NB_MODULE(_core, m) {
     throw nb::import_error(error.what());
   }
   const auto names = [](const std::vector<std::string>& list) { return nb::tuple(nb::cast(list)); };
+  nb::dict dtypes;  // the second item of an array that is described
+  dtypes["float16"] = int(DType::float16);
+  dtypes["bfloat16"] = int(DType::bfloat16);
+  dtypes["float32"] = int(DType::float32);
+  dtypes["float64"] = int(DType::float64);
+  dtypes["int64"] = int(DType::int64);
+  m.attr("dtypes") = dtypes;
   m.attr("isa") = engine->name;
   m.attr("compiled_isas") = names(compiled_isas());
   m.attr("usable_isas") = names(usable_isas());
   m.def("available_cpus", &available_cpus);
   m.def("allocate", &allocate);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&wait_for_calls));
-  // Arrays are never converted: a silent copy of an output would lose the result.
-  m.def("forward", &forward, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-        nb::arg().none(), nb::arg(), nb::arg().noconvert(), nb::arg());
-  m.def("adjoint", &adjoint, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-        nb::arg().none(), nb::arg(), nb::arg().noconvert(), nb::arg());
-  m.def("box_gradient", &box_gradient, nb::arg().noconvert(), nb::arg().noconvert(),
-        nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg());
+  m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
+  m.def("adjoint", &adjoint, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
+  m.def("box_gradient", &box_gradient);
 }

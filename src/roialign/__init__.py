@@ -25,7 +25,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> object:
+    if name == "torch":  # loaded when it is asked for: it imports the framework
+        import importlib
+
+        return importlib.import_module(f"roialign.{name}")
     if name == "__version__":
         from importlib.metadata import version  # slow to import, so only when asked
 

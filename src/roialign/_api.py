@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from types import ModuleType
 from typing import Any
 
 from roialign import _checks, _conventions
@@ -19,13 +21,27 @@ __all__ = [
 ]
 
 
-def _rule(spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
+def _adapter(name: str, array: object) -> ModuleType:
+    """The module for the kind of array that came; nothing is imported that the user has not imported."""
+    if _numpy.is_array(array):
+        return _numpy
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        from roialign import torch as adapter
+
+        return adapter
+    raise TypeError(
+        f"`{name}` must be a numpy.ndarray or a torch.Tensor, got {_checks.type_name(array)}"
+    )
+
+
+def _rule(adapter, spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
     """The arguments that all operations share: all types first, then the values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
     """
     given = (spatial_scale, sampling_ratio, convention, reduction)
-    if tuple(map(type, given)) == (float, int, str, str):
+    if tuple(map(type, given)) == (float, int, str, str) and not adapter.is_traced():
         return _plain_rule(*given)
     return _resolved_rule(*given)
 
@@ -97,25 +113,33 @@ def roi_align(
     array([[[[ 2.5,  4.5],
              [10.5, 12.5]]]], dtype=float32)
     """
-    _numpy.check_features("features", features)
-    _numpy.check_rois(rois)
+    adapter = _adapter("features", features)
+    adapter.check_features("features", features)
+    adapter.check_rois(rois)
     bins = _checks.integers("output_size", output_size)
     if out is not None:
-        _numpy.check_out("out", out, features.dtype)
-    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
-    return _forward(features, rois, _checks.bins("output_size", bins), rule, out)
+        adapter.check_out("out", out, features.dtype)
+    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
+    return _forward(adapter, features, rois, _checks.bins("output_size", bins), rule, out)
 
 
-def _forward(features: Any, rois: Any, bins: tuple[int, int], rule: dict[str, Any], out: Any) -> Any:
+def _forward(
+    adapter: ModuleType,
+    features: Any,
+    rois: Any,
+    bins: tuple[int, int],
+    rule: dict[str, Any],
+    out: Any,
+) -> Any:
     """The values that `roi_align` and `ROIAlign` check alike, and the call."""
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    parsed = _numpy.parse_rois(rois, features.shape[0])
-    count = len(parsed.boxes)
+    parsed = adapter.parse_rois(rois, features.shape[0])
+    count = parsed.boxes.shape[0]
     _checks.pixels("features", features.shape, count)
     if out is not None:
         shape = (count, features.shape[1], *bins)
-        _numpy.check_out_values("out", out, shape, [features, *parsed.arrays()])
-    return _numpy.forward(features, parsed.boxes, parsed.image_index, bins, out=out, **rule)
+        adapter.check_out_values("out", out, shape, [features, *parsed.arrays()])
+    return adapter.forward(features, parsed.boxes, parsed.image_index, bins, out=out, **rule)
 
 
 def roi_align_adjoint(
@@ -161,29 +185,30 @@ def roi_align_adjoint(
     array([[[[0.25, 0.25, 0.  ],
              [0.25, 0.25, 0.  ]]]], dtype=float32)
     """
-    _numpy.check_features("d_output", d_output)
+    adapter = _adapter("d_output", d_output)
+    adapter.check_features("d_output", d_output)
     if features is not None:
-        _numpy.check_features("features", features)
-        _numpy.check_same_dtype("features", features, "d_output", d_output)
-    _numpy.check_rois(rois)
+        adapter.check_features("features", features)
+        adapter.check_same_dtype("features", features, "d_output", d_output)
+    adapter.check_rois(rois)
     if not isinstance(feature_shape, (tuple, list)):
         raise TypeError(
             f"`feature_shape` must be a tuple (N, C, H, W), got {_checks.type_name(feature_shape)}"
         )
     shape = _checks.integers("feature_shape", feature_shape)
     if out is not None:
-        _numpy.check_out("out", out, d_output.dtype)
+        adapter.check_out("out", out, d_output.dtype)
 
-    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
+    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
-    parsed = _numpy.parse_rois(rois, shape[0])
-    _check_d_output(d_output, len(parsed.boxes), shape[1])
-    _checks.pixels("feature_shape", shape, len(parsed.boxes))
+    parsed = adapter.parse_rois(rois, shape[0])
+    _check_d_output(d_output, parsed.boxes.shape[0], shape[1])
+    _checks.pixels("feature_shape", shape, parsed.boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
     if out is not None:
-        _numpy.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
-    return _numpy.adjoint(
+        adapter.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
+    return adapter.adjoint(
         d_output, parsed.boxes, parsed.image_index, shape, out=out, **rule
     )
 
@@ -226,26 +251,27 @@ def roi_align_box_gradient(
     >>> roialign.roi_align_box_gradient(d_output, ramp, rois, sampling_ratio=2)
     array([[0. , 0.5, 0. , 0.5, 0. ]], dtype=float32)
     """
-    _numpy.check_features("d_output", d_output)
-    _numpy.check_features("features", features)
-    _numpy.check_same_dtype("d_output", d_output, "features", features)
-    _numpy.check_rois(rois)
+    adapter = _adapter("d_output", d_output)
+    adapter.check_features("d_output", d_output)
+    adapter.check_features("features", features)
+    adapter.check_same_dtype("d_output", d_output, "features", features)
+    adapter.check_rois(rois)
     if out is not None:
         if isinstance(rois, list):
             raise TypeError("`out` must be None where `rois` is a list, got an array")
         for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
-            _numpy.check_out("out", out, _numpy.gradient_dtype(boxes.dtype))
+            adapter.check_out("out", out, adapter.gradient_dtype(boxes.dtype))
 
-    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
+    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    parsed = _numpy.parse_rois(rois, features.shape[0])
-    count = len(parsed.boxes)
+    parsed = adapter.parse_rois(rois, features.shape[0])
+    count = parsed.boxes.shape[0]
     _check_d_output(d_output, count, features.shape[1])
     _checks.pixels("features", features.shape, count)
     if out is not None:
         inputs = [d_output, features, *parsed.arrays()]
-        _numpy.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
-    d_boxes = _numpy.box_gradient(
+        adapter.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
+    d_boxes = adapter.box_gradient(
         d_output, features, parsed.boxes, parsed.image_index, **rule
     )
     d_rois = parsed.like_given(d_boxes)
@@ -319,16 +345,17 @@ class ROIAlign:
         self.roi_end_mode = roi_end_mode
 
     def __call__(self, features: Any, rois: Any) -> Any:
-        _numpy.check_features("features", features)
-        _numpy.check_array("rois", rois)
-        _numpy.check_rois(rois, integers=False)
+        adapter = _adapter("features", features)
+        adapter.check_features("features", features)
+        adapter.check_array("rois", rois)
+        adapter.check_rois(rois, integers=False)
         name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
         rule = {
             "spatial_scale": (float(self.spatial_scale),) * 2,
             "sampling_ratio": self.sample_num,
             "convention": _conventions.conventions[name],
         }
-        return _forward(features, rois, (self.pooled_height, self.pooled_width), rule, None)
+        return _forward(adapter, features, rois, (self.pooled_height, self.pooled_width), rule, None)
 
     def __repr__(self) -> str:
         return (

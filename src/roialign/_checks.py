@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 REDUCTIONS = ("mean",)
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
@@ -58,6 +58,26 @@ def reals(name: str, value: object) -> tuple[float, ...]:
     if isinstance(value, (tuple, list)):
         return tuple([real(name, item) for item in value])
     return (real(name, value),) * 2
+
+
+def rois(
+    value: object,
+    array: Callable[[str, object], None],
+    boxes: Callable[[str, object], None],
+    index: Callable[[str, object], None],
+) -> None:
+    """The types in the three forms of rois, by an adapter's own checks ``(name, value)``."""
+    if isinstance(value, tuple):
+        for name, item in zip(("boxes", "image_index"), value):
+            array(name, item)
+        if len(value) == 2:
+            boxes("boxes", value[0])
+            index("image_index", value[1])
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            boxes(f"rois[{i}]", item)
+    else:
+        boxes("rois", value)
 
 
 def string(name: str, value: object) -> str:
@@ -110,6 +130,32 @@ def reduction(value: str) -> None:
 def shape(name: str, expected: str, got: Sequence[int], ok: bool) -> None:
     if not ok:
         raise ValueError(f"`{name}` must have shape {expected}, got {tuple(got)}")
+
+
+def roi_shapes(rois: object, images: int) -> None:
+    """The shapes in the three forms of rois, and how many arrays a list has."""
+    if isinstance(rois, tuple):
+        if len(rois) != 2:
+            raise ValueError(
+                f"`rois` as a tuple must be (boxes, image_index), got {len(rois)} items"
+            )
+        boxes, index = rois
+        _box_shape("boxes", boxes.shape)
+        shape("image_index", f"({boxes.shape[0]},)", index.shape, index.shape == boxes.shape[:1])
+    elif isinstance(rois, list):
+        if len(rois) != images:
+            raise ValueError(
+                f"`rois` as a list must have one array per image, {images}, got {len(rois)}"
+            )
+        for i, boxes in enumerate(rois):
+            _box_shape(f"rois[{i}]", boxes.shape)
+    else:
+        got = rois.shape
+        shape("rois", "(K, 5)", got, len(got) == 2 and got[1] == 5)
+
+
+def _box_shape(name: str, got: Sequence[int]) -> None:
+    shape(name, "(K, 4)", got, len(got) == 2 and got[1] == 4)
 
 
 def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:

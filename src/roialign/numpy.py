@@ -19,6 +19,11 @@ def is_array(value: object) -> bool:
     return type(value) is np.ndarray or type(value) is np.memmap
 
 
+def is_traced() -> bool:
+    """Whether a compiler reads the Python code: never here."""
+    return False
+
+
 # Types
 
 
@@ -58,22 +63,17 @@ def _check_boxes(name: str, value: object, integers: bool) -> None:
         raise TypeError(f"`{name}` must have {wanted} dtype in native byte order, got {dtype}")
 
 
+def _check_index(name: str, value: np.ndarray) -> None:
+    if value.dtype.kind not in "iu" or not value.dtype.isnative:
+        raise TypeError(
+            f"`{name}` must have an integer dtype in native byte order, got {value.dtype}"
+        )
+
+
 def check_rois(rois: object, integers: bool = True) -> None:
-    if isinstance(rois, tuple):
-        for name, value in zip(("boxes", "image_index"), rois):
-            check_array(name, value)
-        if len(rois) == 2:
-            _check_boxes("boxes", rois[0], integers)
-            if rois[1].dtype.kind not in "iu" or not rois[1].dtype.isnative:
-                raise TypeError(
-                    "`image_index` must have an integer dtype in native byte order, "
-                    f"got {rois[1].dtype}"
-                )
-    elif isinstance(rois, list):
-        for i, value in enumerate(rois):
-            _check_boxes(f"rois[{i}]", value, integers)
-    else:
-        _check_boxes("rois", rois, integers)
+    _checks.rois(
+        rois, check_array, lambda name, value: _check_boxes(name, value, integers), _check_index
+    )
 
 
 def check_out(name: str, out: object, dtype: np.dtype) -> None:
@@ -118,31 +118,15 @@ def gradient_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def parse_rois(rois: Any, images: int) -> Rois:
+    _checks.roi_shapes(rois, images)
     if isinstance(rois, tuple):
-        if len(rois) != 2:
-            raise ValueError(
-                f"`rois` as a tuple must be (boxes, image_index), got {len(rois)} items"
-            )
-        boxes, index = rois
-        _checks.shape("boxes", "(K, 4)", boxes.shape, boxes.ndim == 2 and boxes.shape[1] == 4)
-        _checks.shape("image_index", f"({len(boxes)},)", index.shape, index.shape == boxes.shape[:1])
-        return Rois(boxes, index, rois)
+        return Rois(*rois, rois)
     if isinstance(rois, list):
-        if len(rois) != images:
-            raise ValueError(
-                f"`rois` as a list must have one array per image, {images}, got {len(rois)}"
-            )
-        for i, boxes in enumerate(rois):
-            _checks.shape(
-                f"rois[{i}]", "(K, 4)", boxes.shape, boxes.ndim == 2 and boxes.shape[1] == 4
-            )
         index = np.repeat(np.arange(images), [len(boxes) for boxes in rois])
         # Boxes of different dtypes meet in float64, which holds all of them.
         dtypes = {boxes.dtype for boxes in rois}
         pieces = rois if len(dtypes) == 1 else [boxes.astype(np.float64) for boxes in rois]
         return Rois(np.concatenate(pieces) if pieces else np.zeros((0, 4), np.float32), index, rois)
-    shape = rois.shape
-    _checks.shape("rois", "(K, 5)", shape, len(shape) == 2 and shape[1] == 5)
     return Rois(rois[:, 1:], rois[:, 0], rois)
 
 

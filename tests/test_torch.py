@@ -1,0 +1,655 @@
+"""PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+import tolerance
+
+torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
+import roialign.torch  # noqa: E402
+from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
+
+# torch itself scripts what forward mode and the compiler need.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script.*deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning"),
+]
+
+OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    "offset": lambda t: torch.cat([t[:1], t])[1:],
+    "expanded": lambda t: t[:, :1].expand(t.shape),
+}
+
+
+def tensor(array):
+    """The same values and dtype; ml_dtypes' bfloat16 is torch's."""
+    if array.dtype == tolerance.BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def array(tensor):
+    tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(tolerance.BFLOAT16)
+    return tensor.numpy()
+
+
+def torch_rois(problem):
+    return tensor(problem.boxes), tensor(problem.index)
+
+
+def pool(problem, features=None, boxes=None):
+    features = tensor(problem.features) if features is None else features
+    own_boxes, index = torch_rois(problem)
+    rois = own_boxes if boxes is None else boxes, index
+    return roialign.roi_align(features, rois, problem.size, **problem.options)
+
+
+@pytest.fixture
+def problem(make_problem):
+    """In float64, away from kinks: for derivatives."""
+    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
+
+
+@pytest.fixture
+def differentiable(problem):
+    features, (boxes, _) = tensor(problem.features), torch_rois(problem)
+    return features.requires_grad_(), boxes.requires_grad_()
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_oracle(make_problem, convention, dtype, sampling):
+    problem = make_problem(convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7))
+    expected = oracle.forward(problem)
+    tolerance.check(array(pool(problem)), expected, tolerance.forward(problem, expected))
+    g = problem.draw_output()
+    shape = problem.features.shape
+    d_features = roialign.roi_align_adjoint(tensor(g), torch_rois(problem), shape, **problem.options)
+    expected = oracle.adjoint(problem, g)
+    tolerance.check(array(d_features), expected, tolerance.adjoint(problem, g, expected))
+    d_boxes = roialign.roi_align_box_gradient(
+        tensor(g), tensor(problem.features), torch_rois(problem), **problem.options
+    )
+    expected = oracle.box_gradient(problem, g)
+    tolerance.check(array(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+def test_bits_are_those_of_numpy(make_problem, dtype, layout):
+    problem = make_problem(dtype=dtype, shape=(2, 19, 9, 7))
+    features = LAYOUTS[layout](tensor(problem.features))
+    in_numpy = roialign.roi_align(array(features), problem.rois, problem.size, **problem.options)
+    output = pool(problem, features)
+    assert output.dtype == features.dtype
+    assert np.array_equal(array(output), in_numpy)
+    assert output.stride() == tuple(s // in_numpy.itemsize for s in in_numpy.strides)
+
+
+@pytest.mark.parametrize("golden_layout", ["contiguous", "channels_last"])
+def test_golden(golden, golden_layout):
+    features = LAYOUTS[golden_layout](tensor(golden.features))
+    output = roialign.roi_align(
+        features, tensor(golden.rois), golden.problem.size, **golden.problem.options
+    )
+    golden.check_forward(array(output))
+
+
+def test_golden_gradient(golden_gradient):
+    features = tensor(golden_gradient.features).requires_grad_()
+    problem = golden_gradient.problem
+    output = roialign.roi_align(
+        features, tensor(golden_gradient.rois), problem.size, **problem.options
+    )
+    output.backward(tensor(golden_gradient.d_output).to(output.dtype))
+    assert features.grad.dtype == features.dtype
+    golden_gradient.check_adjoint(array(features.grad))
+
+
+def test_golden_seed(golden_mindspore):
+    names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
+    layer = roialign.torch.ROIAlign(*(golden_mindspore.parameter(name) for name in names))
+    output = layer(tensor(golden_mindspore.features), tensor(golden_mindspore.rois))
+    golden_mindspore.check_forward(array(output))
+
+
+@pytest.mark.parametrize("boxes_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_mixed_dtypes(make_problem, dtype, boxes_dtype):
+    problem = make_problem()
+    features = tensor(problem.features).to(dtype).requires_grad_()
+    boxes, index = torch_rois(problem)
+    boxes = boxes.to(boxes_dtype).requires_grad_()
+    output = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+    output.float().square().sum().backward()
+    assert (output.dtype, features.grad.dtype, boxes.grad.dtype) == (dtype, dtype, boxes_dtype)
+    same = roialign.roi_align(features, (boxes.float(), index), problem.size, **problem.options)
+    assert torch.equal(output, same)
+
+
+# The forms of rois, and out=
+
+
+@pytest.mark.parametrize("index_dtype", [torch.uint8, torch.int32, torch.int64])
+def test_forms_of_rois(make_problem, index_dtype):
+    problem = make_problem(count=6)
+    boxes, index = torch_rois(problem)
+    index = index.sort().values
+    features, size = tensor(problem.features).requires_grad_(), problem.size
+    given = {
+        "pair": (boxes.clone().requires_grad_(), index.to(index_dtype)),
+        "array": torch.cat([index[:, None].float(), boxes], 1).requires_grad_(),
+        "list": [boxes[index == i].clone().requires_grad_() for i in range(2)],
+    }
+    outputs, gradients, explicit = {}, {}, {}
+    for name, rois in given.items():
+        outputs[name] = roialign.roi_align(features, rois, size, **problem.options)
+        leaves = {"pair": lambda: rois[:1], "array": lambda: [rois], "list": lambda: rois}[name]()
+        g = torch.ones_like(outputs[name])
+        gradients[name] = torch.cat(torch.autograd.grad(outputs[name], leaves, g))[:, -4:]
+        d_rois = roialign.roi_align_box_gradient(g, features, rois, **problem.options)
+        explicit[name] = (torch.cat(d_rois) if name == "list" else d_rois)[:, -4:]
+    for name in given:
+        assert torch.equal(outputs[name], outputs["pair"])
+        assert torch.equal(gradients[name], gradients["pair"]) and gradients[name].any()
+        assert torch.equal(explicit[name], gradients["pair"])
+
+
+def test_integer_boxes(make_problem):
+    problem = make_problem()
+    boxes, index = torch_rois(problem)
+    whole = roialign.roi_align(tensor(problem.features), (boxes.long(), index), 2)
+    assert torch.equal(whole, roialign.roi_align(tensor(problem.features), (boxes.long().float(), index), 2))
+    d_boxes = roialign.roi_align_box_gradient(whole, tensor(problem.features), (boxes.long(), index))
+    assert d_boxes.dtype is torch.float32
+
+
+def test_no_rois():
+    features = torch.ones(2, 3, 4, 5, requires_grad=True)
+    for rois in (torch.zeros(0, 5), (torch.zeros(0, 4), torch.zeros(0, dtype=int)), [torch.zeros(0, 4)] * 2):
+        output = roialign.roi_align(features, rois, 2)
+        assert output.shape == (0, 3, 2, 2)
+        assert not torch.autograd.grad(output.sum(), features)[0].any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_out(make_problem, layout):
+    problem = make_problem()
+    expected = pool(problem)
+    out = LAYOUTS[layout](torch.full_like(expected, torch.nan))
+    boxes, index = torch_rois(problem)
+    features = tensor(problem.features)
+    result = roialign.roi_align(features, (boxes, index), problem.size, **problem.options, out=out)
+    assert result is out and torch.equal(out, expected)
+    d_features = torch.full_like(features, torch.nan)
+    roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options, out=d_features)
+    assert torch.equal(
+        d_features, roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options)
+    )
+
+
+def test_out_is_refused_where_a_gradient_is_needed(make_problem):
+    problem = make_problem()
+    features, rois = tensor(problem.features).requires_grad_(), torch_rois(problem)
+    out = torch.empty(problem.output_shape)
+    with pytest.raises(RuntimeError, match="`out`.*gradient"):
+        roialign.roi_align(features, rois, problem.size, out=out)
+    with torch.no_grad():
+        assert roialign.roi_align(features, rois, problem.size, out=out) is out
+
+
+# Errors
+
+FEATURES, ROIS = torch.zeros(2, 3, 8, 9), torch.tensor([[0, 1, 1, 6, 5], [1, 0, 2, 7, 6.0]])
+ERRORS = [
+    ({"features": FEATURES.int()}, TypeError, "`features` .*torch.int32"),
+    ({"features": FEATURES.to_sparse()}, TypeError, "`features` .*sparse"),
+    ({"features": [1]}, TypeError, "`features` .*list"),
+    ({"rois": ROIS.numpy()}, TypeError, "`rois` .*numpy.ndarray"),
+    ({"rois": ROIS.bool()}, TypeError, "`rois` .*torch.bool"),
+    ({"rois": (ROIS[:, 1:], ROIS[:, 0])}, TypeError, "`image_index` .*torch.float32"),
+    ({"out": FEATURES.numpy()}, TypeError, "`out` .*numpy.ndarray"),
+    ({"out": FEATURES.double()}, TypeError, "`out` .*float64"),
+    ({"features": FEATURES[0]}, ValueError, r"`features` .*\(3, 8, 9\)"),
+    ({"rois": ROIS[:, :4]}, ValueError, r"`rois` .*\(2, 4\)"),
+    ({"rois": [ROIS[:, 1:]]}, ValueError, "`rois` .*got 1"),
+    ({"out": torch.zeros(2, 3, 2, 3)}, ValueError, r"`out` .*\(2, 3, 2, 3\)"),
+    ({"out": torch.zeros(1, 3, 2, 2).expand(2, 3, 2, 2)}, ValueError, "`out` .*overlap itself"),
+    ({"out": FEATURES.view(-1)[:24].view(2, 3, 2, 2)}, ValueError, "`out` .*overlap an input"),
+    ({"rois": ROIS + torch.tensor([[2.0, 0, 0, 0, 0]])}, IndexError, r"RoI 0 .*\[0, 2\), got 2"),
+    ({"rois": ROIS + torch.tensor([[0.5, 0, 0, 0, 0]])}, IndexError, "RoI 0 .*got 0.5"),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None))
+def test_errors(changed, error, message):
+    arguments = {"features": FEATURES, "rois": ROIS, "output_size": 2} | changed
+    with pytest.raises(error, match=message):
+        roialign.roi_align(**arguments)
+
+
+def test_numpy_with_torch_rois():
+    with pytest.raises(TypeError, match="`rois` must be a numpy.ndarray, got torch.Tensor"):
+        roialign.roi_align(FEATURES.numpy(), ROIS, 2)
+
+
+# Derivatives
+
+
+def test_gradcheck(problem, differentiable):
+    assert gradcheck(lambda f, b: pool(problem, f, b), differentiable, check_forward_ad=True)
+
+
+def test_second_order_in_features(problem, differentiable):
+    features, boxes = differentiable
+    assert gradgradcheck(lambda f: pool(problem, f, boxes.detach()).pow(3), (features,))
+
+
+def test_adjoint_and_box_gradient_are_differentiable(problem, differentiable):
+    features, boxes = differentiable
+    index, shape = tensor(problem.index), problem.features.shape
+    g = tensor(problem.draw_output()).requires_grad_()
+
+    def adjoint(g, boxes):
+        return roialign.roi_align_adjoint(g, (boxes, index), shape, **problem.options)
+
+    def box_gradient(g, features):
+        return roialign.roi_align_box_gradient(
+            g, features, (boxes.detach(), index), **problem.options
+        )
+
+    assert gradcheck(adjoint, (g, boxes), check_forward_ad=True)
+    assert gradcheck(box_gradient, (g, features), check_forward_ad=True)
+
+
+def test_mixed_second_order(problem, differentiable):
+    """d/d features of the gradient in the boxes, and the other way round."""
+    features, boxes = differentiable
+
+    def loss(f, b):
+        return pool(problem, f, b).pow(2).sum()
+
+    grad_boxes, grad_features = (torch.func.grad(loss, argnums=i) for i in (1, 0))
+    by_features = torch.func.jacrev(grad_boxes, argnums=0)(features.detach(), boxes.detach())
+    by_boxes = torch.func.jacrev(grad_features, argnums=1)(features.detach(), boxes.detach())
+    forwards = torch.func.jacfwd(grad_features, argnums=1)(features.detach(), boxes.detach())
+    torch.testing.assert_close(by_features, by_boxes.movedim((4, 5), (0, 1)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_boxes, forwards, rtol=0, atol=1e-12)
+    step = 1e-5 * torch.eye(4, dtype=torch.float64)[2]
+    before, after = (grad_features(features.detach(), boxes.detach() + s * step) for s in (-1, 1))
+    by_differences = (after - before) / 2e-5
+    torch.testing.assert_close(by_boxes[..., 2].sum(-1), by_differences, rtol=0, atol=1e-8)
+
+
+def test_second_order_in_boxes_raises(problem, differentiable):
+    features, boxes = differentiable
+    loss = pool(problem, features, boxes).pow(2).sum()
+    (gradient,) = torch.autograd.grad(loss, boxes, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
+        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
+        torch.func.hessian(lambda b: pool(problem, features.detach(), b).pow(2).sum())(boxes.detach())
+
+
+def test_torch_func(problem, differentiable):
+    features, boxes = (t.detach() for t in differentiable)
+    g = tensor(problem.draw_output())
+
+    def f(features, boxes):
+        return pool(problem, features, boxes)
+
+    with_grad = [t.requires_grad_() for t in (features.clone(), boxes.clone())]
+    expected = torch.autograd.grad(f(*with_grad), with_grad, g)
+    output, pull = torch.func.vjp(f, features, boxes)
+    for actual, wanted in zip(pull(g), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    gradients = torch.func.grad(lambda *x: (f(*x) * g).sum(), argnums=(0, 1))(features, boxes)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    for i in (0, 1):
+        reverse = torch.func.jacrev(f, argnums=i)(features, boxes)
+        forward = torch.func.jacfwd(f, argnums=i)(features, boxes)
+        torch.testing.assert_close(reverse, forward, rtol=0, atol=1e-13)
+        dims = tuple(range(4))
+        contracted = torch.tensordot(g, reverse, (dims, dims))
+        torch.testing.assert_close(contracted, expected[i], rtol=0, atol=1e-12)
+    v = torch.randn_like(boxes)
+    _, along = torch.func.jvp(lambda b: f(features, b), (boxes,), (v,))
+    wanted = oracle.forward(problem, v.numpy())
+    tolerance.check(array(along), wanted, tolerance.forward(problem, wanted, v.numpy()))
+
+
+def test_forward_ad(problem, differentiable):
+    features, boxes = (t.detach() for t in differentiable)
+    u, v = torch.randn_like(features), torch.randn_like(boxes)
+    with forward_ad.dual_level():
+        duals = forward_ad.make_dual(features, u), forward_ad.make_dual(boxes, v)
+        along = forward_ad.unpack_dual(pool(problem, *duals)).tangent
+    _, expected = torch.func.jvp(lambda *x: pool(problem, *x), (features, boxes), (u, v))
+    assert torch.equal(along, expected) and along.any()
+
+
+def test_hessian_in_features(problem, differentiable):
+    features, boxes = (t.detach() for t in differentiable)
+    small = features[:, :1, :4, :5]
+    hessian = torch.func.hessian(lambda f: pool(problem, f, boxes).pow(2).sum())(small)
+    u = torch.randn_like(small)
+    expected = 2 * torch.func.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u)
+    dims = tuple(range(4))
+    torch.testing.assert_close(torch.tensordot(hessian, u, (dims, dims)), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
+def test_vmap(problem, differentiable, batched):
+    features, boxes = (t.detach() for t in differentiable)
+    rows = [torch.stack([t, 0.9 * t, 1.1 * t], d) if d is not None else t
+            for t, d in zip((features, boxes), batched, strict=True)]  # fmt: skip
+
+    def row(i):
+        return [t.select(d, i) if d is not None else t for t, d in zip(rows, batched, strict=True)]
+
+    def gradients(f, b):
+        return torch.func.grad(lambda f, b: pool(problem, f, b).pow(2).sum(), argnums=(0, 1))(f, b)
+
+    outputs = torch.func.vmap(lambda f, b: pool(problem, f, b), in_dims=batched)(*rows)
+    both = torch.func.vmap(gradients, in_dims=batched)(*rows)
+    for i in range(3):
+        assert torch.equal(outputs[i], pool(problem, *row(i)))
+        for actual, expected in zip(both, gradients(*row(i)), strict=True):
+            torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-12)
+
+
+def test_vmap_over_image_index(problem):
+    features, (boxes, index) = tensor(problem.features), torch_rois(problem)
+
+    def f(index):
+        return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+
+    indices = torch.stack([index, 1 - index])
+    outputs = torch.func.vmap(f)(indices)
+    assert torch.equal(outputs, torch.stack([f(i) for i in indices]))
+    with pytest.raises(IndexError, match="`image_index` of RoI"):  # not another batch's image
+        torch.func.vmap(lambda f: roialign.roi_align(f, (boxes, index + 1), 2))(features[None].repeat(3, 1, 1, 1, 1))
+
+
+def test_checkpoint(problem, differentiable):
+    from torch.utils.checkpoint import checkpoint
+
+    expected = torch.autograd.grad(pool(problem, *differentiable).pow(2).sum(), differentiable)
+    output = checkpoint(lambda *x: pool(problem, *x), *differentiable, use_reentrant=False)
+    actual = torch.autograd.grad(output.pow(2).sum(), differentiable)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_memory_of_the_graph(problem):
+    """Without a gradient in the boxes the features are not kept for the backward."""
+    features, (boxes, _) = tensor(problem.features).requires_grad_(), torch_rois(problem)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        pool(problem, features, boxes)
+    assert features.shape not in kept and boxes.shape in kept
+
+
+# The compiler
+
+
+def assert_operator(name, *args):
+    result = torch.library.opcheck(getattr(torch.ops.roialign, name), args)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_opcheck(dtype, layout):
+    features = LAYOUTS[layout](torch.rand(2, 3, 6, 7)).to(dtype).requires_grad_()
+    g = LAYOUTS[layout](torch.rand(2, 3, 4, 4)).to(dtype).requires_grad_()
+    boxes = torch.tensor([[1, 1, 4.3, 5], [0.4, 2, 3, 6]]).requires_grad_()
+    rois, rule = (boxes, torch.tensor([0, 1])), (0.9, 0.8, 2, 0.5, 0.0, 0.0, None, False)
+    fixed = boxes.detach(), rois[1]  # where the boxes' second order would be asked for
+    for rois, tangent in ((rois, None), (fixed, torch.ones(2, 4, requires_grad=True))):
+        assert_operator("forward", features, *rois, tangent, [4, 4], *rule)
+        assert_operator("adjoint", g, *rois, tangent, [2, 3, 6, 7], *rule)
+    assert_operator("box_gradient", g, features, *fixed, *rule)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(make_problem, backend):
+    def f(features, boxes, index):
+        output = roialign.roi_align(features * 2, (boxes, index), (3, 2), **OPTIONS)
+        return output.pow(2).sum() + output[:, 0].sum()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    for count in (7, 3, 1):
+        problem = make_problem(count=count, dtype=np.float64)
+        boxes, index = torch_rois(problem)
+        results = []
+        for function in (f, compiled):
+            leaves = tensor(problem.features).requires_grad_(), boxes.clone().requires_grad_()
+            loss = function(*leaves, index)
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+def test_compile_raises_index_errors():
+    compiled = torch.compile(lambda f, r: roialign.roi_align(f, r, 2), backend="aot_eager", fullgraph=True)
+    with pytest.raises(IndexError, match="RoI 1 .*got 7"):
+        compiled(FEATURES, ROIS + torch.tensor([[0.0] * 5, [6.0, 0, 0, 0, 0]]))
+    torch._dynamo.reset()
+
+
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool = roialign.torch.ROIAlign(3, 3, 0.5)
+
+    def forward(self, features, rois):
+        return self.pool(features, rois) * 2
+
+
+def test_export():
+    count = torch.export.Dim("count", min=2, max=64)
+    features, rois = torch.rand(2, 3, 8, 9), ROIS
+    exported = torch.export.export(Head(), (features, rois), dynamic_shapes=({}, {0: count}))
+    stored = io.BytesIO()
+    torch.export.save(exported, stored)
+    stored.seek(0)
+    loaded = torch.export.load(stored).module()
+    more = rois.repeat(3, 1)
+    assert torch.equal(loaded(features, more), Head()(features, more))
+
+
+def test_aot_inductor(tmp_path):
+    features = torch.rand(2, 3, 8, 9)
+    exported = torch.export.export(Head(), (features, ROIS))
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "head.pt2"))
+    assert torch.equal(torch._inductor.aoti_load_package(path)(features, ROIS), Head()(features, ROIS))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_meta_and_fake_tensors(layout):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    features = LAYOUTS[layout](torch.rand(2, 3, 8, 9))
+    output = roialign.roi_align(features, ROIS, 2)
+    on_meta = roialign.roi_align(features.to("meta"), ROIS.to("meta"), 2)
+    assert (on_meta.shape, on_meta.stride(), on_meta.device.type) == (output.shape, output.stride(), "meta")
+    with FakeTensorMode() as mode:
+        fake = roialign.roi_align(mode.from_tensor(features), mode.from_tensor(ROIS), 2)
+    assert (fake.shape, fake.stride(), fake.dtype) == (output.shape, output.stride(), output.dtype)
+
+
+# Modes
+
+
+def test_autocast(make_problem):
+    problem = make_problem(dtype=tolerance.BFLOAT16)
+    features, (boxes, index) = tensor(problem.features).requires_grad_(), torch_rois(problem)
+    boxes.requires_grad_()
+    expected = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+        output.float().sum().backward()
+    assert output.dtype is torch.bfloat16 and torch.equal(output, expected)
+    assert (features.grad.dtype, boxes.grad.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # float32 stays float32
+        assert pool(make_problem()).dtype is torch.float32
+
+
+def test_deterministic_algorithms(problem, differentiable):
+    torch.use_deterministic_algorithms(True)
+    try:
+        pool(problem, *differentiable).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.grad.any() for t in differentiable)
+
+
+def test_inference_mode(problem, differentiable):
+    with torch.inference_mode():
+        output = pool(problem, *differentiable)
+    assert output.is_inference() and torch.equal(output, pool(problem, *differentiable))
+
+
+def test_threads_of_torch(make_problem):
+    problem = make_problem(shape=(1, 64, 40, 40), count=40)
+    before, expected = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = pool(problem)
+            expected = output if expected is None else expected
+            assert torch.equal(output, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_at_most_torchs(make_problem, monkeypatch):
+    given = []
+
+    class Core:
+        def __getattr__(self, name):
+            return getattr(roialign._core, name)
+
+        def forward(self, *args):
+            given.append(args[-1])
+            return roialign._core.forward(*args)
+
+    monkeypatch.setattr(roialign.torch, "_core", Core())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pool(make_problem())
+    assert given == [1]
+
+
+def test_data_loader_workers(make_problem):
+    """Forked workers pool, with features in shared memory."""
+    problem = make_problem(shape=(2, 32, 20, 20))
+    expected = pool(problem)  # the pool of threads exists before the fork
+    features = tensor(problem.features).share_memory_()
+
+    class Crops(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(problem.boxes)
+
+        def __getitem__(self, i):
+            boxes, index = torch_rois(problem)
+            rois = boxes[i : i + 1], index[i : i + 1]
+            return roialign.roi_align(features, rois, problem.size, **problem.options)[0]
+
+    loader = torch.utils.data.DataLoader(Crops(), 2, num_workers=2)
+    torch.testing.assert_close(torch.cat(list(loader)), expected)
+
+
+PUBLIC = """
+import torch
+kept = torch._C.{name}
+del torch._C.{name}
+import roialign, roialign.torch
+torch._C.{name} = kept
+assert roialign.torch._watched() and roialign.torch._in_forward_mode()
+
+def f(features, rois):
+    return roialign.roi_align(features, rois, 2, sampling_ratio=2)
+
+features, rois = torch.rand(1, 2, 6, 7), torch.tensor([[0, 1, 1, 4.5, 5]])
+expected = torch.from_numpy(f(features.numpy(), rois.numpy()))
+assert torch.equal(f(features, rois), expected)
+leaves = features.clone().requires_grad_(), rois.clone().requires_grad_()
+g = torch.ones_like(expected)
+d_features, d_rois = torch.autograd.grad(f(*leaves), leaves, g)
+options = {{"sampling_ratio": 2}}
+assert torch.equal(d_features, roialign.roi_align_adjoint(g, rois, features.shape, **options))
+assert torch.equal(d_rois, roialign.roi_align_box_gradient(g, features, rois, **options))
+by_func = torch.func.grad(lambda f_: f(f_, rois).sum())(features)
+assert torch.equal(by_func, d_features)
+_, along = torch.func.jvp(lambda f_: f(f_, rois), (features,), (features,))
+assert torch.equal(along, expected)
+compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+assert torch.equal(compiled(features, rois), expected)
+"""
+
+
+@pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_are_functorch_transforms_active"])
+def test_without_what_is_private_to_torch(name):
+    """It only makes calls shorter."""
+    done = subprocess.run([sys.executable, "-c", PUBLIC.format(name=name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# The layer
+
+
+def test_layer():
+    layer = roialign.torch.ROIAlign(2, 2, 0.5, 2)
+    features, rois = torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.tensor([[0, 0.2, 0.3, 0.2, 0.3]])
+    expected = torch.tensor([[[[1.775, 2.025], [2.275, 2.525]]]])
+    torch.testing.assert_close(layer(features, rois), expected)
+    assert repr(layer) == (
+        "ROIAlign(pooled_height=2, pooled_width=2, spatial_scale=0.5, sample_num=2, roi_end_mode=1)"
+    )
+    assert layer.state_dict() == {} and not list(layer.parameters())
+    stored = io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    for same in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer),
+                 torch.load(stored, weights_only=False)):  # fmt: skip
+        assert torch.equal(same(features, rois), layer(features, rois))
+    with pytest.raises(RuntimeError, match="cannot be scripted"):
+        torch.jit.script(layer)
+    with pytest.raises(TypeError, match="`features` must be a torch.Tensor, got numpy.ndarray"):
+        layer(features.numpy(), rois.numpy())
+    with pytest.raises(TypeError, match="`pooled_height`"):
+        roialign.torch.ROIAlign(2.0, 2, 0.5)
+
+
+def test_layer_in_a_model():
+    class Last(torch.nn.Sequential):
+        def forward(self, features, rois):
+            return self[1](self[0](features), rois)
+
+    model = Last(torch.nn.Conv2d(3, 4, 3, padding=1), roialign.torch.ROIAlign(2, 2, 1.0))
+    model(torch.rand(2, 3, 8, 9), ROIS).sum().backward()
+    assert model[0].weight.grad.any()
+
+
+def test_torch_is_not_imported():
+    code = "import sys, roialign; assert 'torch' not in sys.modules; roialign.torch; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
