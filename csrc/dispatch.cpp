@@ -34,7 +34,8 @@ std::vector<Candidate> candidates() {
 #endif
 #if defined(ROIALIGN_HAVE_v3)
   result.push_back({&v3::engine, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")});
+                                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                                     __builtin_cpu_supports("bmi2")});
 #endif
 #if defined(ROIALIGN_HAVE_v4)
   result.push_back({&v4::engine,

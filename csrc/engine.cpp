@@ -347,15 +347,19 @@ void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* str
 struct Parts {
   int64_t channels, blocks, size, shift;
 
-  // `target` gets the result; where its channels are innermost the cuts are between its cache lines.
+  // `target` gets the result. Where its channels are innermost, and every pixel lies alike in its cache
+  // lines, the cuts are between those.
   template <class T>
   static Parts of(const Tensor& map, const Tensor* target, T) {
     const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
     const bool near = map.shape[2] * map.shape[3] <= kNearPixels;
     const int64_t blocks = channels_last ? (near ? 4 : 2) : sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
     Parts parts{map.shape[1], blocks, blocks * kLanes<Accumulator<T>>, 0};
-    if (channels_last && target) {
-      parts.shift = int64_t(reinterpret_cast<uintptr_t>(target->data) % kLineBytes / sizeof(T));
+    if (channels_last && target && target->stride[1] == 1 && parts.channels > parts.size) {
+      constexpr int64_t line = kLineBytes / int64_t(sizeof(T));
+      const int64_t strides = target->stride[0] | target->stride[2] | target->stride[3];
+      const auto address = reinterpret_cast<uintptr_t>(target->data);
+      if (strides % line == 0) parts.shift = int64_t(address % kLineBytes / sizeof(T));
     }
     return parts;
   }
@@ -518,7 +522,7 @@ template <class T, class Real>
 Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines,
                  int64_t block_step, T* stage, bool streamed) {
   constexpr int lanes = kLanes<Real>;
-  const bool channels_last = plane.channel_stride == 1 && plane.pixel_stride != 1;
+  const bool channels_last = plane.channel_stride == 1;
   Copy copy{reinterpret_cast<char*>(plane.data + first * plane.pixel_stride),
             reinterpret_cast<const char*>(stage)};
   const bool runs = plane.even() && (channels_last || plane.pixel_stride == 1);
@@ -650,8 +654,9 @@ void for_windows(const Visit<Real>& visit, Enter enter, Body body, Leave leave) 
   for (int64_t b = 0; b < visit.count; ++b) {
     const Band<Real>& band = visit.bands[b];
     enter(band);
-    for (int64_t i = 0; i < band.count; ++i) {
-      body(band.windows[i], i + 1 < band.count ? &band.windows[i + 1] : nullptr);
+    for (int64_t i = 0; i < band.count; ++i) {  // the windows of a visit lie one after another
+      const bool last = b + 1 == visit.count && i + 1 == band.count;
+      body(band.windows[i], last ? nullptr : band.windows + i + 1);
     }
     leave(band);
   }
@@ -762,16 +767,18 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                     size_t(count * kGroup * kLineBytes));
       }
     };
-    // Groups that follow each other leave together, cut between cache lines. The lines of pixel i are at
-    // i * step.
+    // Groups that follow each other leave together, where pixels do too cut between cache lines. The
+    // lines of pixel i are at i * step.
+    const bool runs = plane.even() && plane.pixel_stride == 1;
     const auto unpack = [&](const Groups& groups, int64_t step) {
       for (int64_t g = 0; g < groups.count;) {
         int64_t from = groups.at[g] * kGroup, end = from + kGroup;
         while (++g < groups.count && groups.at[g] * kGroup == end) end += kGroup;
         for (end = least_of(end, plane.pixels); from < end;) {
           int64_t to = least_of(from + kUnpacked * kGroup, end);
-          const T* cut = plane.data + to * plane.pixel_stride;
-          if (to < end) to -= int64_t(reinterpret_cast<uintptr_t>(cut) % kLineBytes / sizeof(T));
+          if (runs && to < end) {
+            to -= int64_t(reinterpret_cast<uintptr_t>(plane.data + to) % kLineBytes / sizeof(T));
+          }
           store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage, streamed)
               .finish();
           from = to;
@@ -822,9 +829,9 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   const Windows<Real> windows =
       build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
                           parts.count(), threads);
-  // A row of sums per part of the channels, added in order: the same bits for any threads.
-  const int64_t count = rois.count * 4;
-  const size_t bytes = size_t(most_of<int64_t>(1, parts.count() * count)) * sizeof(Real);
+  // A row of sums per block of channels, added in order: the same bits for any threads and layout.
+  const int64_t count = rois.count * 4, sums = parts.count() * parts.blocks;
+  const size_t bytes = size_t(most_of<int64_t>(1, sums * count)) * sizeof(Real);
   Real* partial = static_cast<Real*>(map_memory(bytes));
   struct Owner {
     void* memory;
@@ -836,37 +843,38 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
     const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      Line<Real> d_x[2] = {}, d_y[2] = {};
-      Upcoming<T> upcoming(d_output, following, parts[part],
-                           4 * plane.blocks() * ranges_of(bins[0]));
+      Upcoming<T> upcoming(d_output, following, parts[part], 4 * plane.blocks() * ranges_of(bins[0]));
       if (window.term_count) load_tile(d_output, window, parts[part], work);
-      // d_output pulled back to the map's columns, against the slopes of y; and the features pooled to
-      // the columns, against the slopes of x.
-      const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
-      for (int64_t b = 0; window.term_count && b < plane.blocks(); ++b) {
-        for_rows(bins[0], [&](Range p) {
-          const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
-          upcoming.ask();
-          pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
-          upcoming.ask();
-          dot_y_slopes(pulled, p, work.map_of(b), work.strips, d_y);
-          upcoming.ask();
-          pool_columns(pooled, p, work.map_of(b), work.strips);
-          upcoming.ask();
-          dot_x_slopes(pooled, p, bins[1], work.strips, d_out, d_x);
-        });
+      for (int64_t b = 0; b < parts.blocks; ++b) {
+        Line<Real> d_x[2] = {}, d_y[2] = {};
+        if (window.term_count && b < plane.blocks()) {
+          // d_output pulled back to the map's columns, against the slopes of y; and the features pooled
+          // to the columns, against the slopes of x.
+          const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
+          for_rows(bins[0], [&](Range p) {
+            const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
+            upcoming.ask();
+            pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
+            upcoming.ask();
+            dot_y_slopes(pulled, p, work.map_of(b), work.strips, d_y);
+            upcoming.ask();
+            pool_columns(pooled, p, work.map_of(b), work.strips);
+            upcoming.ask();
+            dot_x_slopes(pooled, p, bins[1], work.strips, d_out, d_x);
+          });
+        }
+        Real* d_box = partial + (part * parts.blocks + b) * count + window.roi * 4;
+        d_box[0] = sum_of(d_x[0]);
+        d_box[1] = sum_of(d_y[0]);
+        d_box[2] = sum_of(d_x[1]);
+        d_box[3] = sum_of(d_y[1]);
       }
-      Real* d_box = partial + part * count + window.roi * 4;
-      d_box[0] = sum_of(d_x[0]);
-      d_box[1] = sum_of(d_y[0]);
-      d_box[2] = sum_of(d_x[1]);
-      d_box[3] = sum_of(d_y[1]);
     });
   });
   Real* result = static_cast<Real*>(d_boxes);
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
-    for (int64_t part = 0; part < parts.count(); ++part) sum += double(partial[part * count + i]);
+    for (int64_t block = 0; block < sums; ++block) sum += double(partial[block * count + i]);
     result[i] = Real(sum);
   }
 }

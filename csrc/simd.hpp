@@ -89,8 +89,14 @@ struct LanesOf<0, lane...> : Lanes<lane...> {};
 template <int s, class V, int... lane>
 inline void exchange(V& a, V& b, Lanes<lane...>) {
   constexpr int n = sizeof...(lane);
+#if defined(__clang__)
   const V low = __builtin_shufflevector(a, b, (lane & s ? n + lane - s : lane)...);
   b = __builtin_shufflevector(a, b, (lane & s ? n + lane : lane + s)...);
+#else
+  using Mask = decltype(a < b);
+  const V low = __builtin_shuffle(a, b, Mask{(lane & s ? n + lane - s : lane)...});
+  b = __builtin_shuffle(a, b, Mask{(lane & s ? n + lane : lane + s)...});
+#endif
   a = low;
 }
 
@@ -110,17 +116,16 @@ inline void transpose_vectors(V (&v)[n]) {
 template <class Real>
 inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
   constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
-  typedef Real Square __attribute__((vector_size(bytes), aligned(sizeof(Real)), may_alias));
+  typedef Real Square __attribute__((vector_size(bytes)));
+  typedef Real Anywhere __attribute__((vector_size(bytes), aligned(sizeof(Real)), may_alias));
   for (int y = 0; y < kLanes<Real>; y += n) {
     for (int x = 0; x < kLanes<Real>; x += n) {
       Square v[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        v[i] = *reinterpret_cast<const Square*>(in + (y + i) * in_step + x);
-      }
+      for (int i = 0; i < n; ++i) v[i] = *reinterpret_cast<const Anywhere*>(in + (y + i) * in_step + x);
       transpose_vectors<1>(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) *reinterpret_cast<Square*>(out + (x + i) * out_step + y) = v[i];
+      for (int i = 0; i < n; ++i) *reinterpret_cast<Anywhere*>(out + (x + i) * out_step + y) = v[i];
     }
   }
 }

@@ -351,6 +351,8 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
   });
 
   Windows<Real> result{};
+  // The adjoint writes the pixels that no RoI touches too.
+  if (operation == Operation::adjoint) result.work = images * map_shape[2] * map_shape[3];
   for (const Window<Real>& window : s.windows) {
     for (int i = 0; i < window.term_count; ++i) {
       const Term<Real>& term = window.term[i];

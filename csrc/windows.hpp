@@ -79,7 +79,7 @@ struct Windows {
 int64_t bad_image_index(const Rois& rois, int64_t images);
 
 // Builds into storage of the calling thread, valid until its next call. `tangent` is a direction
-// (K, 4) in the boxes, or null. Work is cut into visits by shape only.
+// (K, 4) in the boxes, or null. Work is cut into visits without regard to the number of threads.
 template <class Real>
 Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* tangent,
                             const Params& params, const int64_t map_shape[4], const int64_t bins[2],

@@ -504,3 +504,14 @@ def test_a_side_that_32_bits_do_not_count(shape):
         with pytest.raises(ValueError, match=rf"`{name}` .*2147483647.*2147483648"):
             call()
     assert forward(features, rois[:0]).shape == (0, 1, 2, 2)
+
+
+def test_bins_that_32_bits_do_not_count():
+    d_output = np.broadcast_to(np.float32(0), (2, 3, 2**29, 2**29))
+    for call, name in (
+        (lambda: forward(output_size=(2**16, 2**15)), "output_size"),
+        (lambda: adjoint(d_output), "d_output"),
+        (lambda: box_gradient(d_output), "d_output"),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` .*2147483647 bins"):
+            call()

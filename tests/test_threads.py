@@ -77,6 +77,17 @@ def test_same_bits_at_any_address(make_problem, layouts, layout):
     assert d_out.tobytes() == d_features.tobytes()
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "unaligned", "shifted"])
+def test_box_gradients_same_bits_in_any_layout(make_problem, layouts, layout):
+    """One sum per block of channels, wherever they lie: also in the aligned copy of an unaligned map."""
+    problem = make_problem(shape=(1, 150, 20, 20), count=40)
+    d_output, rois = problem.draw_output(), problem.rois
+    expected = roialign.roi_align_box_gradient(d_output, problem.features, rois, **problem.options)
+    features = layouts[layout](layouts["channels_last"](problem.features))
+    d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **problem.options)
+    assert d_boxes.tobytes() == expected.tobytes()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_threads_are_used(make_problem):
     context = multiprocessing.get_context("spawn")

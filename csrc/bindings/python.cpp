@@ -156,11 +156,14 @@ void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
 
-// A map that RoIs can sample: the engine counts the pixels of an axis in 32 bits.
-void require_pixels(const Tensor& map) {
+// A map that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins of a
+// RoI in 32 bits.
+void require_pixels(const Tensor& map, const Tensor& pooled) {
   for (const int axis : {2, 3}) {
     require(map.shape[axis] > 0 && map.shape[axis] <= INT32_MAX, "_core: no map to be sampled");
+    require(pooled.shape[axis] > 0 && pooled.shape[axis] <= INT32_MAX, "_core: too many bins");
   }
+  require(pooled.shape[2] * pooled.shape[3] <= INT32_MAX, "_core: too many bins");
 }
 
 // (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None, floor)
@@ -192,7 +195,7 @@ int64_t forward(const nb::object& features_object, const nb::object& boxes_objec
   const int64_t bad = bad_image_index(rois, features.shape[0]);
   const int64_t size = output.shape[0] * output.shape[1] * output.shape[2] * output.shape[3];
   if (bad >= 0 || size == 0) return bad;
-  require_pixels(features);
+  require_pixels(features, output);
   engine->forward(features, rois, tangent, params, output, threads);
   return bad;
 }
@@ -215,7 +218,7 @@ int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_objec
   const int64_t size =
       d_features.shape[0] * d_features.shape[1] * d_features.shape[2] * d_features.shape[3];
   if (bad >= 0 || size == 0) return bad;
-  if (rois.count) require_pixels(d_features);
+  if (rois.count) require_pixels(d_features, d_output);
   engine->adjoint(d_output, rois, tangent, params, d_features, threads);
   return bad;
 }
@@ -240,7 +243,7 @@ int64_t box_gradient(const nb::object& d_output_object, const nb::object& featur
     std::memset(d_boxes, 0, size_t(rois.count) * 4 * (features.dtype == DType::float64 ? sizeof(double) : sizeof(float)));
     return bad;
   }
-  require_pixels(features);
+  require_pixels(features, d_output);
   engine->box_gradient(d_output, features, rois, params, d_boxes, threads);
   return bad;
 }

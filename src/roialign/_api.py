@@ -27,8 +27,9 @@ def _adapter(name: str, array: object) -> ModuleType:
         return _numpy
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        from roialign import torch as adapter
-
+        adapter = sys.modules.get("roialign.torch")
+        if adapter is None:
+            from roialign import torch as adapter
         return adapter
     raise TypeError(
         f"`{name}` must be a numpy.ndarray or a torch.Tensor, got {_checks.type_name(array)}"
@@ -285,6 +286,7 @@ def _check_d_output(d_output: Any, count: int, channels: int) -> None:
     shape = d_output.shape
     fits = len(shape) == 4 and shape[:2] == (count, channels) and min(shape[2:]) > 0
     _checks.shape("d_output", f"({count}, {channels}, P, Q)", shape, fits)
+    _checks.bins("d_output", tuple(shape[2:]))
 
 
 class ROIAlign:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 REDUCTIONS = ("mean",)
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
+MAX_BINS = 2**31 - 1  # of one RoI
 
 
 def type_name(value: object) -> str:
@@ -109,6 +110,8 @@ def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
         raise ValueError(f"`{name}` must be an int or a pair (height, width), got {value}")
     for count in value:
         bin_count(name, count)
+    if value[0] * value[1] > MAX_BINS:
+        raise ValueError(f"`{name}` must have at most {MAX_BINS} bins, got {value}")
     return value
 
 
