@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -12,12 +13,14 @@ import roialign
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
+TORCH = importlib.util.find_spec("torch") is not None
 MODULES = (
     "roialign",
     "roialign._api",
     "roialign._checks",
     "roialign._conventions",
     "roialign.numpy",
+    *(["roialign.torch", "roialign.compat.torchvision", "roialign.compat.detectron2"] * TORCH),
 )
 BLOCK = re.compile(r"^( *)```(?:python|pycon|py)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL

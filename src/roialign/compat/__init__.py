@@ -1,0 +1,15 @@
+"""The signatures of other libraries: a user of one of them changes one import line.
+
+:mod:`roialign.compat.torchvision` and :mod:`roialign.compat.detectron2` take torch tensors. Neither
+library is needed; torch is imported when one of the two is asked for.
+"""
+
+__all__ = ["detectron2", "torchvision"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        import importlib
+
+        return importlib.import_module(f"roialign.compat.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,504 @@
+"""The drop-in modules: the signatures of torchvision and detectron2, and their recorded results."""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import subprocess
+import sys
+from inspect import Parameter
+
+import numpy as np
+import pytest
+
+import roialign
+from conftest import golden_cases
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from roialign.compat import detectron2, torchvision  # noqa: E402
+
+EMPTY = Parameter.empty
+POSITIONAL, KEYWORD = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
+
+
+def random(seed, *shape, dtype=torch.float32):
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return torch.from_numpy(values).to(dtype)
+
+
+def random_boxes(seed, count, size=100, dtype=torch.float32):
+    rng = np.random.default_rng(seed)
+    start, extent = rng.uniform(0, size / 2, (count, 2)), rng.uniform(2, size / 2, (count, 2))
+    return torch.from_numpy(np.hstack([start, start + extent])).to(dtype)
+
+
+# Signatures
+
+
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (
+            torchvision.roi_align,
+            [
+                ("input", POSITIONAL, EMPTY),
+                ("boxes", POSITIONAL, EMPTY),
+                ("output_size", POSITIONAL, EMPTY),
+                ("spatial_scale", POSITIONAL, 1.0),
+                ("sampling_ratio", POSITIONAL, -1),
+                ("aligned", POSITIONAL, False),
+            ],
+        ),
+        (
+            torchvision.RoIAlign,
+            [
+                ("output_size", POSITIONAL, EMPTY),
+                ("spatial_scale", POSITIONAL, EMPTY),
+                ("sampling_ratio", POSITIONAL, EMPTY),
+                ("aligned", POSITIONAL, False),
+            ],
+        ),
+        (
+            detectron2.ROIAlign,
+            [
+                ("output_size", POSITIONAL, EMPTY),
+                ("spatial_scale", POSITIONAL, EMPTY),
+                ("sampling_ratio", POSITIONAL, EMPTY),
+                ("aligned", POSITIONAL, True),
+            ],
+        ),
+        (
+            torchvision.MultiScaleRoIAlign,
+            [
+                ("featmap_names", POSITIONAL, EMPTY),
+                ("output_size", POSITIONAL, EMPTY),
+                ("sampling_ratio", POSITIONAL, EMPTY),
+                ("canonical_scale", KEYWORD, 224),
+                ("canonical_level", KEYWORD, 4),
+            ],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_signature(function, expected):
+    parameters = inspect.signature(function).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in parameters] == expected
+
+
+@pytest.mark.parametrize(
+    "module, names",
+    [
+        (torchvision.RoIAlign, ["input", "rois"]),
+        (detectron2.ROIAlign, ["input", "rois"]),
+        (torchvision.MultiScaleRoIAlign, ["x", "boxes", "image_shapes"]),
+    ],
+)
+def test_signature_of_forward(module, names):
+    assert list(inspect.signature(module.forward).parameters) == ["self", *names]
+
+
+LAYERS = [
+    (
+        torchvision.RoIAlign(7, 0.25, -1),
+        "RoIAlign(output_size=7, spatial_scale=0.25, sampling_ratio=-1, aligned=False)",
+    ),
+    (
+        torchvision.RoIAlign((7, 5), spatial_scale=1, sampling_ratio=2, aligned=True),
+        "RoIAlign(output_size=(7, 5), spatial_scale=1, sampling_ratio=2, aligned=True)",
+    ),
+    (
+        detectron2.ROIAlign((7, 7), 1 / 16, 0),
+        "ROIAlign(output_size=(7, 7), spatial_scale=0.0625, sampling_ratio=0, aligned=True)",
+    ),
+    (
+        torchvision.MultiScaleRoIAlign(["0", "1"], 7, 2),
+        "MultiScaleRoIAlign(featmap_names=['0', '1'], output_size=(7, 7), sampling_ratio=2)",
+    ),
+]
+
+
+@pytest.mark.parametrize("layer, expected", LAYERS, ids=lambda v: type(v).__name__)
+def test_repr(layer, expected):
+    assert repr(layer) == expected
+    nested = repr(torch.nn.Sequential(torch.nn.ReLU(), layer))
+    assert f"(1): {expected}\n" in nested
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, saved])
+@pytest.mark.parametrize("layer, expected", LAYERS, ids=lambda v: type(v).__name__)
+def test_copies(layer, expected, way):
+    copied = way(layer)
+    assert type(copied) is type(layer) and repr(copied) == expected
+    assert layer.state_dict() == copied.state_dict() == {}
+    x, boxes = random(0, 1, 2, 25, 25), random_boxes(1, 6)
+    if isinstance(layer, torchvision.MultiScaleRoIAlign):
+        args = {"0": x, "1": x[..., :13, :13]}, [boxes], [(100, 100)]
+    else:
+        args = x, [boxes]
+    assert torch.equal(layer(*args), copied(*args))
+
+
+# Results of the libraries
+
+
+def cases(library, pools):
+    for case in golden_cases():
+        if case.library == library:
+            for pool in pools:
+                yield pytest.param(case, pool, id=f"{case}-{pool.__name__}")
+
+
+def pooled(pool, case, features, rois):
+    p = case.entry["params"]
+    if pool is torchvision.roi_align:
+        size, scale, sampling = p["output_size"], p["spatial_scale"], p["sampling_ratio"]
+        return pool(features, rois, size, scale, sampling, p["aligned"])
+    return pool(*(p[n] for n in inspect.signature(pool).parameters))(features, rois)
+
+
+@pytest.mark.parametrize(
+    "case, pool",
+    [
+        *cases("torchvision_aligned_true", [torchvision.roi_align, torchvision.RoIAlign]),
+        *cases("torchvision_aligned_false", [torchvision.roi_align, torchvision.RoIAlign]),
+        *cases("detectron2", [detectron2.ROIAlign]),
+    ],
+)
+def test_golden(case, pool):
+    features = torch.from_numpy(case.features).requires_grad_()
+    output = pooled(pool, case, features, torch.from_numpy(case.rois))
+    assert output.dtype == features.dtype
+    case.check_forward(output.detach().numpy())
+    output.backward(torch.from_numpy(case.d_output))
+    case.check_adjoint(features.grad.numpy())
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_convention_is_the_library_s(aligned):
+    features, rois = random(0, 2, 3, 20, 20), torch.tensor([[0.0, 3, 4, 9, 8], [1, 5, 5, 5.5, 6]])
+    options = {"spatial_scale": 0.5, "sampling_ratio": 2}
+    for library in "torchvision", "detectron2":
+        convention = f"{library}:aligned={aligned}"
+        expected = roialign.roi_align(features, rois, 3, convention=convention, **options)
+        pool = torchvision.RoIAlign if library == "torchvision" else detectron2.ROIAlign
+        assert torch.equal(pool(3, 0.5, 2, aligned)(features, rois), expected)
+
+
+# Forms of boxes
+
+
+@pytest.mark.parametrize("pool", [torchvision.RoIAlign, detectron2.ROIAlign])
+@pytest.mark.parametrize("counts", [(3, 2), (0, 4), (4, 0), (1, 1)])
+def test_forms_agree(pool, counts):
+    features = random(0, 2, 3, 20, 20)
+    boxes = [random_boxes(i, count, 40) for i, count in enumerate(counts)]
+    rows = [torch.nn.functional.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)]
+    expected = pool((3, 2), 0.5, -1)(features, torch.cat(rows))
+    assert expected.shape == (sum(counts), 3, 3, 2) and expected.any()
+    for given in boxes, tuple(boxes):  # a tuple of two, too, is one for each image
+        assert torch.equal(pool((3, 2), 0.5, -1)(features, given), expected)
+
+
+@pytest.mark.parametrize("boxes", [[torch.zeros(0, 4)] * 2, torch.zeros(0, 5)])
+def test_no_boxes(boxes):
+    features = random(0, 2, 3, 20, 20).requires_grad_()
+    output = torchvision.roi_align(features, boxes, (3, 2))
+    assert output.shape == (0, 3, 3, 2)
+    output.sum().backward()
+    assert not features.grad.any()
+
+
+def test_minus_one_and_zero_adapt():
+    features, rois = random(0, 1, 2, 30, 30), torch.tensor([[0.0, 1, 2, 27, 29]])
+    adaptive = torchvision.roi_align(features, rois, 3)
+    assert torch.equal(adaptive, torchvision.roi_align(features, rois, 3, sampling_ratio=0))
+    assert not torch.allclose(adaptive, torchvision.roi_align(features, rois, 3, sampling_ratio=1))
+
+
+def test_rois_are_not_rounded_to_the_features_dtype():
+    features = torch.zeros(2050, 1, 2, 2, dtype=torch.float16)
+    features[2049] = 1  # no float16
+    output = detectron2.ROIAlign(1, 1.0, 1)(features, torch.tensor([[2049.0, 0, 0, 2, 2]]))
+    assert output.item() == 1 and output.dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    "layer", [torchvision.RoIAlign(3, 0.5, 2), detectron2.ROIAlign(3, 0.5, 2)], ids=repr
+)
+def test_gradients(layer):
+    features = random(0, 2, 2, 12, 12, dtype=torch.float64).requires_grad_()
+    boxes = [random_boxes(i, 3, 20, torch.float64).requires_grad_() for i in range(2)]
+    assert torch.autograd.gradcheck(lambda f, a, b: layer(f, [a, b]), (features, *boxes))
+    layer(features, boxes).square().sum().backward()
+    assert all(b.grad.any(1).all() for b in boxes)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"input": torch.zeros(3, 8, 8)}, ValueError, r"`features` .*\(3, 8, 8\)"),
+        ({"input": torch.zeros(1, 1, 8, 8).int()}, TypeError, "`features` .*int32"),
+        ({"boxes": torch.zeros(2, 4)}, ValueError, r"`rois` .*\(2, 4\)"),
+        ({"boxes": [torch.zeros(2, 5)]}, ValueError, r"`rois\[0\]` .*\(2, 5\)"),
+        ({"boxes": (torch.zeros(2, 5),)}, ValueError, r"`rois\[0\]` .*\(2, 5\)"),
+        ({"boxes": [torch.zeros(2, 4)] * 2}, ValueError, "`rois` .*image, 1, got 2"),
+        ({"boxes": torch.tensor([[1.0, 0, 0, 4, 4]])}, IndexError, r"RoI 0 .*\[0, 1\)"),
+        ({"output_size": 0}, ValueError, "`output_size` .*0"),
+        ({"spatial_scale": "1"}, TypeError, "`spatial_scale` .*str"),
+        ({"sampling_ratio": 2.0}, TypeError, "`sampling_ratio` .*float"),
+    ],
+)
+def test_errors(change, error, message):
+    fine = {"input": torch.zeros(1, 1, 8, 8), "boxes": torch.zeros(1, 5), "output_size": 2}
+    torchvision.roi_align(**fine)
+    with pytest.raises(error, match=message):
+        torchvision.roi_align(**(fine | change))
+
+
+# Pyramids
+
+
+def pyramid(seed, images, size, channels=2, strides=(4, 8, 16, 32), dtype=torch.float32):
+    height, width = size
+    return {
+        f"p{i}": random(seed + i, images, channels, -(-height // s), -(-width // s), dtype=dtype)
+        for i, s in enumerate(strides)
+    }
+
+
+def by_hand(x, boxes, size, sampling, scales, levels):
+    """One call of one map for each box."""
+    rows = [torch.cat([b.new_full((1,), i), box]) for i, b in enumerate(boxes) for box in b]
+    maps = list(x.values())
+    return torch.cat(
+        [
+            roialign.roi_align(
+                maps[level],
+                row[None],
+                size,
+                spatial_scale=scales[level],
+                sampling_ratio=sampling,
+                convention="asymmetric",
+            )
+            for row, level in zip(rows, levels, strict=True)
+        ]
+    )
+
+
+def fpn_levels(boxes, count, finest=2, scale=224, level=4):
+    """Which map, in Python's float64: for boxes that are near no border."""
+    result = []
+    for x1, y1, x2, y2 in torch.cat(boxes).tolist():
+        k = math.floor(level + math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / scale) + 1e-6)
+        result.append(min(max(k - finest, 0), count - 1))
+    return result
+
+
+def mixed_boxes(seed, images=2, count=24, dtype=torch.float32):
+    """Boxes of all sizes from 8 to 900 pixels, in no order."""
+    rng = np.random.default_rng(seed)
+    boxes = []
+    for _ in range(images):
+        start, extent = rng.uniform(0, 100, (count, 2)), 2 ** rng.uniform(3, 9.8, (count, 2))
+        boxes.append(torch.from_numpy(np.hstack([start, start + extent])).to(dtype))
+    return boxes
+
+
+SCALES = 1 / 4, 1 / 8, 1 / 16, 1 / 32
+
+
+@pytest.mark.parametrize("sampling", [2, 0])
+def test_pyramid(sampling):
+    x, boxes = pyramid(0, 2, (1024, 800)), mixed_boxes(1)
+    levels = fpn_levels(boxes, 4)
+    assert set(levels) == {0, 1, 2, 3} and levels != sorted(levels)
+    pool = torchvision.MultiScaleRoIAlign(list(x), (3, 2), sampling)
+    output = pool(x, boxes, [(500, 800), (1024, 640)])
+    assert torch.equal(output, by_hand(x, boxes, (3, 2), sampling, SCALES, levels))
+
+
+def test_pyramid_gradients():
+    x, boxes = pyramid(0, 2, (256, 256), dtype=torch.float64), mixed_boxes(1, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (*x.values(), *boxes)]
+    output = torchvision.MultiScaleRoIAlign(list(x), 2, 2)(x, boxes, [(256, 256)] * 2)
+    expected = by_hand(x, boxes, 2, 2, SCALES, fpn_levels(boxes, 4))
+    d_output = random(5, *output.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(output, inputs, d_output)
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, inputs, d_output), strict=True):
+        assert actual.any()
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_scales_belong_to_the_call():
+    pool = torchvision.MultiScaleRoIAlign(["p0", "p1", "p2", "p3"], 2, 2)
+    boxes = mixed_boxes(1)
+    for strides, finest in [((4, 8, 16, 32), 2), ((2, 4, 8, 16), 1), ((8, 16, 32, 64), 3)]:
+        x = pyramid(0, 2, (512, 640), strides=strides)
+        scales, levels = [1 / s for s in strides], fpn_levels(boxes, 4, finest)
+        expected = by_hand(x, boxes, 2, 2, scales, levels)
+        assert torch.equal(pool(x, boxes, [(512, 640), (500, 300)]), expected)
+    # the same maps, of images of twice the size
+    expected = by_hand(x, boxes, 2, 2, [s / 2 for s in scales], fpn_levels(boxes, 4, 4))
+    assert torch.equal(pool(x, boxes, [(1024, 1280)] * 2), expected)
+
+
+def pooled_levels(pool, boxes, strides=(4, 8, 16, 32), size=1024):
+    """The maps that boxes come from: every map shows its own number."""
+    names = pool.featmap_names
+    x = {
+        name: torch.full((1, 1, size // stride, size // stride), float(i))
+        for i, (name, stride) in enumerate(zip(names, strides, strict=True))
+    }
+    return pool(x, [boxes], [(size, size)]).amax((1, 2, 3)).tolist()
+
+
+def square(size, dtype=torch.float32):
+    return torch.tensor([[0, 0, size, size]], dtype=dtype)
+
+
+@pytest.mark.parametrize("canonical_scale, canonical_level", [(224, 4), (100, 3), (256, 5)])
+def test_borders_of_levels(canonical_scale, canonical_level):
+    pool = torchvision.MultiScaleRoIAlign(
+        ["a", "b", "c", "d"],
+        1,
+        1,
+        canonical_scale=canonical_scale,
+        canonical_level=canonical_level,
+    )
+    for level in range(2, 6):
+        border = canonical_scale * 2.0 ** (level - canonical_level)
+        below = border * 2**-1e-3  # a thousandth of a level
+        just_below = border * 2**-4e-7  # nearer than 1e-6 of a level: on the border
+        sizes = [border, just_below, below]
+        expected = [level - 2, level - 2, max(level - 3, 0)]
+        for dtype in torch.float32, torch.float64:
+            boxes = torch.cat([square(size, dtype) for size in sizes])
+            assert pooled_levels(pool, boxes) == expected
+    smallest, greatest = square(1e-3), square(1e3)
+    assert pooled_levels(pool, torch.cat([greatest, smallest])) == [3, 0]
+
+
+def test_the_border_of_float32_is_that_of_torchvision():
+    # floor(4 + log2(s / 224) + 1e-6), every operation in float32, of sizes next to the border
+    steps = np.arange(-200, 201, dtype=np.int32)
+    for border in 112, 224, 448:
+        sizes = (np.float32(border).view(np.int32) + steps).view(np.float32)
+        s = torch.sqrt(torch.from_numpy(sizes) * torch.from_numpy(sizes))
+        k = torch.floor(4 + torch.log2(s / 224) + torch.tensor(1e-6, dtype=torch.float32))
+        assert len(set(k.tolist())) == 2
+        boxes = torch.from_numpy(np.stack([sizes * 0, sizes * 0, sizes, sizes], 1))
+        pool = torchvision.MultiScaleRoIAlign(["a", "b", "c", "d"], 1, 1)
+        assert pooled_levels(pool, boxes) == (k - 2).tolist()
+
+
+def test_small_float_boxes_have_areas():
+    # 300 * 300 is no float16
+    pool = torchvision.MultiScaleRoIAlign(["a", "b", "c", "d"], 1, 1)
+    assert pooled_levels(pool, square(300, torch.float16)) == [2]
+    assert pooled_levels(pool, square(300, torch.int64)) == [2]
+
+
+def test_every_box_has_a_map():
+    pool = torchvision.MultiScaleRoIAlign(["a", "b"], 1, 1)
+    boxes = torch.tensor([[0.0, 0, 16, 16], [50, 0, 40, 20], [20, 20, 20, 20], [0, 0, 500, 500]])
+    # 1 at the finest, 2 beyond a missing level
+    x = {"a": torch.full((1, 1, 64, 64), 1.0), "b": torch.full((1, 1, 16, 16), 2.0)}
+    assert pool(x, [boxes], [(512, 512)]).flatten().tolist() == [1, 1, 1, 2]
+    nan = pool(x, [torch.full((1, 4), math.nan)], [(512, 512)])
+    assert nan.item() == 0
+
+
+def test_maps_by_name():
+    x, boxes = pyramid(0, 2, (512, 512)), mixed_boxes(1)
+    pool = torchvision.MultiScaleRoIAlign(["p3", "p1"], 2, 2)  # the order is that of x
+    chosen = {"p1": x["p1"], "p3": x["p3"]}
+    assert torch.equal(pool(x, boxes, [(512, 512)] * 2), pool(chosen, boxes, [(512, 512)] * 2))
+    one = torchvision.MultiScaleRoIAlign(["p2"], 2, 2)(x, boxes, [(512, 512)] * 2)
+    assert torch.equal(one, torchvision.roi_align(x["p2"], boxes, 2, 1 / 16, 2))
+
+
+def test_the_first_map_has_the_dtype():
+    x, boxes = pyramid(0, 2, (256, 256)), mixed_boxes(1)
+    x["p0"] = x["p0"].to(torch.bfloat16)
+    pool = torchvision.MultiScaleRoIAlign(list(x), 2, 2)
+    output = pool(x, boxes, [(256, 256)] * 2)
+    assert output.dtype is torch.bfloat16
+    exact = pool({k: v.float() for k, v in x.items()}, boxes, [(256, 256)] * 2)
+    assert torch.equal(output, exact.to(torch.bfloat16))
+
+
+def test_pyramid_with_few_boxes():
+    x = pyramid(0, 3, (256, 256))
+    pool = torchvision.MultiScaleRoIAlign(list(x), (3, 2), 2)
+    none = torch.zeros(0, 4)
+    assert pool(x, [none] * 3, [(256, 256)] * 3).shape == (0, 2, 3, 2)
+    box = torch.tensor([[10.0, 20, 200, 210]])
+    output = pool(x, [none, box, none], [(256, 256)] * 3)
+    row = torch.nn.functional.pad(box, (1, 0), value=1)
+    assert torch.equal(output, torchvision.roi_align(x["p1"], row, (3, 2), 1 / 8, 2))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": {"c": torch.zeros(1, 1, 8, 8)}}, r"`x` .*\['a', 'b'\], got \['c'\]"),
+        (
+            {"x": {"a": torch.zeros(1, 1, 8, 8), "b": torch.zeros(1, 1, 16, 16)}},
+            r"`x` .*coarse.*\[8, 16\]",
+        ),
+        ({"x": {"a": torch.zeros(1, 1, 0, 8)}}, r"`x` .*\[0\]"),
+        ({"image_shapes": []}, r"`image_shapes` .*\[\]"),
+        ({"image_shapes": [(0, 8)]}, r"`image_shapes` .*\[\(0, 8\)\]"),
+        ({"boxes": []}, "`boxes` .*1, got 0"),
+        ({"boxes": [torch.zeros(2, 5)]}, r"`boxes\[0\]` .*\(2, 5\)"),
+        ({"boxes": [torch.zeros(4)]}, r"`boxes\[0\]` .*\(4,\)"),
+        ({"boxes": torch.zeros(1, 5)}, r"`boxes\[0\]` .*\(5,\)"),
+    ],
+)
+def test_errors_of_a_pyramid(change, message):
+    fine = {
+        "x": {"a": torch.zeros(1, 1, 16, 16), "b": torch.zeros(1, 1, 8, 8)},
+        "boxes": [torch.zeros(2, 4)],
+        "image_shapes": [(64, 64)],
+    }
+    pool = torchvision.MultiScaleRoIAlign(["a", "b"], 2, 2)
+    pool(**fine)
+    with pytest.raises(ValueError, match=message):
+        pool(**(fine | change))
+
+
+# Imports
+
+
+def test_imports_are_lazy_and_need_no_other_library():
+    code = """if True:
+        import sys
+        import roialign.compat
+        assert "torch" not in sys.modules
+        assert "roialign.compat.torchvision" not in sys.modules
+        try:
+            roialign.compat.no_such_name
+        except AttributeError as error:
+            assert "no_such_name" in str(error)
+        else:
+            raise AssertionError("no AttributeError")
+        roialign.compat.torchvision.RoIAlign, roialign.compat.detectron2.ROIAlign
+        assert not {"torchvision", "detectron2"} & set(sys.modules)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("module", [torchvision, detectron2])
+def test_public_names_have_an_example(module):
+    for name in module.__all__:
+        assert ">>>" in getattr(module, name).__doc__
