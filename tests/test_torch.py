@@ -17,11 +17,7 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 import roialign.torch  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
-# torch itself scripts what forward mode and the compiler need.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script.*deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
 
 OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 LAYOUTS = {

@@ -79,7 +79,8 @@ def roi_align(
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
-    (arXiv:1703.06870).
+    (arXiv:1703.06870). Takes NumPy arrays or PyTorch tensors, all of one kind, and gives that kind;
+    tensors have derivatives (docs/pytorch.md).
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -93,7 +94,8 @@ def roi_align(
         convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
             or a :class:`Convention`.
         reduction: "mean".
-        out: an array for the result: its shape and dtype, writeable, overlapping no input.
+        out: an array for the result: its shape and dtype, writeable, overlapping no input. Not where
+            PyTorch needs a gradient.
 
     Returns:
         (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
@@ -103,6 +105,7 @@ def roi_align(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, size, scale, name or ``out`` is wrong.
         IndexError: an image index is not an integer in [0, N).
+        RuntimeError: ``out`` with tensors of which a gradient is needed.
 
     The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes
     :func:`roi_align_box_gradient`.
