@@ -480,6 +480,14 @@ def test_aot_inductor(tmp_path):
     assert torch.equal(torch._inductor.aoti_load_package(path)(features, ROIS), Head()(features, ROIS))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_trace():
+    traced = torch.jit.trace(Head(), (torch.rand(2, 3, 8, 9), ROIS))
+    features, rois = torch.rand(2, 3, 8, 9), ROIS.repeat(3, 1)
+    assert torch.equal(traced(features, rois), Head()(features, rois))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_meta_and_fake_tensors(layout):
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,0 +1,330 @@
+"""PyTorch over processes: DTensors, DDP and FSDP give what one process gives."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import roialign
+from isolation import isolated
+
+torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch need torch")
+import roialign.torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("the tests of distributed PyTorch need gloo", allow_module_level=True)
+
+import torch.multiprocessing as mp  # noqa: E402
+from torch import nn  # noqa: E402
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_distributed.py"
+TIMEOUT = 120  # seconds: a process that waits for one that failed would wait for ever
+OPTIONS = {"spatial_scale": 0.5, "sampling_ratio": 2}
+
+
+# Processes
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+def spawn(body, processes, tmp_path):
+    """`body()` in each of the processes; an assertion that fails in one fails here."""
+    arguments = (body, processes, str(tmp_path / "store"))
+    context = mp.start_processes(_process, arguments, processes, join=False, start_method="spawn")
+    end = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"not done after {TIMEOUT} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _process(rank, body, processes, store):
+    torch.set_num_threads(1)
+    store = dist.FileStore(store, processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    body()
+    dist.destroy_process_group()
+    # A thread of gloo that lets go of a tensor while Python ends aborts the process.
+    os._exit(0)
+
+
+# DTensors
+
+
+def draw(images=4, channels=8, count=11, dtype=torch.float32):
+    """The same in all processes: features, boxes, image index, d_output."""
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(images, channels, 12, 10, generator=random).to(dtype)
+    start = torch.rand(count, 2, generator=random) * 12
+    boxes = torch.cat([start, start + 10 * torch.rand(count, 2, generator=random)], 1)
+    image_index = torch.randint(images, (count,), generator=random)
+    d_output = torch.randn(count, channels, 3, 3, generator=random).to(dtype)
+    return features, boxes, image_index, d_output
+
+
+def pool(features, rois):
+    return roialign.roi_align(features, rois, 3, **OPTIONS)
+
+
+def differentiated(pool, form, features, boxes, image_index, d_output):
+    """Output, d_features and d_boxes, with rois in one of their forms."""
+    features = features.detach().requires_grad_()
+    boxes = boxes.detach()
+    if form == "array":
+        moving = torch.cat([image_index[:, None].to(boxes.dtype), boxes], 1).requires_grad_()
+        rois = moving
+    else:
+        moving = boxes.requires_grad_()
+        rois = moving, image_index
+    output = pool(features, rois)
+    return output.detach(), *torch.autograd.grad(output, [features, moving], d_output)
+
+
+def shards(mesh, tensors, placements):
+    from torch.distributed.tensor import distribute_tensor
+
+    return [distribute_tensor(t, mesh, p) for t, p in zip(tensors, placements, strict=True)]
+
+
+def check_results(results, expected, placements=None):
+    if placements is not None:
+        assert [r.placements for r in results] == [tuple(p) for p in placements]
+    for result, right in zip(results, expected, strict=True):
+        assert result.shape == right.shape and result.dtype == right.dtype
+        full, bound = result.full_tensor(), 16 * torch.finfo(right.dtype).eps
+        if any(p.is_partial() for p in result.placements):  # sums of a few, in another order
+            largest = float(right.abs().amax()) if right.numel() else 0.0
+            torch.testing.assert_close(full, right, rtol=bound, atol=bound * largest)
+        else:
+            assert torch.equal(full, right)
+
+
+KINDS = (
+    {"count": 1},
+    {"count": 0},
+    {"channels": 5},
+    {"dtype": torch.float64},
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16},
+)
+
+
+def check_dtensors(compiled=("replicated", "RoIs", "channels", "images"), kinds=KINDS):
+    from torch.distributed.tensor import Partial, Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole, rows, channels, terms = [Replicate()], [Shard(0)], [Shard(1)], [Partial()]
+    # features, boxes, image_index, d_output: output, d_features, d_boxes
+    table = {
+        "replicated": ((whole, whole, whole, whole), (whole, whole, whole)),
+        "RoIs": ((whole, rows, rows, rows), (rows, terms, rows)),
+        "channels": ((channels, whole, whole, channels), (channels, channels, terms)),
+        "images": ((rows, whole, whole, whole), None),
+        "height": (([Shard(2)], whole, whole, whole), None),
+        "mixed": ((channels, rows, whole, [Shard(3)]), None),
+    }
+    tensors = draw()
+    # The compiler comes first: it has to find the rules too.
+    for way in ("compiled", "eager"):
+        for form in ("pair", "array"):
+            expected = differentiated(pool, form, *tensors)
+            for name, (given, wanted) in table.items():
+                by = pool
+                if way == "compiled":
+                    if name not in compiled:
+                        continue
+                    torch.compiler.reset()
+                    by = torch.compile(pool, backend="aot_eager", fullgraph=True)
+                results = differentiated(by, form, *shards(mesh, tensors, given))
+                check_results(results, expected, wanted)
+
+    # other dtypes; fewer RoIs than processes, none; channels that do not divide
+    for kind in kinds:
+        tensors = draw(**kind)
+        expected = differentiated(pool, "pair", *tensors)
+        for given, _ in table.values():
+            check_results(differentiated(pool, "pair", *shards(mesh, tensors, given)), expected)
+
+    # sizes are no part of what DTensor remembers, if it is not told
+    features, boxes, image_index, _ = draw()
+    d_features, d_boxes, d_index = shards(mesh, (features, boxes, image_index), (whole, rows, rows))
+    for size in (3, (2, 4), (4, 2), 3):
+        right = roialign.roi_align(features, (boxes, image_index), size, **OPTIONS)
+        output = roialign.roi_align(d_features, (d_boxes, d_index), size, **OPTIONS)
+        check_results([output], [right], [rows])
+        for height in (12, 20):
+            shape = (4, 8, height, 10)
+            result = roialign.roi_align_adjoint(output, (d_boxes, d_index), shape, **OPTIONS)
+            right_too = roialign.roi_align_adjoint(right, (boxes, image_index), shape, **OPTIONS)
+            check_results([result], [right_too], [terms])
+    d_boxes = roialign.roi_align_box_gradient(output, d_features, (d_boxes, d_index), **OPTIONS)
+    right = roialign.roi_align_box_gradient(right, features, (boxes, image_index), **OPTIONS)
+    check_results([d_boxes], [right], [rows])
+
+    check_second_derivatives(mesh, table)
+
+
+def check_second_derivatives(mesh, table):
+    """The gradient in the boxes, differentiated in features and d_output: with a tangent."""
+
+    def twice(features, boxes, image_index, d_output):
+        features, d_output = (t.detach().requires_grad_() for t in (features, d_output))
+        rois = boxes.detach(), image_index
+        d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **OPTIONS)
+        return torch.autograd.grad(d_boxes.sum(), [features, d_output])
+
+    tensors = draw(dtype=torch.float64)
+    expected = twice(*tensors)
+    for given, _ in table.values():
+        check_results(twice(*shards(mesh, tensors, given)), expected)
+
+
+def check_mesh_of_two_axes():
+    from torch.distributed.tensor import Partial, Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+    tensors = draw()
+    expected = differentiated(pool, "pair", *tensors)
+    rois = [Shard(0), Replicate()]
+    given = [Replicate(), Shard(1)], rois, rois, [Shard(0), Shard(1)]
+    wanted = [Shard(0), Shard(1)], [Partial(), Shard(1)], [Shard(0), Partial()]
+    results = differentiated(pool, "pair", *shards(mesh, tensors, given))
+    check_results(results, expected, wanted)
+
+
+def check_dtensors_of_four():
+    check_dtensors(compiled=["RoIs"], kinds=KINDS[:2])
+    check_mesh_of_two_axes()
+
+
+def test_dtensors(tmp_path):
+    spawn(check_dtensors, 2, tmp_path)
+
+
+def test_dtensors_of_four(tmp_path):
+    spawn(check_dtensors_of_four, 4, tmp_path)
+
+
+def check_import():
+    import roialign.torch
+
+    assert "torch.distributed.tensor" not in sys.modules
+    roialign.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 4, 4]]), 2)
+    roialign.roi_align(torch.ones(1, 1, 4, 4, device="meta"), torch.ones(1, 5, device="meta"), 2)
+    assert "torch.distributed.tensor" not in sys.modules
+
+
+def test_dtensor_is_not_imported():
+    isolated(check_import)
+
+
+# Data parallel
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = roialign.torch.ROIAlign(4, 4, 0.5)
+        self.linear = nn.Linear(8 * 4 * 4, 3)
+
+    def forward(self, images, rois):
+        return self.linear(self.pool(self.conv(images).relu(), rois).flatten(1))
+
+
+def train(model, steps):
+    """Losses; `steps` gives images, rois and classes."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    losses = []
+    for images, rois, classes in steps:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images, rois), classes)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def batches(steps=4, images=4, per_image=5):
+    random = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        pixels = torch.randn(images, 3, 16, 20, generator=random)
+        start = torch.rand(images * per_image, 2, generator=random) * 16
+        sides = 4 + 16 * torch.rand(images * per_image, 2, generator=random)
+        index = torch.arange(images).repeat_interleave(per_image)
+        rois = torch.cat([index[:, None], start, start + sides], 1)
+        yield pixels, rois, torch.randint(3, index.shape, generator=random)
+
+
+def own_part(batch):
+    """The images of this process; their RoIs count them from 0."""
+    images, rois, classes = batch
+    each = len(images) // dist.get_world_size()
+    first = dist.get_rank() * each
+    here = (rois[:, 0] >= first) & (rois[:, 0] < first + each)
+    rois = rois[here] - torch.tensor([first, 0, 0, 0, 0])
+    return images[first : first + each], rois, classes[here]
+
+
+def check_data_parallel():
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.manual_seed(0)
+    alone = Head()
+    ddp, fsdp = copy.deepcopy(alone), copy.deepcopy(alone)
+    expected = train(alone, batches())
+    assert expected[-1] != expected[0]
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(fsdp.conv, mesh=mesh)
+    fully_shard(fsdp, mesh=mesh)
+    for model in (nn.parallel.DistributedDataParallel(ddp), fsdp):
+        losses = train(model, map(own_part, batches()))
+        dist.all_reduce(losses)
+        torch.testing.assert_close(losses / dist.get_world_size(), expected, rtol=1e-5, atol=0)
+    for right, a, b in zip(alone.parameters(), ddp.parameters(), fsdp.parameters(), strict=True):
+        torch.testing.assert_close(a, right, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b.full_tensor(), right, rtol=1e-4, atol=1e-6)
+
+
+def test_data_parallel(tmp_path):
+    spawn(check_data_parallel, 2, tmp_path)
+
+
+# The example
+
+
+def test_example(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    local = ["--local-addr", "localhost"]
+    ran = subprocess.run(
+        [*torchrun, *local, "--log-dir", tmp_path, EXAMPLE],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for line in (
+        r"RoIs sharded: \(6, 8, 7, 7\) of \(12, 8, 7, 7\) here",
+        r"channels sharded: \(12, 4, 7, 7\) of \(12, 8, 7, 7\) here",
+        r"data parallel: the gradients are those of the whole batch",
+    ):
+        assert re.search(line, ran.stdout), ran.stdout

@@ -1,0 +1,310 @@
+"""Export to ONNX: one standard RoiAlign, and our numbers in ONNX Runtime."""
+
+import numpy as np
+import pytest
+
+import roialign
+
+torch = pytest.importorskip("torch", reason="export to ONNX needs torch")
+pytest.importorskip("onnx", reason="export to ONNX needs onnx")
+pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime", reason="exported models run in onnxruntime")
+import roialign.torch  # noqa: E402
+from roialign.compat import torchvision  # noqa: E402
+
+# torch's exporter uses what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+MAP = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
+ROWS = {0: DYNAMIC}
+CONVENTIONS = {  # name: (convention, values of sampling_ratio)
+    "half_pixel": ("half_pixel", (0, 2)),
+    "asymmetric": ("asymmetric", (0, 3)),
+    "openvino_half_pixel": ("openvino_half_pixel", (0, 2)),
+    "mindspore": ("mindspore", (1, 2)),
+    "mindspore_legacy": ("mindspore_legacy", (2,)),
+    "unclamped": (
+        roialign.Convention(pixel_offset=0.25, input_offset=0.375, end_offset=0.625),
+        (2,),
+    ),
+    "clamped": (roialign.Convention(pixel_offset=0.5, end_offset=1, min_size=1), (2,)),
+    "longer": (roialign.Convention(pixel_offset=0.5, input_offset=-0.5, end_offset=1), (0,)),
+    "longer_clamped": (roialign.Convention(end_offset=1, min_size=1), (0,)),
+}
+CASES = {
+    f"{name}-{ratio}-{scale}": {
+        "convention": convention,
+        "sampling_ratio": ratio,
+        "spatial_scale": scale,
+    }
+    for name, (convention, ratios) in CONVENTIONS.items()
+    for ratio in ratios
+    for scale in (0.25, 0.3)
+}
+
+
+class Pool(torch.nn.Module):
+    """One output for each of the options."""
+
+    def __init__(self, *options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, features, rois):
+        return [roialign.roi_align(features, rois, (3, 2), **each) for each in self.options]
+
+
+def export(model, args, shapes=(MAP, ROWS), **options):
+    return torch.onnx.export(
+        model.eval(), args, dynamo=True, dynamic_shapes=shapes, verbose=False, **options
+    ).model_proto
+
+
+def run(model, *arrays):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    inputs = [each.name for each in session.get_inputs()]
+    return session.run(None, dict(zip(inputs, arrays, strict=True)))
+
+
+def draw(seed, shape=(2, 3, 9, 11), scale=0.25, whole=True, inverted=False):
+    """Features (N, C, H, W) and rois (K, 5): around the map, tiny, empty, of whole pixels."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal(shape, np.float32)
+    length = np.array([shape[3], shape[2]]) / scale
+    size = np.concatenate(
+        [
+            rng.uniform(0, 1.5, (30, 2)) * length,
+            rng.uniform(0, 0.9 / scale, (15, 2)),  # below a feature pixel
+            np.zeros((5, 2)),
+            rng.uniform(-0.3, 0, (10 * inverted, 2)) * length,
+        ]
+    )
+    start = rng.uniform(-0.4, 1.2, size.shape) * length
+    boxes = np.concatenate([start, start + size], 1)
+    if whole:
+        edges = [[0, 0, *length], [-4, -4, *length + 4], [4, 8, 4, 8], [4, 8, 8, 12]]
+        boxes = np.concatenate([boxes, np.round(boxes), edges])
+    index = rng.integers(shape[0], size=len(boxes))
+    return features, np.column_stack([index, boxes]).astype(np.float32)
+
+
+def check(actual, features, rois, size=(3, 2), **options):
+    expected = roialign.roi_align(features, rois, size, **options)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    largest = np.abs(features).max()
+    unit = 2.0**-11 if features.dtype == np.float16 else 0
+    bound = (1e-5 + unit) * largest
+    assert np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max(initial=0) <= bound
+
+
+def check_standard(model, count=1):
+    """RoiAlign of ONNX itself, and nothing that is not ONNX's own."""
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    assert [entry.domain for entry in model.opset_import] == [""]
+    assert model.opset_import[0].version >= 16
+    nodes = [node for node in model.graph.node if node.op_type == "RoiAlign"]
+    assert len(nodes) == count
+    return nodes
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The cases of fixed sampling in one model, of adaptive sampling in another."""
+    args = tuple(map(torch.from_numpy, draw(0)))
+    chosen = [
+        {name: each for name, each in CASES.items() if (each["sampling_ratio"] > 0) == fixed}
+        for fixed in (False, True)
+    ]
+    return [(cases, export(Pool(*cases.values()), args)) for cases in chosen]
+
+
+def test_nodes(exported):
+    for cases, model in exported:
+        nodes = check_standard(model, len(cases))
+        for node, options in zip(nodes, cases.values(), strict=True):
+            each = {a.name: a for a in node.attribute}
+            c = roialign.conventions.get(options["convention"], options["convention"])
+            mode = b"half_pixel" if c.min_size is None else b"output_half_pixel"
+            assert each["coordinate_transformation_mode"].s == mode
+            assert each["mode"].s == b"avg"
+            assert each["sampling_ratio"].i == options["sampling_ratio"]
+            assert each["spatial_scale"].f == np.float32(options["spatial_scale"])
+            assert (each["output_height"].i, each["output_width"].i) == (3, 2)
+
+
+def test_sizes_stay_open(exported):
+    for _, model in exported:
+        features, rois = (value.type.tensor_type.shape.dim for value in model.graph.input)
+        assert all(features[axis].dim_param for axis in MAP)
+        assert rois[0].dim_param
+        for value in model.graph.output:
+            assert value.type.tensor_type.shape.dim[0].dim_param
+
+
+@pytest.fixture(scope="module")
+def results(exported):
+    """By case, inputs and output: of the exported sizes, and of others."""
+    results = {name: [] for name in CASES}
+    for fixed, (cases, model) in enumerate(exported):
+        for scale in (0.25, 0.3):
+            inputs = [
+                # at scale 1/4 whole pixels are exact, moved or not; ONNX Runtime fails on an
+                # inverted box with adaptive sampling
+                draw(seed, shape, scale, whole=scale == 0.25, inverted=bool(fixed))
+                for seed, shape in enumerate([(2, 3, 9, 11), (3, 3, 14, 6), (1, 3, 1, 5)])
+            ]
+            features, rois = inputs[0]
+            inputs += [(features, rois[:count]) for count in (0, 1)]
+            for pair in inputs:
+                for (name, options), output in zip(cases.items(), run(model, *pair), strict=True):
+                    if options["spatial_scale"] == scale:
+                        results[name].append((pair, output))
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values(results, name):
+    assert len(results[name]) == 5
+    for inputs, output in results[name]:
+        check(output, *inputs, **CASES[name])
+
+
+def test_the_boxes_tell_the_least_size():
+    # output_half_pixel has it, half_pixel not
+    features, rois = draw(0)
+    options = {"spatial_scale": 0.25, "sampling_ratio": 2}
+    rules = [roialign.Convention(min_size=size) for size in (None, 1)]
+    a, b = (
+        roialign.roi_align(features, rois[30:45], (3, 2), convention=rule, **options)
+        for rule in rules
+    )
+    assert np.abs(a - b).max() > 0.1
+
+
+# Forms and types
+
+
+@pytest.mark.parametrize("features_dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("boxes_dtype", [np.float32, np.float64, np.int64])
+def test_types(features_dtype, boxes_dtype):
+    options = {"convention": "mindspore", "sampling_ratio": 2, "spatial_scale": 0.25}
+    model, inputs = Pool(options), []
+    for seed in range(2):
+        features, rois = draw(seed, scale=0.25)
+        inputs.append((features.astype(features_dtype), rois.astype(boxes_dtype)))
+    exported = export(model, tuple(map(torch.from_numpy, inputs[0])))
+    check_standard(exported)
+    for features, rois in inputs:
+        check(run(exported, features, rois)[0], features, rois, **options)
+
+
+@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8])
+def test_pair(index_dtype):
+    options = {"convention": "mindspore", "sampling_ratio": 2, "spatial_scale": 0.25}
+    features, rois = draw(0)
+    boxes, index = rois[:, 1:].copy(), rois[:, 0].astype(index_dtype)
+    args = torch.from_numpy(features), (torch.from_numpy(boxes), torch.from_numpy(index))
+    exported = export(Pool(options), args, (MAP, (ROWS, ROWS)))
+    check_standard(exported)
+    pair = boxes[5:], index[5:]
+    check(run(exported, features, *pair)[0], features, pair, **options)
+
+
+def test_list():
+    options = {"convention": "asymmetric", "spatial_scale": 0.25, "sampling_ratio": -1}
+    features, rois = draw(0)
+    boxes = rois[:, 1:].copy()
+    args = torch.from_numpy(features), [torch.from_numpy(boxes[:7]), torch.from_numpy(boxes[7:])]
+    model = export(Pool(options), args, ({2: DYNAMIC, 3: DYNAMIC}, [ROWS, ROWS]))
+    check_standard(model)
+    pieces = [boxes[:20], boxes[30:35]]
+    check(run(model, features, *pieces)[0], features, pieces, **options)
+
+
+@pytest.mark.parametrize("opset", [16, 18, 21])  # ONNX Runtime 1.32 has no RoiAlign of 22
+def test_opsets(opset):
+    features, rois = draw(0)
+    options = {"convention": "asymmetric", "spatial_scale": 0.25}
+    args = tuple(map(torch.from_numpy, (features, rois)))
+    model = export(Pool(options), args, opset_version=opset)
+    check_standard(model)
+    assert model.opset_import[0].version == opset
+    check(run(model, features, rois)[0], features, rois, **options)
+
+
+# Layers, in a network
+
+
+class Network(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.backbone = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = pool
+
+    def forward(self, image, rois):
+        return self.pool(self.backbone(image).relu(), rois).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        roialign.torch.ROIAlign(3, 2, 0.25),
+        roialign.torch.ROIAlign(3, 2, 0.25, 2, 0),
+        torchvision.RoIAlign((3, 2), 0.25, 2, aligned=True),
+        torchvision.RoIAlign((3, 2), 0.25, 0),
+        lambda features, rois: torchvision.roi_align(features, rois, (3, 2), 0.25),
+    ],
+    ids=["ROIAlign", "ROIAlign-0", "aligned", "not aligned", "roi_align"],
+)
+def test_layers(pool):
+    torch.manual_seed(0)
+    network = Network(pool)
+    model = export(network, tuple(map(torch.from_numpy, draw(0))))
+    check_standard(model)
+    image, rois = draw(1, (3, 3, 12, 10))
+    with torch.no_grad():
+        features = network.backbone(torch.from_numpy(image)).relu()
+        expected = pool(features, torch.from_numpy(rois)).flatten(1).numpy()
+    actual = run(model, image, rois)[0]
+    assert actual.shape == expected.shape
+    # the convolution is another one there
+    assert np.abs(actual - expected).max() <= 2e-5 * features.abs().max().item()
+
+
+def test_eager_and_compiled_calls_are_none_of_onnx():
+    model = Pool({"spatial_scale": 0.25})
+    features, rois = draw(0)
+    args = tuple(map(torch.from_numpy, (features, rois)))
+    export(model, args)
+    check(model(*args)[0].numpy(), features, rois, spatial_scale=0.25)
+    program = torch.export.export(model, args)
+    assert "roialign.forward" in str(program.graph)
+    check(program.module()(*args)[0].numpy(), features, rois, spatial_scale=0.25)
+
+
+# What ONNX does not have
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"convention": "mindspore"}, "'mindspore' .*rounds adaptive sampling up"),
+        ({"convention": "mindspore_legacy"}, "'mindspore_legacy' .*rounds adaptive sampling up"),
+        ({"convention": "mmdet_legacy", "sampling_ratio": 2}, "'mmdet_legacy' .*`min_size`.*0.0"),
+        ({"convention": roialign.Convention()}, r" Convention\(.*number of adaptive samples"),
+        ({"spatial_scale": (0.5, 0.25)}, r"'half_pixel' .*one `spatial_scale`.* got \(0.5, 0.25\)"),
+        ({"dtype": torch.bfloat16}, "'half_pixel' .*no bfloat16"),
+    ],
+)
+def test_refused(options, reason):
+    options = dict(options)
+    features, rois = map(torch.from_numpy, draw(0))
+    features = features.to(options.pop("dtype", torch.float32))
+    with pytest.raises(torch.onnx.OnnxExporterError, match=reason) as error:
+        export(Pool(options), (features, rois))
+    assert type(error.value.__cause__) is ValueError
