@@ -691,7 +691,8 @@ def box_gradient(
 def _into(out: Tensor | None, name: str, args: tuple) -> Tensor:
     if out is None:
         return _call(name, *args)
-    if _watched() or _in_forward_mode() or not _has_memory((out, *args[:_TENSORS])):
+    direct = not (is_traced() or _watched() or _in_forward_mode())
+    if not (direct and _has_memory((out, *args[:_TENSORS]))):
         return out.copy_(_call(name, *args))
     return _KERNELS[name](*args, out=out)
 
