@@ -26,7 +26,6 @@ namespace {
 #define ROIALIGN_LAMBDA __attribute__((always_inline))
 #define ROIALIGN_NOINLINE __attribute__((noinline))
 constexpr int kTaps = 8;                              // rows read or added to at a time
-constexpr int kFusedTaps = 4;                         // ... by bins that need no strip
 constexpr int kDots = 4;                              // dot products held in registers
 constexpr int64_t kAhead = 12;                        // groups of pixels asked for ahead
 constexpr int64_t kRows = 7;                          // bins of y whose strips are made at a time
@@ -276,9 +275,9 @@ void pool_bins(const Term<Real>& term, Range p, int64_t bins, Map<Real> map, Rea
   const Axis<Real>&y = term.y, &x = term.x;
   if (!y.taps || !x.taps) {
     if (!accumulate) std::memset(out, 0, size_t(p.count() * bins * kLineBytes));
-  } else if (x.separate && y.taps <= kFusedTaps && !accumulate) {
-    for_taps<kFusedTaps>(y.taps, [&](auto y_taps, int64_t) ROIALIGN_LAMBDA {
-      for_taps<kFusedTaps>(x.taps, [&](auto x_taps, int64_t) ROIALIGN_LAMBDA {
+  } else if (x.separate && y.taps <= kSeparateTaps && !accumulate) {
+    for_taps<kSeparateTaps>(y.taps, [&](auto y_taps, int64_t) ROIALIGN_LAMBDA {
+      for_taps<kSeparateTaps>(x.taps, [&](auto x_taps, int64_t) ROIALIGN_LAMBDA {
         pool<decltype(y_taps)::value, decltype(x_taps)::value>(y, p, map, x, bins, out);
       });
     });

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kChunk = 64;             // RoIs whose taps one task builds
 constexpr int64_t kBandBytes = 2 << 20;    // of lines: the rows of a band, for one block of channels
-constexpr int32_t kSeparateTaps = 4;       // most taps of a bin that shares few pixels with others
 constexpr int64_t kSerialRois = 256;       // fewer: one thread builds all taps
 constexpr int64_t kMinTasks = 16;          // cut visits until there are as many tasks ...
 constexpr int64_t kMinVisit = 64;          // ... but not below this many RoIs

@@ -11,6 +11,9 @@ namespace roialign {
 // Pixels travel between a map and the engine's scratch in groups of this many.
 constexpr int64_t kGroup = 16;
 
+// The most taps of a bin in an axis that is called separate.
+constexpr int kSeparateTaps = 4;
+
 // One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
 // entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]. An entry's
 // `index` counts along `pixels` where rows are bins, and along the bins where the matrix is transposed

@@ -126,6 +126,21 @@ conventions: Mapping[str, Convention] = MappingProxyType(
 """Read-only: name -> record. Canonical names first, then the aliases ``library:setting``."""
 
 
+def flat_rule(
+    spatial_scale: tuple[float, float], sampling_ratio: int, c: Convention
+) -> tuple[float | int | None, ...]:
+    """The numbers that the core and the operators of a framework take: they have no records."""
+    return (
+        *spatial_scale,
+        max(-1, min(sampling_ratio, 2**62)),
+        c.pixel_offset,
+        c.input_offset,
+        c.end_offset,
+        c.min_size,
+        c.adaptive == "floor",
+    )
+
+
 def resolve(convention: str | Convention) -> Convention:
     """The record that ``convention=`` names, or is."""
     if isinstance(convention, Convention):

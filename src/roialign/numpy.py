@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from roialign import _checks, _core, _threads
+from roialign import _checks, _conventions, _core, _threads
 from roialign._conventions import Convention
 
 _FLOATS = frozenset(map(np.dtype, ("float16", "float32", "float64")))
@@ -226,15 +226,7 @@ def _coordinate(dtype: np.dtype) -> np.dtype:
 def _run(operation, arrays, boxes, index, tangent, spatial_scale, sampling_ratio, c, result) -> Any:
     """Calls the core, which writes ``result``; raises where it refuses an image index."""
     coordinate = _coordinate(arrays[0].dtype)
-    rule = (
-        *spatial_scale,
-        max(-1, min(sampling_ratio, 2**62)),
-        c.pixel_offset,
-        c.input_offset,
-        c.end_offset,
-        c.min_size,
-        c.adaptive == "floor",
-    )
+    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, c)
     rois = (_native_boxes(boxes, coordinate), _native_index(index))
     if operation is not _core.box_gradient:
         rois += (None if tangent is None else np.ascontiguousarray(tangent, coordinate),)

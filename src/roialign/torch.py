@@ -191,21 +191,6 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 # Kernels: the core on the tensors' memory
 
 
-def _rule(
-    spatial_scale: tuple[float, float], sampling_ratio: int, c: Convention
-) -> tuple[float | int | None, ...]:
-    """The numbers that every operation takes, flat: operators have no records."""
-    return (
-        *spatial_scale,
-        max(-1, min(sampling_ratio, 2**62)),
-        c.pixel_offset,
-        c.input_offset,
-        c.end_offset,
-        c.min_size,
-        c.adaptive == "floor",
-    )
-
-
 def _stored(tensor: Tensor) -> Tensor:
     """With its values in memory: those of a lazy negation are not."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor
@@ -651,7 +636,7 @@ def forward(
     if is_traced() and _is_onnx_export():
         where = spatial_scale, sampling_ratio, convention
         return _onnx_forward(features, boxes, image_index, output_size, *where)
-    rule = _rule(spatial_scale, sampling_ratio, convention)
+    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
     args = (features, boxes, image_index, None, output_size, *rule)
     return _into(out, "forward", args)
 
@@ -668,7 +653,7 @@ def adjoint(
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient in the features (N, C, H, W)."""
-    rule = _rule(spatial_scale, sampling_ratio, convention)
+    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
     args = (d_output, boxes, image_index, None, feature_shape, *rule)
     return _into(out, "adjoint", args)
 
@@ -684,7 +669,7 @@ def box_gradient(
     convention: Convention,
 ) -> Tensor:
     """The gradient in the boxes (K, 4), x1 y1 x2 y2, in their dtype."""
-    rule = _rule(spatial_scale, sampling_ratio, convention)
+    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
     return _call("box_gradient", d_output, features, boxes, image_index, *rule)
 
 
