@@ -71,7 +71,9 @@ std::vector<std::string> usable_isas() {
   return names;
 }
 
-const Engine& choose_engine() {
+namespace {
+
+const Engine& choose() {
   const char* text = std::getenv("ROIALIGN_ISA");
   const std::string wanted = text ? text : "";
   const Engine* best = nullptr;
@@ -85,6 +87,13 @@ const Engine& choose_engine() {
   }
   throw std::runtime_error("ROIALIGN_ISA must be one of " + joined(usable_isas()) + ", got '" + wanted +
                            "'");
+}
+
+}  // namespace
+
+const Engine& engine() {
+  static const Engine& chosen = choose();
+  return chosen;
 }
 
 }  // namespace roialign

@@ -11,8 +11,8 @@ namespace roialign {
 std::vector<std::string> compiled_isas();
 std::vector<std::string> usable_isas();
 
-// The engine named by ROIALIGN_ISA, or else the best that this CPU runs.
+// The engine named by ROIALIGN_ISA at the first call, or else the best that this CPU runs.
 // Throws std::runtime_error if the named one is not usable.
-const Engine& choose_engine();
+const Engine& engine();
 
 }  // namespace roialign

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <thread>
@@ -20,15 +19,14 @@
 
 #include "../dispatch.hpp"
 #include "../memory.hpp"
+#include "../operations.hpp"
 #include "../parallel.hpp"
 #include "../windows.hpp"
 
 namespace nb = nanobind;
-using namespace roialign;
 
+namespace roialign::python {
 namespace {
-
-const Engine* engine = nullptr;
 
 // An array of at most four dimensions. It comes as an object of NumPy (bfloat16 as uint16, a view that
 // every NumPy can export), or as what an adapter knows of a tensor that it has checked and keeps alive:
@@ -91,7 +89,6 @@ Array output(const nb::handle& object) { return array_of<nb::ndarray<nb::device:
 
 Tensor tensor_of(const Array& array) {
   if (array.ndim != 4) throw nb::value_error("_core: array must have 4 dimensions");
-  if (array.dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
   Tensor tensor{array.data, array.dtype, {}, {}};
   std::copy(array.shape, array.shape + 4, tensor.shape);
   std::copy(array.stride, array.stride + 4, tensor.stride);
@@ -103,19 +100,21 @@ Rois rois_of(const Array& boxes, const Array& image_index) {
       image_index.shape[0] != boxes.shape[0]) {
     throw nb::value_error("_core: boxes must be (K, 4) and image_index (K,)");
   }
-  if (boxes.dtype == DType::int64) throw nb::type_error("_core: unsupported dtype");
   return {boxes.shape[0], boxes.data, boxes.dtype, {boxes.stride[0], boxes.stride[1]},
           image_index.data, image_index.dtype, image_index.stride[0]};
 }
 
-// The box tangent or gradient: (K, 4) contiguous, of the coordinate type.
-void* boxes_like(const Array& array, const Rois& rois, DType dtype) {
-  const DType coordinate = dtype == DType::float64 ? DType::float64 : DType::float32;
+// A box gradient, or tangent: (K, 4) contiguous, of the coordinate type.
+void* boxes_like(const Array& array, const Rois& rois, DType map) {
   if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != 4 ||
-      array.dtype != coordinate || (rois.count > 0 && (array.stride[0] != 4 || array.stride[1] != 1))) {
+      array.dtype != coordinate_type(map) ||
+      (rois.count > 0 && (array.stride[0] != 4 || array.stride[1] != 1))) {
     throw nb::value_error("_core: box tangents and gradients must be contiguous (K, 4)");
   }
   return array.data;
+}
+const void* tangent_of(const nb::object& object, const Rois& rois, DType map) {
+  return object.is_none() ? nullptr : boxes_like(input(object), rois, map);
 }
 
 // Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock while
@@ -152,20 +151,6 @@ void wait_for_calls() {
 const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
 #endif
 
-void require(bool condition, const char* message) {
-  if (!condition) throw nb::value_error(message);
-}
-
-// A map that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins of a
-// RoI in 32 bits.
-void require_pixels(const Tensor& map, const Tensor& pooled) {
-  for (const int axis : {2, 3}) {
-    require(map.shape[axis] > 0 && map.shape[axis] <= INT32_MAX, "_core: no map to be sampled");
-    require(pooled.shape[axis] > 0 && pooled.shape[axis] <= INT32_MAX, "_core: too many bins");
-  }
-  require(pooled.shape[2] * pooled.shape[3] <= INT32_MAX, "_core: too many bins");
-}
-
 // (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None, floor)
 using Rule = std::tuple<double, double, int64_t, double, double, double, nb::object, bool>;
 
@@ -178,26 +163,25 @@ Params params_of(const Rule& rule) {
 }
 
 // Each operation returns the first RoI whose image index is bad, having done nothing; or -1.
+template <class Operation>
+int64_t run(const Rois& rois, int64_t images, Operation&& operation) {
+  const Unlocked unlocked;
+  const int64_t bad = bad_image_index(rois, images);
+  if (bad < 0) operation();
+  return bad;
+}
+
 int64_t forward(const nb::object& features_object, const nb::object& boxes_object,
                 const nb::object& index_object, const nb::object& tangent_object, const Rule& rule,
                 const nb::object& output_object, int threads) {
   const Array features_array = input(features_object), boxes = input(boxes_object),
-              image_index = input(index_object), output_array = ::output(output_object);
+              image_index = input(index_object), output_array = python::output(output_object);
   const Tensor features = tensor_of(features_array), output = tensor_of(output_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
-  require(output.shape[0] == rois.count && output.shape[1] == features.shape[1] &&
-              output.dtype == features.dtype,
-          "_core: output does not fit features and boxes");
-  const void* tangent =
-      tangent_object.is_none() ? nullptr : boxes_like(input(tangent_object), rois, features.dtype);
-  const Unlocked unlocked;
-  const int64_t bad = bad_image_index(rois, features.shape[0]);
-  const int64_t size = output.shape[0] * output.shape[1] * output.shape[2] * output.shape[3];
-  if (bad >= 0 || size == 0) return bad;
-  require_pixels(features, output);
-  engine->forward(features, rois, tangent, params, output, threads);
-  return bad;
+  const void* tangent = tangent_of(tangent_object, rois, features.dtype);
+  return run(rois, features.shape[0],
+             [&] { roialign::forward(features, rois, tangent, params, output, threads); });
 }
 
 int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_object,
@@ -208,19 +192,9 @@ int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_objec
   const Tensor d_output = tensor_of(d_output_array), d_features = tensor_of(d_features_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
-  require(d_output.shape[0] == rois.count && d_output.shape[1] == d_features.shape[1] &&
-              d_output.dtype == d_features.dtype && d_output.shape[2] > 0 && d_output.shape[3] > 0,
-          "_core: d_features does not fit d_output and boxes");
-  const void* tangent =
-      tangent_object.is_none() ? nullptr : boxes_like(input(tangent_object), rois, d_output.dtype);
-  const Unlocked unlocked;
-  const int64_t bad = bad_image_index(rois, d_features.shape[0]);
-  const int64_t size =
-      d_features.shape[0] * d_features.shape[1] * d_features.shape[2] * d_features.shape[3];
-  if (bad >= 0 || size == 0) return bad;
-  if (rois.count) require_pixels(d_features, d_output);
-  engine->adjoint(d_output, rois, tangent, params, d_features, threads);
-  return bad;
+  const void* tangent = tangent_of(tangent_object, rois, d_output.dtype);
+  return run(rois, d_features.shape[0],
+             [&] { roialign::adjoint(d_output, rois, tangent, params, d_features, threads); });
 }
 
 int64_t box_gradient(const nb::object& d_output_object, const nb::object& features_object,
@@ -232,20 +206,9 @@ int64_t box_gradient(const nb::object& d_output_object, const nb::object& featur
   const Tensor d_output = tensor_of(d_output_array), features = tensor_of(features_array);
   const Rois rois = rois_of(boxes, image_index);
   const Params params = params_of(rule);
-  require(d_output.shape[0] == rois.count && d_output.shape[1] == features.shape[1] &&
-              d_output.dtype == features.dtype && d_output.shape[2] > 0 && d_output.shape[3] > 0,
-          "_core: d_output does not fit features and boxes");
   void* d_boxes = boxes_like(d_boxes_array, rois, features.dtype);
-  const Unlocked unlocked;
-  const int64_t bad = bad_image_index(rois, features.shape[0]);
-  if (bad >= 0 || rois.count == 0) return bad;
-  if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes
-    std::memset(d_boxes, 0, size_t(rois.count) * 4 * (features.dtype == DType::float64 ? sizeof(double) : sizeof(float)));
-    return bad;
-  }
-  require_pixels(features, d_output);
-  engine->box_gradient(d_output, features, rois, params, d_boxes, threads);
-  return bad;
+  return run(rois, features.shape[0],
+             [&] { roialign::box_gradient(d_output, features, rois, params, d_boxes, threads); });
 }
 
 // `bytes` of memory for a result; NumPy keeps it alive, the cache of freed buffers takes it back.
@@ -269,11 +232,13 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t bytes) {
 }
 
 }  // namespace
+}  // namespace roialign::python
 
 NB_MODULE(_core, m) {
+  using namespace roialign;
   m.doc() = "Native core of roialign. Internal: use the functions of roialign.";
   try {
-    engine = &choose_engine();
+    engine();
   } catch (const std::runtime_error& error) {
     throw nb::import_error(error.what());
   }
@@ -285,15 +250,15 @@ NB_MODULE(_core, m) {
   dtypes["float64"] = int(DType::float64);
   dtypes["int64"] = int(DType::int64);
   m.attr("dtypes") = dtypes;
-  m.attr("isa") = engine->name;
+  m.attr("isa") = engine().name;
   m.attr("compiled_isas") = names(compiled_isas());
   m.attr("usable_isas") = names(usable_isas());
   m.def("available_cpus", &available_cpus);
-  m.def("allocate", &allocate);
-  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&wait_for_calls));
-  m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+  m.def("allocate", &python::allocate);
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));
+  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg());
-  m.def("adjoint", &adjoint, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg());
-  m.def("box_gradient", &box_gradient);
+  m.def("box_gradient", &python::box_gradient);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -21,18 +22,22 @@ __all__ = [
 ]
 
 
+# The array libraries beside NumPy, and their types of arrays. Each has an adapter of its name.
+_LIBRARIES = (("torch", "Tensor"), ("jax", "Array"), ("mindspore", "Tensor"))
+
+
 def _adapter(name: str, array: object) -> ModuleType:
     """The module for the kind of array that came; nothing is imported that the user has not imported."""
     if _numpy.is_array(array):
         return _numpy
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        adapter = sys.modules.get("roialign.torch")
-        if adapter is None:
-            from roialign import torch as adapter
-        return adapter
+    for library, kind in _LIBRARIES:
+        module = sys.modules.get(library)
+        if module is not None and isinstance(array, getattr(module, kind)):
+            adapter = sys.modules.get(f"roialign.{library}")
+            return adapter or importlib.import_module(f"roialign.{library}")
+    kinds = ["numpy.ndarray", *map(".".join, _LIBRARIES)]
     raise TypeError(
-        f"`{name}` must be a numpy.ndarray or a torch.Tensor, got {_checks.type_name(array)}"
+        f"`{name}` must be a {', '.join(kinds[:-1])} or {kinds[-1]}, got {_checks.type_name(array)}"
     )
 
 
