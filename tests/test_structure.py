@@ -19,7 +19,7 @@ ADAPTER = {"_core", "_checks", "_conventions", "_threads"}
 ALLOWED = {
     "__init__": ({"_api", "_conventions"}, set()),
     "__main__": ({"cli"}, set()),
-    "_api": ({"_checks", "_conventions", "_threads", "numpy", "torch"}, set()),
+    "_api": ({"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore"}, set()),
     "_checks": (set(), set()),
     "_conventions": (set(), set()),
     "_threads": ({"_checks", "_core"}, set()),

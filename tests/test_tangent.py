@@ -7,21 +7,21 @@ import pytest
 
 import oracle
 import tolerance
+from roialign import _conventions
 from roialign import numpy as adapter
 
 STEP = 1e-4
 
 
 def forward(problem, tangent=None):
-    return adapter.forward(
-        problem.features, *problem.rois, problem.size, **problem.options, tangent=tangent
-    )
+    rule = _conventions.rule(**problem.options)
+    return adapter.forward(problem.features, *problem.rois, problem.size, rule, tangent=tangent)
 
 
 def adjoint(problem, d_output, tangent=None):
-    return adapter.adjoint(
-        d_output, *problem.rois, problem.features.shape, **problem.options, tangent=tangent
-    )
+    rule = _conventions.rule(**problem.options)
+    shape = problem.features.shape
+    return adapter.adjoint(d_output, *problem.rois, shape, rule, tangent=tangent)
 
 
 @pytest.fixture
@@ -66,7 +66,8 @@ def test_central_differences(draw, convention, sampling):
 def test_one_bilinear_form(draw, convention, sampling):
     """<G, forward'(F; v)> = <F, adjoint'(G; v)> = <v, box_gradient(G, F)>."""
     problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64)
-    d_boxes = adapter.box_gradient(g, problem.features, *problem.rois, **problem.options)
+    rule = _conventions.rule(**problem.options)
+    d_boxes = adapter.box_gradient(g, problem.features, *problem.rois, rule)
     expected = np.vdot(v, d_boxes)
     np.testing.assert_allclose(np.vdot(g, forward(problem, v)), expected, rtol=1e-11)
     np.testing.assert_allclose(

@@ -28,63 +28,95 @@ namespace nb = nanobind;
 namespace roialign::python {
 namespace {
 
-// An array of at most four dimensions. It comes as an object of NumPy (bfloat16 as uint16, a view that
-// every NumPy can export), or as what an adapter knows of a tensor that it has checked and keeps alive:
-// (address, dtype, shape, strides in elements).
+// What a library of tensors offers by DLPack in C (its version 1.2): reading one makes no Python object.
+struct Exchange {
+  uint32_t major, minor;
+  Exchange* older;
+  void *allocate, *managed_from_object, *object_from_managed;
+  int (*describe)(void* object, nb::dlpack::dltensor* described);
+  void* current_stream;
+};
+
+PyTypeObject* tensor_type = nullptr;
+const Exchange* exchange = nullptr;
+
+// From now on tensors of this type, or of a subclass, are arrays too.
+void accept(const nb::type_object& type) {
+  const nb::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* api =
+      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw nb::python_error();
+  while (api && api->major != 1) api = api->older;
+  if (!api) throw nb::import_error("roialign needs DLPack 1 of a library of tensors");
+  exchange = api;
+  tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+}
+
+// An array of at most four dimensions, as long as its object lives: of NumPy (bfloat16 as uint16, a view
+// that every NumPy can export), or a tensor.
 struct Array {
-  nb::object owner;
   void* data = nullptr;
   DType dtype = DType::float32;
+  bool integers = false;  // by its own dtype
   int ndim = 0;
   int64_t shape[4] = {}, stride[4] = {};
 };
 
-DType dtype_of(const nb::dlpack::dtype& t) {
-  if (t == nb::dtype<float>()) return DType::float32;
-  if (t == nb::dtype<double>()) return DType::float64;
-  if (t == nb::dtype<uint16_t>()) return DType::bfloat16;
-  if (t == nb::dtype<int64_t>()) return DType::int64;
-  if (t.code == uint8_t(nb::dlpack::dtype_code::Float) && t.bits == 16) return DType::float16;
-  throw nb::type_error("_core: unsupported dtype");
+bool take_dtype(const nb::dlpack::dtype& t, Array& array) {
+  using Code = nb::dlpack::dtype_code;
+  const auto is = [&](Code code, int bits) {
+    return t.code == uint8_t(code) && t.bits == bits && t.lanes == 1;
+  };
+  if (is(Code::Float, 32)) array.dtype = DType::float32;
+  else if (is(Code::Float, 64)) array.dtype = DType::float64;
+  else if (is(Code::Float, 16)) array.dtype = DType::float16;
+  else if (is(Code::Bfloat, 16) || is(Code::UInt, 16)) array.dtype = DType::bfloat16;
+  else if (is(Code::Int, 64)) array.dtype = DType::int64;
+  else return false;
+  array.integers = t.code != uint8_t(Code::Float) && t.code != uint8_t(Code::Bfloat);
+  return true;
 }
 
-Array described(const nb::tuple& tuple) {
-  if (tuple.size() != 4) throw nb::type_error("_core: an array is (address, dtype, shape, strides)");
-  const int dtype = nb::cast<int>(tuple[1]);
-  if (dtype < 0 || dtype > int(DType::int64)) throw nb::type_error("_core: unsupported dtype");
-  Array array;
-  array.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(tuple[0]));
-  array.dtype = DType(dtype);
-  const nb::tuple shape = nb::cast<nb::tuple>(tuple[2]), stride = nb::cast<nb::tuple>(tuple[3]);
-  if (shape.size() > 4 || stride.size() != shape.size()) {
-    throw nb::value_error("_core: array must have at most 4 dimensions");
+// Never converts: a silent copy of an output would lose the result.
+template <class NdArray>
+bool read(const nb::handle& object, Array& array) {
+  const auto take = [&](const auto& dtype, const auto& ndim, const auto& shape, const auto& stride) {
+    if (!take_dtype(dtype, array) || ndim > 4) return false;
+    array.ndim = int(ndim);
+    for (int i = 0; i < array.ndim; ++i) {
+      array.shape[i] = int64_t(shape(i));
+      array.stride[i] = stride(i);
+    }
+    return true;
+  };
+  if (tensor_type && PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
+    nb::dlpack::dltensor given;
+    if (exchange->describe(object.ptr(), &given)) {
+      PyErr_Clear();
+      return false;
+    }
+    array.data = static_cast<char*>(given.data) + given.byte_offset;
+    return given.device.device_type == nb::device::cpu::value && (given.strides || !given.ndim) &&
+           take(given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
+                [&](int i) { return given.strides[i]; });
   }
-  array.ndim = int(shape.size());
-  for (int i = 0; i < array.ndim; ++i) {
-    array.shape[i] = nb::cast<int64_t>(shape[size_t(i)]);
-    array.stride[i] = nb::cast<int64_t>(stride[size_t(i)]);
-  }
-  return array;
+  NdArray given;
+  if (!nb::try_cast(object, given, false)) return false;
+  array.data = const_cast<void*>(static_cast<const void*>(given.data()));
+  return take(given.dtype(), given.ndim(), [&](int i) { return given.shape(size_t(i)); },
+              [&](int i) { return given.stride(size_t(i)); });
 }
 
-// Never converted: a silent copy of an output would lose the result.
 template <class NdArray>
 Array array_of(const nb::handle& object) {
-  if (nb::isinstance<nb::tuple>(object)) return described(nb::borrow<nb::tuple>(object));
-  const NdArray given = nb::cast<NdArray>(object, false);
-  if (given.ndim() > 4) throw nb::value_error("_core: array must have at most 4 dimensions");
   Array array;
-  array.owner = nb::borrow(object);
-  array.data = const_cast<void*>(static_cast<const void*>(given.data()));
-  array.dtype = dtype_of(given.dtype());
-  array.ndim = int(given.ndim());
-  for (int i = 0; i < array.ndim; ++i) {
-    array.shape[i] = int64_t(given.shape(size_t(i)));
-    array.stride[i] = given.stride(size_t(i));
+  if (!read<NdArray>(object, array)) {
+    throw nb::type_error("_core: not an array of a supported dtype, with at most 4 dimensions, in memory");
   }
   return array;
 }
-Array input(const nb::handle& object) { return array_of<nb::ndarray<nb::ro, nb::device::cpu>>(object); }
+using Input = nb::ndarray<nb::ro, nb::device::cpu>;
+Array input(const nb::handle& object) { return array_of<Input>(object); }
 Array output(const nb::handle& object) { return array_of<nb::ndarray<nb::device::cpu>>(object); }
 
 Tensor tensor_of(const Array& array) {
@@ -95,7 +127,41 @@ Tensor tensor_of(const Array& array) {
   return tensor;
 }
 
-Rois rois_of(const Array& boxes, const Array& image_index) {
+size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::float16:
+    case DType::bfloat16: return 2;
+    case DType::float32: return 4;
+    default: return 8;
+  }
+}
+
+// Whether these are what most calls bring, of which no check of types and shapes can complain: a map of
+// pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in memory.
+bool are_ordinary(const nb::object& features, const nb::object& rois) {
+  Array map, rows;
+  if (!read<Input>(features, map) || !read<Input>(rois, rows)) return false;
+  for (const Array& array : {map, rows}) {
+    if (array.integers || uintptr_t(array.data) % size_of(array.dtype)) return false;
+  }
+  for (const int64_t side : map.shape) {
+    if (side < 1 || side > INT32_MAX) return false;
+  }
+  return map.ndim == 4 && rows.ndim == 2 && rows.shape[1] == 5;
+}
+
+// Rows (K, 5), or a tuple: boxes (K, 4) and an image index (K,).
+Rois rois_of(const nb::object& object) {
+  if (!nb::isinstance<nb::tuple>(object)) {
+    const Array rows = input(object);
+    if (rows.ndim != 2 || rows.shape[1] != 5) throw nb::value_error("_core: rois must be (K, 5)");
+    const auto boxes = static_cast<char*>(rows.data) + rows.stride[1] * int64_t(size_of(rows.dtype));
+    return {rows.shape[0], boxes, rows.dtype, {rows.stride[0], rows.stride[1]},
+            rows.data, rows.dtype, rows.stride[0]};
+  }
+  const nb::tuple pair = nb::borrow<nb::tuple>(object);
+  if (pair.size() != 2) throw nb::value_error("_core: rois as a tuple are (boxes, image_index)");
+  const Array boxes = input(pair[0]), image_index = input(pair[1]);
   if (boxes.ndim != 2 || boxes.shape[1] != 4 || image_index.ndim != 1 ||
       image_index.shape[0] != boxes.shape[0]) {
     throw nb::value_error("_core: boxes must be (K, 4) and image_index (K,)");
@@ -171,26 +237,23 @@ int64_t run(const Rois& rois, int64_t images, Operation&& operation) {
   return bad;
 }
 
-int64_t forward(const nb::object& features_object, const nb::object& boxes_object,
-                const nb::object& index_object, const nb::object& tangent_object, const Rule& rule,
-                const nb::object& output_object, int threads) {
-  const Array features_array = input(features_object), boxes = input(boxes_object),
-              image_index = input(index_object), output_array = python::output(output_object);
-  const Tensor features = tensor_of(features_array), output = tensor_of(output_array);
-  const Rois rois = rois_of(boxes, image_index);
+int64_t forward(const nb::object& features_object, const nb::object& rois_object,
+                const nb::object& tangent_object, const Rule& rule, const nb::object& output_object,
+                int threads) {
+  const Tensor features = tensor_of(input(features_object)), pooled = tensor_of(output(output_object));
+  const Rois rois = rois_of(rois_object);
   const Params params = params_of(rule);
   const void* tangent = tangent_of(tangent_object, rois, features.dtype);
   return run(rois, features.shape[0],
-             [&] { roialign::forward(features, rois, tangent, params, output, threads); });
+             [&] { roialign::forward(features, rois, tangent, params, pooled, threads); });
 }
 
-int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_object,
-                const nb::object& index_object, const nb::object& tangent_object, const Rule& rule,
+int64_t adjoint(const nb::object& d_output_object, const nb::object& rois_object,
+                const nb::object& tangent_object, const Rule& rule,
                 const nb::object& d_features_object, int threads) {
-  const Array d_output_array = input(d_output_object), boxes = input(boxes_object),
-              image_index = input(index_object), d_features_array = output(d_features_object);
-  const Tensor d_output = tensor_of(d_output_array), d_features = tensor_of(d_features_array);
-  const Rois rois = rois_of(boxes, image_index);
+  const Tensor d_output = tensor_of(input(d_output_object)),
+               d_features = tensor_of(output(d_features_object));
+  const Rois rois = rois_of(rois_object);
   const Params params = params_of(rule);
   const void* tangent = tangent_of(tangent_object, rois, d_output.dtype);
   return run(rois, d_features.shape[0],
@@ -198,15 +261,13 @@ int64_t adjoint(const nb::object& d_output_object, const nb::object& boxes_objec
 }
 
 int64_t box_gradient(const nb::object& d_output_object, const nb::object& features_object,
-                     const nb::object& boxes_object, const nb::object& index_object, const Rule& rule,
+                     const nb::object& rois_object, const Rule& rule,
                      const nb::object& d_boxes_object, int threads) {
-  const Array d_output_array = input(d_output_object), features_array = input(features_object),
-              boxes = input(boxes_object), image_index = input(index_object),
-              d_boxes_array = output(d_boxes_object);
-  const Tensor d_output = tensor_of(d_output_array), features = tensor_of(features_array);
-  const Rois rois = rois_of(boxes, image_index);
+  const Tensor d_output = tensor_of(input(d_output_object)),
+               features = tensor_of(input(features_object));
+  const Rois rois = rois_of(rois_object);
   const Params params = params_of(rule);
-  void* d_boxes = boxes_like(d_boxes_array, rois, features.dtype);
+  void* d_boxes = boxes_like(output(d_boxes_object), rois, features.dtype);
   return run(rois, features.shape[0],
              [&] { roialign::box_gradient(d_output, features, rois, params, d_boxes, threads); });
 }
@@ -243,22 +304,15 @@ NB_MODULE(_core, m) {
     throw nb::import_error(error.what());
   }
   const auto names = [](const std::vector<std::string>& list) { return nb::tuple(nb::cast(list)); };
-  nb::dict dtypes;  // the second item of an array that is described
-  dtypes["float16"] = int(DType::float16);
-  dtypes["bfloat16"] = int(DType::bfloat16);
-  dtypes["float32"] = int(DType::float32);
-  dtypes["float64"] = int(DType::float64);
-  dtypes["int64"] = int(DType::int64);
-  m.attr("dtypes") = dtypes;
   m.attr("isa") = engine().name;
   m.attr("compiled_isas") = names(compiled_isas());
   m.attr("usable_isas") = names(usable_isas());
   m.def("available_cpus", &available_cpus);
+  m.def("accept", &python::accept);
+  m.def("are_ordinary", &python::are_ordinary);
   m.def("allocate", &python::allocate);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));
-  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg());
-  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg());
+  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("box_gradient", &python::box_gradient);
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -22,26 +21,30 @@ __all__ = [
 ]
 
 
-# The array libraries beside NumPy, and their types of arrays. Each has an adapter of its name.
-_LIBRARIES = (("torch", "Tensor"), ("jax", "Array"), ("mindspore", "Tensor"))
-
-
 def _adapter(name: str, array: object) -> ModuleType:
     """The module for the kind of array that came; nothing is imported that the user has not imported."""
     if _numpy.is_array(array):
         return _numpy
-    for library, kind in _LIBRARIES:
-        module = sys.modules.get(library)
-        if module is not None and isinstance(array, getattr(module, kind)):
-            adapter = sys.modules.get(f"roialign.{library}")
-            return adapter or importlib.import_module(f"roialign.{library}")
-    kinds = ["numpy.ndarray", *map(".".join, _LIBRARIES)]
-    raise TypeError(
-        f"`{name}` must be a {', '.join(kinds[:-1])} or {kinds[-1]}, got {_checks.type_name(array)}"
-    )
+    if _is_a(array, "torch", "Tensor"):
+        import roialign.torch as adapter
+    elif _is_a(array, "jax", "Array"):
+        import roialign.jax as adapter
+    elif _is_a(array, "mindspore", "Tensor"):
+        import roialign.mindspore as adapter
+    else:
+        raise TypeError(
+            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array or mindspore.Tensor, "
+            f"got {_checks.type_name(array)}"
+        )
+    return adapter
 
 
-def _rule(adapter, spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
+def _is_a(array: object, library: str, kind: str) -> bool:
+    module = sys.modules.get(library)
+    return module is not None and isinstance(array, getattr(module, kind))
+
+
+def _rule(adapter, spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
     """The arguments that all operations share: all types first, then the values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
@@ -52,7 +55,7 @@ def _rule(adapter, spatial_scale, sampling_ratio, convention, reduction) -> dict
     return _resolved_rule(*given)
 
 
-def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> dict[str, Any]:
+def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
     scale = _checks.reals("spatial_scale", spatial_scale)
     ratio = _checks.integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _conventions.Convention)):
@@ -60,11 +63,8 @@ def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> dict
             f"`convention` must be a name or a Convention, got {_checks.type_name(convention)}"
         )
     _checks.reduction(_checks.string("reduction", reduction))
-    return {
-        "spatial_scale": _checks.scales("spatial_scale", scale),
-        "sampling_ratio": ratio,
-        "convention": _conventions.resolve(convention),
-    }
+    scale = _checks.scales("spatial_scale", scale)
+    return _conventions.rule(scale, ratio, _conventions.resolve(convention))
 
 
 _plain_rule = functools.lru_cache(_resolved_rule)  # the usual types, which make safe keys
@@ -123,32 +123,38 @@ def roi_align(
              [10.5, 12.5]]]], dtype=float32)
     """
     adapter = _adapter("features", features)
-    adapter.check_features("features", features)
-    adapter.check_rois(rois)
+    ordinary = adapter.are_ordinary(features, rois)
+    if not ordinary:
+        adapter.check_features("features", features)
+        adapter.check_rois(rois)
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, features.dtype)
     rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
-    return _forward(adapter, features, rois, _checks.bins("output_size", bins), rule, out)
+    bins = _checks.bins("output_size", bins)
+    return _forward(adapter, features, rois, ordinary, bins, rule, out)
 
 
 def _forward(
     adapter: ModuleType,
     features: Any,
     rois: Any,
+    ordinary: bool,
     bins: tuple[int, int],
-    rule: dict[str, Any],
+    rule: _conventions.Rule,
     out: Any,
 ) -> Any:
     """The values that `roi_align` and `ROIAlign` check alike, and the call."""
-    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    parsed = adapter.parse_rois(rois, features.shape[0])
-    count = parsed.boxes.shape[0]
-    _checks.pixels("features", features.shape, count)
+    if ordinary:
+        parsed = adapter.Rois(rois, None, rois)
+    else:
+        _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
+        parsed = adapter.parse_rois(rois, features.shape[0])
+        _checks.pixels("features", features.shape, parsed.boxes.shape[0])
     if out is not None:
-        shape = (count, features.shape[1], *bins)
+        shape = (parsed.boxes.shape[0], features.shape[1], *bins)
         adapter.check_out_values("out", out, shape, [features, *parsed.arrays()])
-    return adapter.forward(features, parsed.boxes, parsed.image_index, bins, out=out, **rule)
+    return adapter.forward(features, parsed.boxes, parsed.image_index, bins, rule, out=out)
 
 
 def roi_align_adjoint(
@@ -217,9 +223,7 @@ def roi_align_adjoint(
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
     if out is not None:
         adapter.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
-    return adapter.adjoint(
-        d_output, parsed.boxes, parsed.image_index, shape, out=out, **rule
-    )
+    return adapter.adjoint(d_output, parsed.boxes, parsed.image_index, shape, rule, out=out)
 
 
 def roi_align_box_gradient(
@@ -280,9 +284,7 @@ def roi_align_box_gradient(
     if out is not None:
         inputs = [d_output, features, *parsed.arrays()]
         adapter.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
-    d_boxes = adapter.box_gradient(
-        d_output, features, parsed.boxes, parsed.image_index, **rule
-    )
+    d_boxes = adapter.box_gradient(d_output, features, parsed.boxes, parsed.image_index, rule)
     d_rois = parsed.like_given(d_boxes)
     if out is None:
         return d_rois
@@ -356,16 +358,16 @@ class ROIAlign:
 
     def __call__(self, features: Any, rois: Any) -> Any:
         adapter = _adapter("features", features)
-        adapter.check_features("features", features)
-        adapter.check_array("rois", rois)
-        adapter.check_rois(rois, integers=False)
+        ordinary = adapter.are_ordinary(features, rois)
+        if not ordinary:
+            adapter.check_features("features", features)
+            adapter.check_array("rois", rois)
+            adapter.check_rois(rois, integers=False)
         name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
-        rule = {
-            "spatial_scale": (float(self.spatial_scale),) * 2,
-            "sampling_ratio": self.sample_num,
-            "convention": _conventions.conventions[name],
-        }
-        return _forward(adapter, features, rois, (self.pooled_height, self.pooled_width), rule, None)
+        scale = (float(self.spatial_scale),) * 2
+        rule = _conventions.rule(scale, self.sample_num, _conventions.conventions[name])
+        bins = (self.pooled_height, self.pooled_width)
+        return _forward(adapter, features, rois, ordinary, bins, rule, None)
 
     def __repr__(self) -> str:
         return (

@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 __all__ = ["Convention", "conventions"]
 
@@ -126,11 +127,21 @@ conventions: Mapping[str, Convention] = MappingProxyType(
 """Read-only: name -> record. Canonical names first, then the aliases ``library:setting``."""
 
 
-def flat_rule(
-    spatial_scale: tuple[float, float], sampling_ratio: int, c: Convention
-) -> tuple[float | int | None, ...]:
-    """The numbers that the core and the operators of a framework take: they have no records."""
-    return (
+class Rule(NamedTuple):
+    """What the arguments of a call say about coordinates."""
+
+    spatial_scale: tuple[float, float]
+    sampling_ratio: int
+    convention: Convention
+    numbers: tuple[float | int | None, ...]
+    """The same for the core and for the operators of a framework: they have no records."""
+
+
+def rule(
+    spatial_scale: tuple[float, float], sampling_ratio: int, convention: Convention
+) -> Rule:
+    c = convention
+    numbers = (
         *spatial_scale,
         max(-1, min(sampling_ratio, 2**62)),
         c.pixel_offset,
@@ -139,6 +150,7 @@ def flat_rule(
         c.min_size,
         c.adaptive == "floor",
     )
+    return Rule(spatial_scale, sampling_ratio, c, numbers)
 
 
 def resolve(convention: str | Convention) -> Convention:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from roialign import _checks, _conventions, _core, _threads
-from roialign._conventions import Convention
+from roialign import _checks, _core, _threads
+from roialign._conventions import Rule
 
 _FLOATS = frozenset(map(np.dtype, ("float16", "float32", "float64")))
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
@@ -25,6 +25,15 @@ def is_traced() -> bool:
 
 
 # Types
+
+
+def are_ordinary(features: object, rois: object) -> bool:
+    """Whether no check of the types and shapes of these can fail, and the core reads them as they are."""
+    return (
+        type(features) is np.ndarray
+        and type(rois) is np.ndarray
+        and _core.are_ordinary(features, rois)
+    )
 
 
 def _is_bfloat16(dtype: np.dtype) -> bool:
@@ -86,10 +95,10 @@ def check_out(name: str, out: object, dtype: np.dtype) -> None:
 
 
 class Rois(NamedTuple):
-    """The three forms as one: boxes (K, 4) and an image index (K,)."""
+    """The three forms as one: boxes (K, 4) and an image index (K,), or ordinary rows (K, 5) and None."""
 
     boxes: np.ndarray
-    image_index: np.ndarray
+    image_index: np.ndarray | None
     given: object
 
     def arrays(self) -> list[np.ndarray]:
@@ -223,21 +232,22 @@ def _coordinate(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _run(operation, arrays, boxes, index, tangent, spatial_scale, sampling_ratio, c, result) -> Any:
+def _run(operation, arrays, boxes, index, tangent, rule, result) -> Any:
     """Calls the core, which writes ``result``; raises where it refuses an image index."""
-    coordinate = _coordinate(arrays[0].dtype)
-    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, c)
-    rois = (_native_boxes(boxes, coordinate), _native_index(index))
+    if index is None:
+        inputs = [*arrays, boxes]
+    else:
+        coordinate = _coordinate(arrays[0].dtype)
+        inputs = [*map(_native, arrays), (_native_boxes(boxes, coordinate), _native_index(index))]
     if operation is not _core.box_gradient:
-        rois += (None if tangent is None else np.ascontiguousarray(tangent, coordinate),)
+        inputs.append(None if tangent is None else np.ascontiguousarray(tangent, coordinate))
     target = result if _addressable(result) else np.empty(result.shape, result.dtype)
-    bad = operation(
-        *map(_native, arrays), *rois, rule, _bits(target), _threads.get_num_threads()
-    )
+    bad = operation(*inputs, rule.numbers, _bits(target), _threads.get_num_threads())
     if bad >= 0:
         images = (result if operation is _core.adjoint else arrays[-1]).shape[0]
+        got = boxes[bad, 0] if index is None else index[bad]
         raise IndexError(
-            f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {index[bad]}"
+            f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {got}"
         )
     if target is not result:
         result[...] = target
@@ -247,12 +257,10 @@ def _run(operation, arrays, boxes, index, tangent, spatial_scale, sampling_ratio
 def forward(
     features: np.ndarray,
     boxes: np.ndarray,
-    image_index: np.ndarray,
+    image_index: np.ndarray | None,
     output_size: tuple[int, int],
+    rule: Rule,
     *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
     tangent: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -260,10 +268,7 @@ def forward(
     if out is None:
         shape = (len(boxes), features.shape[1], *output_size)
         out = empty(shape, features.dtype, is_channels_last(features))
-    return _run(
-        _core.forward, (features,), boxes, image_index, tangent, spatial_scale, sampling_ratio,
-        convention, out,
-    )  # fmt: skip
+    return _run(_core.forward, (features,), boxes, image_index, tangent, rule, out)
 
 
 def adjoint(
@@ -271,20 +276,15 @@ def adjoint(
     boxes: np.ndarray,
     image_index: np.ndarray,
     feature_shape: tuple[int, ...],
+    rule: Rule,
     *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
     tangent: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """The gradient in the features (N, C, H, W). With a ``tangent``: its derivative along it."""
     if out is None:
         out = empty(feature_shape, d_output.dtype, is_channels_last(d_output))
-    return _run(
-        _core.adjoint, (d_output,), boxes, image_index, tangent, spatial_scale, sampling_ratio,
-        convention, out,
-    )  # fmt: skip
+    return _run(_core.adjoint, (d_output,), boxes, image_index, tangent, rule, out)
 
 
 def box_gradient(
@@ -292,14 +292,9 @@ def box_gradient(
     features: np.ndarray,
     boxes: np.ndarray,
     image_index: np.ndarray,
-    *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
+    rule: Rule,
 ) -> np.ndarray:
     """The gradient in the boxes (K, 4), x1 y1 x2 y2, of the coordinate type."""
     result = np.empty((len(boxes), 4), _coordinate(features.dtype))
-    return _run(
-        _core.box_gradient, (d_output, features), boxes, image_index, None, spatial_scale,
-        sampling_ratio, convention, result,
-    )  # fmt: skip
+    arrays = (d_output, features)
+    return _run(_core.box_gradient, arrays, boxes, image_index, None, rule, result)

@@ -21,13 +21,12 @@ from torch.autograd import Function
 
 import roialign
 from roialign import _checks, _conventions, _core, _threads
-from roialign._conventions import Convention
+from roialign._conventions import Rule
 
 __all__ = ["ROIAlign"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_CODES = {getattr(torch, name): code for name, code in _core.dtypes.items()}
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
 
@@ -36,7 +35,20 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+_core.accept(Tensor)
+
+
 # Types
+
+
+def are_ordinary(features: object, rois: object) -> bool:
+    """Whether no check of the types and shapes of these can fail, and the core reads them as they are."""
+    return (
+        type(features) is Tensor
+        and type(rois) is Tensor
+        and not (is_traced() or _watched() or features.is_neg() or rois.is_neg())
+        and _core.are_ordinary(features, rois)
+    )
 
 
 def check_array(name: str, value: object) -> None:
@@ -91,10 +103,10 @@ def check_out(name: str, out: object, dtype: torch.dtype) -> None:
 
 
 class Rois(NamedTuple):
-    """The three forms as one: boxes (K, 4) and an image index (K,)."""
+    """The three forms as one: boxes (K, 4) and an image index (K,), or ordinary rows (K, 5) and None."""
 
     boxes: Tensor
-    image_index: Tensor
+    image_index: Tensor | None
     given: object
 
     def arrays(self) -> list[Tensor]:
@@ -128,7 +140,11 @@ def parse_rois(rois: Any, images: int) -> Rois:
         if any(boxes.dtype != rois[0].dtype for boxes in rois):
             return Rois(torch.cat([boxes.double() for boxes in rois]), torch.cat(index), rois)
         return Rois(torch.cat(rois), torch.cat(index), rois)
-    return Rois(rois.narrow(1, 1, 4), rois.select(1, 0), rois)
+    return Rois(*_columns(rois), rois)
+
+
+def _columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.narrow(1, 1, 4), rows.select(1, 0)
 
 
 def check_out_values(name: str, out: Tensor, shape: tuple[int, ...], inputs: list[Tensor]) -> None:
@@ -196,27 +212,26 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
-def _memory(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    return tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride()
-
-
 def _run(operation, arrays, boxes, index, tangent, rule, result) -> Tensor:
     """Calls the core, which writes ``result``; raises where it refuses an image index."""
-    arrays = [_stored(a) for a in arrays]
-    coordinate = torch.float64 if arrays[0].dtype is torch.float64 else torch.float32
-    boxes = _stored(boxes) if boxes.dtype in _FLOATS else boxes.to(coordinate)
-    index = _stored(index) if index.dtype in _FLOATS else index.to(torch.int64)
-    inputs = [_memory(t) for t in (*arrays, boxes, index)]
+    if index is None:
+        inputs = [*arrays, boxes]
+    else:
+        coordinate = torch.float64 if arrays[0].dtype is torch.float64 else torch.float32
+        boxes = _stored(boxes) if boxes.dtype in _FLOATS else boxes.to(coordinate)
+        index = _stored(index) if index.dtype in _FLOATS else index.to(torch.int64)
+        inputs = [*map(_stored, arrays), (boxes, index)]
     if operation is not _core.box_gradient:
         if tangent is not None:
             tangent = _stored(tangent.to(coordinate).contiguous())
-        inputs.append(None if tangent is None else _memory(tangent))
+        inputs.append(tangent)
     threads = min(_threads.get_num_threads(), torch.get_num_threads())
-    bad = operation(*inputs, rule, _memory(result), threads)
+    bad = operation(*inputs, rule, result, threads)
     if bad >= 0:
         images = (result if operation is _core.adjoint else arrays[-1]).shape[0]
+        got = (boxes[bad, 0] if index is None else index[bad]).item()
         raise IndexError(
-            f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {index[bad].item()}"
+            f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {got}"
         )
     return result
 
@@ -598,6 +613,10 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _OPERATORS = {name: getattr(torch.ops.roialign, name).default for name in _SCHEMAS}
 
 
+def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
 def _operate(name: str, args: tuple) -> Tensor:
     """Without derivatives: on memory, or by the operator."""
     if not _watched() and _has_memory(args[:_TENSORS]):
@@ -613,7 +632,7 @@ def _call(name: str, *args) -> Tensor:
     if _watched() or _in_forward_mode():
         return _FUNCTIONS[name].apply(*args)
     tensors = [None if t is None else _alive(t) for t in tensors]
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+    if _needs_gradient(tensors):
         return _RECORDED[name](*tensors, *args[_TENSORS:])
     return _KERNELS[name](*tensors, *args[_TENSORS:])
 
@@ -624,20 +643,22 @@ def _call(name: str, *args) -> Tensor:
 def forward(
     features: Tensor,
     boxes: Tensor,
-    image_index: Tensor,
+    image_index: Tensor | None,
     output_size: tuple[int, int],
+    rule: Rule,
     *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
     out: Tensor | None = None,
 ) -> Tensor:
     """Pooled features (K, C, P, Q)."""
-    if is_traced() and _is_onnx_export():
-        where = spatial_scale, sampling_ratio, convention
-        return _onnx_forward(features, boxes, image_index, output_size, *where)
-    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
-    args = (features, boxes, image_index, None, output_size, *rule)
+    if image_index is None:
+        followed = _in_forward_mode() or _needs_gradient((features, boxes))
+        if not followed and _has_memory((out,)):
+            args = features, boxes, None, None, output_size, *rule.numbers
+            return _forward_kernel(*args, out=out)
+        boxes, image_index = _columns(boxes)
+    elif is_traced() and _is_onnx_export():
+        return _onnx_forward(features, boxes, image_index, output_size, rule)
+    args = (features, boxes, image_index, None, output_size, *rule.numbers)
     return _into(out, "forward", args)
 
 
@@ -646,15 +667,12 @@ def adjoint(
     boxes: Tensor,
     image_index: Tensor,
     feature_shape: tuple[int, ...],
+    rule: Rule,
     *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient in the features (N, C, H, W)."""
-    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
-    args = (d_output, boxes, image_index, None, feature_shape, *rule)
+    args = (d_output, boxes, image_index, None, feature_shape, *rule.numbers)
     return _into(out, "adjoint", args)
 
 
@@ -663,14 +681,10 @@ def box_gradient(
     features: Tensor,
     boxes: Tensor,
     image_index: Tensor,
-    *,
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
+    rule: Rule,
 ) -> Tensor:
     """The gradient in the boxes (K, 4), x1 y1 x2 y2, in their dtype."""
-    rule = _conventions.flat_rule(spatial_scale, sampling_ratio, convention)
-    return _call("box_gradient", d_output, features, boxes, image_index, *rule)
+    return _call("box_gradient", d_output, features, boxes, image_index, *rule.numbers)
 
 
 def _into(out: Tensor | None, name: str, args: tuple) -> Tensor:
@@ -694,17 +708,15 @@ def _is_onnx_export() -> bool:
 _is_onnx_export._dynamo_marked_constant = True
 
 
-def _onnx_rule(
-    dtype: torch.dtype, spatial_scale: tuple[float, float], sampling_ratio: int, c: Convention
-) -> tuple[str, float, float]:
+def _onnx_rule(dtype: torch.dtype, rule: Rule) -> tuple[str, float, float]:
     """The mode of RoiAlign, and what to add to a box's start and to its end."""
-    scale, adaptive = spatial_scale[0], sampling_ratio <= 0
+    c, scale, adaptive = rule.convention, rule.spatial_scale[0], rule.sampling_ratio <= 0
     mode, pixel_offset = ("half_pixel", 0.5) if c.min_size is None else ("output_half_pixel", 0.0)
     reason = None
     if dtype is torch.bfloat16:
         reason = "takes no bfloat16"
-    elif spatial_scale[1] != scale:
-        reason = f"has one `spatial_scale` for y and x, got {spatial_scale}"
+    elif rule.spatial_scale[1] != scale:
+        reason = f"has one `spatial_scale` for y and x, got {rule.spatial_scale}"
     elif c.min_size not in (None, 1):
         reason = f"has `min_size` None or 1, got {c.min_size}"
     elif adaptive and c.adaptive == "floor":
@@ -728,11 +740,9 @@ def _onnx_forward(
     boxes: Tensor,
     image_index: Tensor,
     output_size: tuple[int, int],
-    spatial_scale: tuple[float, float],
-    sampling_ratio: int,
-    convention: Convention,
+    rule: Rule,
 ) -> Tensor:
-    mode, shift, end = _onnx_rule(features.dtype, spatial_scale, sampling_ratio, convention)
+    mode, shift, end = _onnx_rule(features.dtype, rule)
     # Boxes have the dtype of the features there: float16 would round them.
     dtype = torch.float64 if features.dtype is torch.float64 else torch.float32
     boxes = boxes.to(dtype)
@@ -748,8 +758,8 @@ def _onnx_forward(
             "mode": "avg",
             "output_height": output_size[0],
             "output_width": output_size[1],
-            "sampling_ratio": max(0, sampling_ratio),
-            "spatial_scale": spatial_scale[0],
+            "sampling_ratio": max(0, rule.sampling_ratio),
+            "spatial_scale": rule.spatial_scale[0],
         },
         dtype=dtype,
         shape=(boxes.shape[0], features.shape[1], *output_size),
