@@ -33,9 +33,10 @@ def calls():
         return roialign.roi_align(features, rois, 1, **options)
 
     compiled = torch.compile(pool, fullgraph=True)
+    empty = torch.compile(lambda features: features.view(-1), fullgraph=True)
     in_numpy, rois_in_numpy = features.numpy(), rois.numpy()
     result = np.empty((1, 1, 1, 1), np.float32)
-    compiled(features)
+    compiled(features), empty(features)
     return {
         "kernel": lambda: roialign._core.forward(features, rois, None, rule, out, 1),
         "NumPy, out=": lambda: roialign.roi_align(in_numpy, rois_in_numpy, 1, **options, out=result),
@@ -43,6 +44,7 @@ def calls():
         "torch, a gradient needed": lambda: pool(learned),
         "torch, with its backward": lambda: pool(learned).backward(d_output),
         "torch, compiled": lambda: compiled(features),
+        "torch, a compiled function that does nothing": lambda: empty(features),
     }
 
 

@@ -657,3 +657,37 @@ def test_layer_in_a_model():
 def test_torch_is_not_imported():
     code = "import sys, roialign; assert 'torch' not in sys.modules; roialign.torch; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_first_call_is_compiled():
+    """The adapter is found and loaded while the compiler reads."""
+    code = """
+import torch, roialign
+pool = torch.compile(lambda f, r: roialign.roi_align(f, r, 2), fullgraph=True, backend="aot_eager")
+features, rois = torch.rand(1, 3, 8, 9), torch.tensor([[0, 1.0, 1.0, 6.0, 5.0]])
+assert torch.equal(pool(features, rois), roialign.roi_align(features, rois, 2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("moves", [(True, False), (False, True), (True, True)])
+def test_ordinary_rows_have_the_gradients_of_a_pair(make_problem, moves):
+    """Rows are one step of the graph, a pair is another: same values, same gradients, once and twice."""
+    problem = make_problem(sampling=2)
+    features = tensor(problem.features)
+    rows = torch.cat([tensor(problem.index)[:, None], tensor(problem.boxes)], 1).to(features.dtype)
+    assert roialign.torch.are_ordinary(features, rows)
+
+    def gradients(form):
+        leaves = [t.clone().requires_grad_(m) for t, m in zip((features, rows), moves)]
+        rois = leaves[1] if form == "rows" else (leaves[1][:, 1:], leaves[1][:, 0].long())
+        output = roialign.roi_align(leaves[0], rois, problem.size, **problem.options)
+        moving = [leaf for leaf in leaves if leaf.requires_grad]
+        first = torch.autograd.grad(output.square().sum(), moving, create_graph=moves[0])
+        if moves == (True, False):  # second order in the features
+            first += torch.autograd.grad(first[0].square().sum(), moving)
+        return [output, *first]
+
+    for ours, other in zip(gradients("rows"), gradients("pair")):
+        assert torch.equal(ours, other)

@@ -44,18 +44,11 @@ def _is_a(array: object, library: str, kind: str) -> bool:
     return module is not None and isinstance(array, getattr(module, kind))
 
 
-def _rule(adapter, spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
+def _rule(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
     """The arguments that all operations share: all types first, then the values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
     """
-    given = (spatial_scale, sampling_ratio, convention, reduction)
-    if tuple(map(type, given)) == (float, int, str, str) and not adapter.is_traced():
-        return _plain_rule(*given)
-    return _resolved_rule(*given)
-
-
-def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
     scale = _checks.reals("spatial_scale", spatial_scale)
     ratio = _checks.integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _conventions.Convention)):
@@ -67,7 +60,13 @@ def _resolved_rule(spatial_scale, sampling_ratio, convention, reduction) -> _con
     return _conventions.rule(scale, ratio, _conventions.resolve(convention))
 
 
-_plain_rule = functools.lru_cache(_resolved_rule)  # the usual types, which make safe keys
+_remembered_rule = functools.lru_cache(_rule)
+
+
+def _ordinary_rule(*given) -> _conventions.Rule:
+    """`_rule`, remembered for the usual types, which make safe keys."""
+    usual = tuple(map(type, given)) == (float, int, str, str)
+    return _remembered_rule(*given) if usual else _rule(*given)
 
 
 def roi_align(
@@ -130,7 +129,8 @@ def roi_align(
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, features.dtype)
-    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
+    find_rule = _ordinary_rule if ordinary else _rule
+    rule = find_rule(spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
     return _forward(adapter, features, rois, ordinary, bins, rule, out)
 
@@ -214,7 +214,7 @@ def roi_align_adjoint(
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
+    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
     parsed = adapter.parse_rois(rois, shape[0])
     _check_d_output(d_output, parsed.boxes.shape[0], shape[1])
@@ -275,7 +275,7 @@ def roi_align_box_gradient(
         for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
             adapter.check_out("out", out, adapter.gradient_dtype(boxes.dtype))
 
-    rule = _rule(adapter, spatial_scale, sampling_ratio, convention, reduction)
+    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     parsed = adapter.parse_rois(rois, features.shape[0])
     count = parsed.boxes.shape[0]

@@ -19,11 +19,6 @@ def is_array(value: object) -> bool:
     return type(value) is np.ndarray or type(value) is np.memmap
 
 
-def is_traced() -> bool:
-    """Whether a compiler reads the Python code: never here."""
-    return False
-
-
 # Types
 
 

@@ -30,8 +30,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
 
-def is_traced() -> bool:
-    """Whether a compiler or a tracer reads the Python code: caches and memory are not for it."""
+def _is_traced() -> bool:
+    """Whether a compiler or a tracer reads the Python code: memory is not for it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -46,7 +46,7 @@ def are_ordinary(features: object, rois: object) -> bool:
     return (
         type(features) is Tensor
         and type(rois) is Tensor
-        and not (is_traced() or _watched() or features.is_neg() or rois.is_neg())
+        and not (_is_traced() or _watched() or features.is_neg() or rois.is_neg())
         and _core.are_ordinary(features, rois)
     )
 
@@ -626,7 +626,7 @@ def _operate(name: str, args: tuple) -> Tensor:
 
 def _call(name: str, *args) -> Tensor:
     tensors = args[:_TENSORS]
-    if is_traced() or not _has_memory(tensors):
+    if _is_traced() or not _has_memory(tensors):
         _shard()
         return _OPERATORS[name](*args)
     if _watched() or _in_forward_mode():
@@ -635,6 +635,39 @@ def _call(name: str, *args) -> Tensor:
     if _needs_gradient(tensors):
         return _RECORDED[name](*tensors, *args[_TENSORS:])
     return _KERNELS[name](*tensors, *args[_TENSORS:])
+
+
+class _Rows(Function):
+    """The operation "forward" of ordinary rows: one record in the graph, and no views."""
+
+    @staticmethod
+    def forward(ctx, features, rows, output_size, rule):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features if rows.requires_grad else None, rows)
+        ctx.feature_shape, ctx.rule = tuple(features.shape), rule
+        return _forward_kernel(features, rows, None, None, output_size, *rule)
+
+    @staticmethod
+    def backward(ctx, d_output):
+        features, rows = ctx.saved_tensors
+        d_features = d_rows = None
+        if d_output is not None:
+            rois = _columns(rows)
+            if ctx.needs_input_grad[0]:
+                d_features = _call("adjoint", d_output, *rois, None, ctx.feature_shape, *ctx.rule)
+            if ctx.needs_input_grad[1]:
+                d_boxes = _call("box_gradient", d_output, features, *rois, *ctx.rule)
+                d_rows = torch.nn.functional.pad(d_boxes, (1, 0))
+        return d_features, d_rows, None, None
+
+
+_record_rows = super(Function, _Rows).apply
+
+
+def _forward_rows(features, rows, output_size, rule, out) -> Tensor:
+    if _needs_gradient((features, rows)):
+        return _record_rows(features, rows, output_size, rule)
+    return _forward_kernel(features, rows, None, None, output_size, *rule, out=out)
 
 
 # Operations. Their arguments have been checked, but for the image index.
@@ -651,12 +684,10 @@ def forward(
 ) -> Tensor:
     """Pooled features (K, C, P, Q)."""
     if image_index is None:
-        followed = _in_forward_mode() or _needs_gradient((features, boxes))
-        if not followed and _has_memory((out,)):
-            args = features, boxes, None, None, output_size, *rule.numbers
-            return _forward_kernel(*args, out=out)
+        if not _in_forward_mode() and _has_memory((out,)):
+            return _forward_rows(features, boxes, output_size, rule.numbers, out)
         boxes, image_index = _columns(boxes)
-    elif is_traced() and _is_onnx_export():
+    elif _is_traced() and _is_onnx_export():
         return _onnx_forward(features, boxes, image_index, output_size, rule)
     args = (features, boxes, image_index, None, output_size, *rule.numbers)
     return _into(out, "forward", args)
@@ -690,7 +721,7 @@ def box_gradient(
 def _into(out: Tensor | None, name: str, args: tuple) -> Tensor:
     if out is None:
         return _call(name, *args)
-    direct = not (is_traced() or _watched() or _in_forward_mode())
+    direct = not (_is_traced() or _watched() or _in_forward_mode())
     if not (direct and _has_memory((out, *args[:_TENSORS]))):
         return out.copy_(_call(name, *args))
     return _KERNELS[name](*args, out=out)
