@@ -411,6 +411,7 @@ def assert_operator(name, *args):
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tool's own, torch 2.14
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_opcheck(dtype, layout):
