@@ -308,3 +308,28 @@ def test_refused(options, reason):
     with pytest.raises(torch.onnx.OnnxExporterError, match=reason) as error:
         export(Pool(options), (features, rois))
     assert type(error.value.__cause__) is ValueError
+
+
+class Pyramid(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool = torchvision.MultiScaleRoIAlign(["fine", "coarse"], 3, 2)
+
+    def forward(self, fine, coarse, first, second):
+        x = {"fine": fine, "coarse": coarse}
+        return self.pool(x, [first, second], [(512, 512)] * 2)
+
+
+def test_pyramid():
+    """Any number of boxes on each map, none too."""
+    maps = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 32, 32)
+    small = torch.tensor([[8.0, 8, 40, 40], [10, 20, 70, 50]])
+    large = torch.tensor([[0.0, 0, 400, 400], [10, 20, 500, 400], [0, 0, 300, 511]])
+    shapes = (None, None, ROWS, ROWS)
+    model = export(Pyramid(), (*maps, small, large), shapes)
+    check_standard(model, count=2)
+    for boxes in ((small, large), (large, small[:1]), (small, small)):
+        (actual,) = run(model, *[each.numpy() for each in (*maps, *boxes)])
+        expected = Pyramid()(*maps, *boxes).numpy()
+        assert actual.shape == expected.shape
+        assert np.abs(actual - expected).max() <= 1e-5

@@ -168,11 +168,14 @@ def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pixels(name: str, shape: Sequence[int], rois: int) -> None:
-    """RoIs need an image and pixels to sample, as many as 32 bits count; channels there may be none."""
-    if rois and not (shape[0] and shape[2] and shape[3]):
+    """RoIs need an image and pixels to sample, as many as 32 bits count; channels there may be none.
+
+    How many RoIs there are is asked last: while a compiler reads, it may not be known.
+    """
+    if not (shape[0] and shape[2] and shape[3]) and rois:
         raise ValueError(
             f"`{name}` must have at least one image and one pixel where there are RoIs, "
             f"got {tuple(shape)}"
         )
-    if rois and max(shape[2:]) > MAX_SIDE:
+    if max(shape[2:]) > MAX_SIDE and rois:
         raise ValueError(f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}")

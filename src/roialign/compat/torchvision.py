@@ -175,7 +175,7 @@ class MultiScaleRoIAlign(nn.Module):
         if not maps:
             raise ValueError(f"`x` must have a map of {self.featmap_names}, got {list(x)}")
         levels = _levels_of_maps(maps, image_shapes)
-        all_boxes, image_index = _joined(boxes, len(maps[0]))
+        all_boxes, image_index = _joined(boxes, maps[0].shape[0])
         chosen = self._choose(all_boxes.detach(), levels)
         rows = [torch.nonzero(chosen == i).squeeze(1) for i in range(len(maps))]
         pooled = [
@@ -231,5 +231,5 @@ def _joined(boxes: list[Tensor], images: int) -> tuple[Tensor, Tensor]:
     for i, each in enumerate(boxes):
         if each.ndim != 2 or each.shape[1] != 4:
             raise ValueError(f"`boxes[{i}]` must have shape (K, 4), got {tuple(each.shape)}")
-    index = [torch.full((len(each),), i, device=each.device) for i, each in enumerate(boxes)]
+    index = [torch.full((each.shape[0],), i, device=each.device) for i, each in enumerate(boxes)]
     return torch.cat(tuple(boxes)), torch.cat(index)
