@@ -13,14 +13,18 @@ import roialign
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
-TORCH = importlib.util.find_spec("torch") is not None
+FRAMEWORKS = {
+    "torch": ("roialign.torch", "roialign.compat.torchvision", "roialign.compat.detectron2"),
+    "mindspore": ("roialign.mindspore",),
+}
+MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 MODULES = (
     "roialign",
     "roialign._api",
     "roialign._checks",
     "roialign._conventions",
     "roialign.numpy",
-    *(["roialign.torch", "roialign.compat.torchvision", "roialign.compat.detectron2"] * TORCH),
+    *(module for name in FRAMEWORKS if name not in MISSING for module in FRAMEWORKS[name]),
 )
 BLOCK = re.compile(r"^( *)```(?:python|pycon|py)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
@@ -53,8 +57,9 @@ def examples_of(page):
 )
 def test_page(page, tmp_path, monkeypatch):
     example = examples_of(page)
-    if not TORCH and any("import torch" in e.source for e in example.examples):
-        pytest.skip("the examples of this page need torch")
+    for name in MISSING:
+        if any(f"import {name}" in e.source for e in example.examples):
+            pytest.skip(f"the examples of this page need {name}")
     monkeypatch.chdir(tmp_path)
     run(example)
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "numpy": (ADAPTER, {"numpy"}),
     "torch": (ADAPTER | {"", "_triton"}, {"numpy", "torch"}),
     "jax": (ADAPTER | {"_triton"}, {"numpy", "jax", "jaxlib"}),
-    "mindspore": (ADAPTER, {"numpy", "mindspore"}),
+    "mindspore": (ADAPTER | {"", "_api"}, {"numpy", "mindspore"}),
     "cli": ({"", "_core", "demo"}, set()),
     "demo": ({""}, {"numpy", "PIL"}),
 }

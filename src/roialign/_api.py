@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,15 @@ __all__ = [
 ]
 
 
+# MindSpore's compiler reads the source of what runs in a graph, and not all of Python. It takes the comment
+# beside this condition for its value, and reads no further than the branch.
+_IN_GRAPH = False
+
+
 def _adapter(name: str, array: object) -> ModuleType:
     """The module for the kind of array that came; nothing is imported that the user has not imported."""
+    if _IN_GRAPH:  # @jit.cond: True
+        return importlib.import_module("roialign.mindspore")
     if _numpy.is_array(array):
         return _numpy
     if _is_a(array, "torch", "Tensor"):
@@ -44,7 +52,7 @@ def _is_a(array: object, library: str, kind: str) -> bool:
     return module is not None and isinstance(array, getattr(module, kind))
 
 
-def _rule(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
+def rule_of(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
     """The arguments that all operations share: all types first, then the values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
@@ -60,13 +68,13 @@ def _rule(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.
     return _conventions.rule(scale, ratio, _conventions.resolve(convention))
 
 
-_remembered_rule = functools.lru_cache(_rule)
+_remembered_rule = functools.lru_cache(rule_of)
 
 
 def _ordinary_rule(*given) -> _conventions.Rule:
-    """`_rule`, remembered for the usual types, which make safe keys."""
+    """`rule_of`, remembered for the usual types, which make safe keys."""
     usual = tuple(map(type, given)) == (float, int, str, str)
-    return _remembered_rule(*given) if usual else _rule(*given)
+    return _remembered_rule(*given) if usual else rule_of(*given)
 
 
 def roi_align(
@@ -83,8 +91,8 @@ def roi_align(
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
-    (arXiv:1703.06870). Takes NumPy arrays or PyTorch tensors, all of one kind, and gives that kind;
-    tensors have derivatives (docs/pytorch.md).
+    (arXiv:1703.06870). Takes NumPy arrays, PyTorch or MindSpore tensors, all of one kind, and gives
+    that kind; tensors have derivatives (docs/pytorch.md, docs/mindspore.md).
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -99,7 +107,7 @@ def roi_align(
             or a :class:`Convention`.
         reduction: "mean".
         out: an array for the result: its shape and dtype, writeable, overlapping no input. Not where
-            PyTorch needs a gradient.
+            PyTorch needs a gradient, nor with MindSpore.
 
     Returns:
         (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
@@ -122,6 +130,9 @@ def roi_align(
              [10.5, 12.5]]]], dtype=float32)
     """
     adapter = _adapter("features", features)
+    if _IN_GRAPH:  # @jit.cond: True
+        rule = spatial_scale, sampling_ratio, convention, reduction
+        return adapter.roi_align_in_graph(features, rois, output_size, rule, out)
     ordinary = adapter.are_ordinary(features, rois)
     if not ordinary:
         adapter.check_features("features", features)
@@ -129,7 +140,7 @@ def roi_align(
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, features.dtype)
-    find_rule = _ordinary_rule if ordinary else _rule
+    find_rule = _ordinary_rule if ordinary else rule_of
     rule = find_rule(spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
     return _forward(adapter, features, rois, ordinary, bins, rule, out)
@@ -201,23 +212,25 @@ def roi_align_adjoint(
              [0.25, 0.25, 0.  ]]]], dtype=float32)
     """
     adapter = _adapter("d_output", d_output)
+    if _IN_GRAPH:  # @jit.cond: True
+        rule = spatial_scale, sampling_ratio, convention, reduction
+        return adapter.roi_align_adjoint_in_graph(
+            d_output, rois, feature_shape, rule, features, out
+        )
     adapter.check_features("d_output", d_output)
     if features is not None:
         adapter.check_features("features", features)
         adapter.check_same_dtype("features", features, "d_output", d_output)
     adapter.check_rois(rois)
-    if not isinstance(feature_shape, (tuple, list)):
-        raise TypeError(
-            f"`feature_shape` must be a tuple (N, C, H, W), got {_checks.type_name(feature_shape)}"
-        )
+    _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _checks.integers("feature_shape", feature_shape)
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
+    rule = rule_of(spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
     parsed = adapter.parse_rois(rois, shape[0])
-    _check_d_output(d_output, parsed.boxes.shape[0], shape[1])
+    check_d_output(d_output, parsed.boxes.shape[0], shape[1])
     _checks.pixels("feature_shape", shape, parsed.boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
@@ -265,6 +278,9 @@ def roi_align_box_gradient(
     array([[0. , 0.5, 0. , 0.5, 0. ]], dtype=float32)
     """
     adapter = _adapter("d_output", d_output)
+    if _IN_GRAPH:  # @jit.cond: True
+        rule = spatial_scale, sampling_ratio, convention, reduction
+        return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, rule, out)
     adapter.check_features("d_output", d_output)
     adapter.check_features("features", features)
     adapter.check_same_dtype("d_output", d_output, "features", features)
@@ -275,11 +291,11 @@ def roi_align_box_gradient(
         for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
             adapter.check_out("out", out, adapter.gradient_dtype(boxes.dtype))
 
-    rule = _rule(spatial_scale, sampling_ratio, convention, reduction)
+    rule = rule_of(spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     parsed = adapter.parse_rois(rois, features.shape[0])
     count = parsed.boxes.shape[0]
-    _check_d_output(d_output, count, features.shape[1])
+    check_d_output(d_output, count, features.shape[1])
     _checks.pixels("features", features.shape, count)
     if out is not None:
         inputs = [d_output, features, *parsed.arrays()]
@@ -292,7 +308,7 @@ def roi_align_box_gradient(
     return out
 
 
-def _check_d_output(d_output: Any, count: int, channels: int) -> None:
+def check_d_output(d_output: Any, count: int, channels: int) -> None:
     shape = d_output.shape
     fits = len(shape) == 4 and shape[:2] == (count, channels) and min(shape[2:]) > 0
     _checks.shape("d_output", f"({count}, {channels}, P, Q)", shape, fits)
@@ -332,6 +348,8 @@ class ROIAlign:
              [2.275, 2.525]]]], dtype=float32)
     """
 
+    __ms_class__ = True  # MindSpore's compiler may read it
+
     def __init__(
         self,
         pooled_height: int,
@@ -358,15 +376,18 @@ class ROIAlign:
 
     def __call__(self, features: Any, rois: Any) -> Any:
         adapter = _adapter("features", features)
+        name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
+        bins = self.pooled_height, self.pooled_width
+        if _IN_GRAPH:  # @jit.cond: True
+            rule = self.spatial_scale, self.sample_num, name, "mean"
+            return adapter.seed_in_graph(features, rois, bins, rule)
         ordinary = adapter.are_ordinary(features, rois)
         if not ordinary:
             adapter.check_features("features", features)
             adapter.check_array("rois", rois)
             adapter.check_rois(rois, integers=False)
-        name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
         scale = (float(self.spatial_scale),) * 2
         rule = _conventions.rule(scale, self.sample_num, _conventions.conventions[name])
-        bins = (self.pooled_height, self.pooled_width)
         return _forward(adapter, features, rois, ordinary, bins, rule, None)
 
     def __repr__(self) -> str:

@@ -28,7 +28,8 @@ def integer(name: str, value: object) -> int:
     """Anything with ``__index__`` but a bool."""
     if type(value) is int:
         return value
-    if not isinstance(value, bool):
+    kind = getattr(getattr(value, "dtype", None), "kind", "")  # NumPy 1's bool has an __index__
+    if not isinstance(value, bool) and kind != "b":
         try:
             return operator.index(value)
         except TypeError:
@@ -41,6 +42,11 @@ def integers(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, (tuple, list)):
         return tuple([integer(name, item) for item in value])
     return (integer(name, value),) * 2
+
+
+def sequence(name: str, expected: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"`{name}` must be a tuple {expected}, got {type_name(value)}")
 
 
 def real(name: str, value: object) -> float:
