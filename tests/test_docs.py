@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 FRAMEWORKS = {
     "torch": ("roialign.torch", "roialign.compat.torchvision", "roialign.compat.detectron2"),
+    "jax": ("roialign.jax",),
     "mindspore": ("roialign.mindspore",),
 }
 MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]

@@ -22,6 +22,7 @@
 #include "../operations.hpp"
 #include "../parallel.hpp"
 #include "../windows.hpp"
+#include "xla.hpp"
 
 namespace nb = nanobind;
 
@@ -315,4 +316,10 @@ NB_MODULE(_core, m) {
   m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("box_gradient", &python::box_gradient);
+  nb::dict xla_handlers;  // operation: a capsule, to be registered with XLA
+  for (const xla::NamedHandler& named : xla::kHandlers) {
+    xla_handlers[named.name] = nb::capsule(reinterpret_cast<const void*>(named.handler));
+  }
+  m.attr("xla_handlers") = xla_handlers;
+  m.def("set_xla_threads", &xla::set_num_threads);
 }

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("torch", "mindspore", "compat"):  # loaded when asked for: they import the framework
+    if name in ("torch", "jax", "mindspore", "compat"):  # when asked for: they import the framework
         import importlib
 
         return importlib.import_module(f"roialign.{name}")

@@ -91,8 +91,8 @@ def roi_align(
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
-    (arXiv:1703.06870). Takes NumPy arrays, PyTorch or MindSpore tensors, all of one kind, and gives
-    that kind; tensors have derivatives (docs/pytorch.md, docs/mindspore.md).
+    (arXiv:1703.06870). Takes arrays of NumPy, PyTorch, JAX or MindSpore, all of one kind, and gives
+    that kind; those of a framework have derivatives (docs/pytorch.md, jax.md, mindspore.md).
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -107,7 +107,7 @@ def roi_align(
             or a :class:`Convention`.
         reduction: "mean".
         out: an array for the result: its shape and dtype, writeable, overlapping no input. Not where
-            PyTorch needs a gradient, nor with MindSpore.
+            PyTorch needs a gradient, and not with JAX or MindSpore.
 
     Returns:
         (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
@@ -116,7 +116,8 @@ def roi_align(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, size, scale, name or ``out`` is wrong.
-        IndexError: an image index is not an integer in [0, N).
+        IndexError: an image index is not an integer in [0, N). (A traced array of JAX has no values to
+            be checked: the row of that RoI is 0, and so are its gradients.)
         RuntimeError: ``out`` with tensors of which a gradient is needed.
 
     The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes

@@ -42,6 +42,7 @@ def set_num_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"`n` must be at least 1, got {n}")
     _chosen = min(n, 2**15)
+    _core.set_xla_threads(_chosen)  # compiled programs of JAX run without Python
 
 
 def get_num_threads() -> int:

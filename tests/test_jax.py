@@ -1,0 +1,750 @@
+"""JAX: the same numbers as NumPy's, eagerly and traced, and under every transform."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+import tolerance
+
+jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+import roialign.jax  # noqa: E402
+
+OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
+VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
+
+
+def jax_rois(problem):
+    return jnp.asarray(problem.boxes), jnp.asarray(problem.index)
+
+
+def pool(problem, features=None, boxes=None, index=None):
+    features = jnp.asarray(problem.features) if features is None else features
+    own_boxes, own_index = jax_rois(problem)
+    rois = own_boxes if boxes is None else boxes, own_index if index is None else index
+    return roialign.roi_align(features, rois, problem.size, **problem.options)
+
+
+def leaves(problem):
+    return jnp.asarray(problem.features), jnp.asarray(problem.boxes)
+
+
+def same(actual, expected):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def close(actual, expected, atol=1e-12):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=atol)
+
+
+@pytest.fixture
+def problem(make_problem):
+    """In float64, away from kinks: for derivatives."""
+    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """The way of platforms without a kernel, on the CPU."""
+    monkeypatch.setattr(roialign.jax, "_dense_everywhere", True)
+
+
+# Values
+
+
+def all_three(problem, g):
+    rois = jax_rois(problem)
+    features, shape = jnp.asarray(problem.features), problem.features.shape
+    return (
+        pool(problem),
+        roialign.roi_align_adjoint(jnp.asarray(g), rois, shape, **problem.options),
+        roialign.roi_align_box_gradient(jnp.asarray(g), features, rois, **problem.options),
+    )
+
+
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_oracle(make_problem, convention, dtype, sampling):
+    problem = make_problem(convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7))
+    g = problem.draw_output()
+    output, d_features, d_boxes = all_three(problem, g)
+    assert output.dtype == d_features.dtype == dtype and d_boxes.dtype == problem.boxes.dtype
+    expected = oracle.forward(problem)
+    tolerance.check(output, expected, tolerance.forward(problem, expected))
+    expected = oracle.adjoint(problem, g)
+    tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected))
+    expected = oracle.box_gradient(problem, g)
+    tolerance.check(d_boxes, expected, tolerance.box_gradient(problem, g, expected))
+
+
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+def test_bits_are_those_of_numpy(make_problem, dtype):
+    problem = make_problem(dtype=dtype, shape=(2, 19, 9, 7))
+    features, options = problem.features, problem.options
+    g = problem.draw_output()
+    output, d_features, d_boxes = all_three(problem, g)
+    same(output, roialign.roi_align(features, problem.rois, problem.size, **options))
+    same(d_features, roialign.roi_align_adjoint(g, problem.rois, features.shape, **options))
+    same(d_boxes, roialign.roi_align_box_gradient(g, features, problem.rois, **options))
+    same(jax.jit(lambda f, b: pool(problem, f, b))(*leaves(problem)), output)
+
+
+def test_golden(golden):
+    features, rois = jnp.asarray(golden.features), jnp.asarray(golden.rois)
+    output = roialign.roi_align(features, rois, golden.problem.size, **golden.problem.options)
+    golden.check_forward(np.asarray(output))
+
+
+def test_golden_gradient(golden_gradient):
+    problem = golden_gradient.problem
+    rois = jnp.asarray(golden_gradient.rois)
+    features = jnp.asarray(golden_gradient.features)
+    output, pull = jax.vjp(
+        lambda f: roialign.roi_align(f, rois, problem.size, **problem.options), features
+    )
+    (d_features,) = pull(jnp.asarray(golden_gradient.d_output).astype(output.dtype))
+    assert d_features.dtype == features.dtype
+    golden_gradient.check_adjoint(np.asarray(d_features))
+
+
+def test_golden_seed(golden_mindspore):
+    names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
+    layer = roialign.ROIAlign(*(golden_mindspore.parameter(name) for name in names))
+    output = jax.jit(layer)(jnp.asarray(golden_mindspore.features), jnp.asarray(golden_mindspore.rois))
+    golden_mindspore.check_forward(np.asarray(output))
+
+
+@pytest.mark.parametrize("boxes_dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_mixed_dtypes(make_problem, dtype, boxes_dtype):
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    features, boxes = features.astype(dtype), boxes.astype(boxes_dtype)
+    output, pull = jax.vjp(lambda *x: pool(problem, *x), features, boxes)
+    d_features, d_boxes = pull(output)
+    assert (output.dtype, d_features.dtype, d_boxes.dtype) == (dtype, dtype, boxes_dtype)
+    same(output, pool(problem, features, boxes.astype("float32")))
+    assert d_boxes.any()
+
+
+# The forms of rois
+
+
+@pytest.mark.parametrize("index_dtype", ["uint8", "int16", "int32", "uint32", "int64", "uint64"])
+def test_forms_of_rois(make_problem, index_dtype):
+    problem = make_problem(count=6)
+    boxes, index = jax_rois(problem)
+    index = jnp.sort(index)
+    features, size = jnp.asarray(problem.features), problem.size
+    given = {
+        "pair": (boxes, index.astype(index_dtype)),
+        "array": jnp.concatenate([index[:, None].astype(boxes.dtype), boxes], 1),
+        "list": [boxes[index == i] for i in range(2)],
+    }
+    expected = pool(problem, features, boxes, index)
+    g = jnp.ones_like(expected)
+    d_boxes = roialign.roi_align_box_gradient(g, features, given["pair"], **problem.options)
+    for name, rois in given.items():
+        same(roialign.roi_align(features, rois, size, **problem.options), expected)
+        explicit = roialign.roi_align_box_gradient(g, features, rois, **problem.options)
+        same((jnp.concatenate(explicit) if name == "list" else explicit)[:, -4:], d_boxes)
+        gradient = jax.grad(
+            lambda rois: roialign.roi_align(features, rois, size, **problem.options).sum(),
+            allow_int=True,
+        )(rois)
+        gradient = {"pair": lambda: gradient[0], "array": lambda: gradient[:, 1:],
+                    "list": lambda: jnp.concatenate(gradient)}[name]()  # fmt: skip
+        same(gradient, d_boxes)
+    assert not explicit[0].shape[1] == 5 and d_boxes.any()
+
+
+def test_a_list_of_different_dtypes(make_problem):
+    problem = make_problem(count=4)
+    boxes = jnp.asarray(problem.boxes)
+    features = jnp.asarray(problem.features)
+    mixed = [boxes[:2].astype(jnp.int32), boxes[2:]]
+    alike = [boxes[:2].astype(jnp.int32).astype(jnp.float32), boxes[2:]]
+    same(roialign.roi_align(features, mixed, 2), roialign.roi_align(features, alike, 2))
+    d_boxes = roialign.roi_align_box_gradient(jnp.ones((4, 5, 2, 2), np.float32), features, mixed)
+    assert [d.dtype for d in d_boxes] == [jnp.float32, jnp.float32]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint64"])
+def test_integer_boxes(make_problem, dtype):
+    problem = make_problem(inside=True)
+    features, (boxes, index) = jnp.asarray(problem.features), jax_rois(problem)
+    whole = roialign.roi_align(features, (boxes.astype(dtype), index), 2)
+    same(whole, roialign.roi_align(features, (boxes.astype(dtype).astype("float32"), index), 2))
+    d_boxes = roialign.roi_align_box_gradient(whole, features, (boxes.astype(dtype), index))
+    assert d_boxes.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+def test_no_rois(way, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    for shape in ((2, 3, 4, 5), (2, 0, 4, 5), (0, 3, 4, 5), (2, 3, 0, 5)):
+        features = jnp.ones(shape)
+        forms = [jnp.zeros((0, 5)), (jnp.zeros((0, 4)), jnp.zeros(0, int)), [jnp.zeros((0, 4))] * shape[0]]
+        for rois in forms:
+            output, pull = jax.vjp(lambda f: roialign.roi_align(f, rois, 2), features)
+            assert output.shape == (0, shape[1], 2, 2)
+            (d_features,) = pull(output)
+            assert d_features.shape == shape and not d_features.any()
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+def test_no_channels(way, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    features, rois = jnp.ones((1, 0, 4, 5)), jnp.array([[0, 1.0, 1, 3, 3]])
+    output, pull = jax.vjp(lambda f, r: roialign.roi_align(f, r, 2), features, rois)
+    d_features, d_rois = pull(output)
+    assert output.shape == (1, 0, 2, 2) and d_features.shape == (1, 0, 4, 5)
+    assert d_rois.shape == (1, 5) and not d_rois.any()
+
+
+# Errors
+
+FEATURES = jnp.zeros((2, 3, 8, 9), jnp.float32)
+ROIS = jnp.array([[0, 1, 1, 6, 5], [1, 0, 2, 7, 6]], jnp.float32)
+ERRORS = [
+    ({"features": FEATURES.astype(int)}, TypeError, "`features` .*int64"),
+    ({"features": FEATURES.astype(jnp.float8_e5m2)}, TypeError, "`features` .*float8_e5m2"),
+    ({"features": jax.random.key(0)}, TypeError, "`features` .*key"),
+    ({"features": [1]}, TypeError, "`features` .*list"),
+    ({"rois": np.asarray(ROIS)}, TypeError, "`rois` must be a jax.Array, got numpy.ndarray"),
+    ({"features": np.asarray(FEATURES)}, TypeError, "`rois` must be a numpy.ndarray, got jax"),
+    ({"rois": ROIS.astype(bool)}, TypeError, "`rois` .*bool"),
+    ({"rois": (ROIS[:, 1:], ROIS[:, 0])}, TypeError, "`image_index` .*float32"),
+    ({"out": FEATURES}, TypeError, "`out` must be None.*jax"),
+    ({"spatial_scale": jnp.float32(1)}, TypeError, "`spatial_scale`"),
+    ({"features": FEATURES[0]}, ValueError, r"`features` .*\(3, 8, 9\)"),
+    ({"rois": ROIS[:, :4]}, ValueError, r"`rois` .*\(2, 4\)"),
+    ({"rois": [ROIS[:, 1:]]}, ValueError, "`rois` .*got 1"),
+    ({"features": FEATURES[:, :, :0]}, ValueError, "`features` .*one pixel"),
+    ({"rois": ROIS.at[1, 0].set(2)}, IndexError, r"RoI 1 .*\[0, 2\), got 2"),
+    ({"rois": ROIS.at[0, 0].set(0.5)}, IndexError, "RoI 0 .*got 0.5"),
+    ({"rois": ROIS.at[0, 0].set(jnp.nan)}, IndexError, "RoI 0 .*got nan"),
+    ({"rois": (ROIS[:, 1:], jnp.array([0, -1]))}, IndexError, "RoI 1 .*got -1"),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None))
+def test_errors(changed, error, message):
+    arguments = {"features": FEATURES, "rois": ROIS, "output_size": 2} | changed
+    with pytest.raises(error, match=message):
+        roialign.roi_align(**arguments)
+
+
+def test_traced_arguments_are_checked_too():
+    with pytest.raises(TypeError, match="`rois` must be a jax.Array, got numpy.ndarray"):
+        jax.jit(lambda f: roialign.roi_align(f, np.asarray(ROIS), 2))(FEATURES)
+    with pytest.raises(TypeError, match="`rois` must be a numpy.ndarray, got jax"):
+        jax.jit(lambda r: roialign.roi_align(np.asarray(FEATURES), r, 2))(ROIS)
+    with pytest.raises(ValueError, match=r"`rois` must have shape \(K, 5\), got \(2, 4\)"):
+        jax.jit(lambda r: roialign.roi_align(FEATURES, r, 2))(ROIS[:, 1:])
+    bad = ROIS.at[0, 0].set(7)
+    for rois in (bad, (bad[:, 1:], bad[:, 0].astype(int))):
+        with pytest.raises(IndexError, match="RoI 0"):  # the index is at hand
+            jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)  # noqa: B023
+
+
+BAD = [-1, 2, 2**31 - 1, -(2**31)]
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+@pytest.mark.parametrize("bad, dtype", [
+    *[(b, "int32") for b in BAD], (2**32, "int64"), (2**63, "uint64"), (257, "int16"),
+    (0.5, "float32"), (np.nan, "float32"), (-np.inf, "float16"), (2.0, "bfloat16"),
+])  # fmt: skip
+def test_a_bad_index_that_is_traced(make_problem, way, bad, dtype, request):
+    """That row is 0, and so are its gradients."""
+    if way == "dense":
+        request.getfixturevalue("dense")
+    problem = make_problem(count=3, dtype=np.float64)
+    boxes = jnp.asarray(problem.boxes)
+    index = jnp.asarray(np.array([1, bad, 0]).astype(dtype))
+
+    def f(features, boxes, index):
+        if index.dtype.kind in "iu":
+            rois = boxes, index
+        else:
+            rois = jnp.concatenate([index[:, None].astype(jnp.float64), boxes], 1)
+        return roialign.roi_align(features, rois, problem.size, **problem.options)
+
+    @jax.jit
+    def both(features, boxes, index):
+        output, pull = jax.vjp(lambda f_, b: f(f_, b, index), features, boxes)
+        return output, *pull(jnp.ones_like(output))
+
+    good = np.array([0, 2])
+    output, d_features, d_boxes = both(jnp.asarray(problem.features), boxes, index)
+    expected = both(jnp.asarray(problem.features), boxes[good], jnp.array([1, 0]))
+    assert not output[1].any() and not d_boxes[1].any()
+    close(output[good], expected[0])
+    close(d_features, expected[1])
+    close(d_boxes[good], expected[2])
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_first_order(problem, way, sampling, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    problem = replace(problem, sampling=sampling)
+    f = jax.jit(lambda *x: pool(problem, *x))
+    check_grads(f, leaves(problem), order=1, modes=("fwd", "rev"), atol=1e-7, rtol=1e-7)
+
+
+def test_second_order_in_features(problem):
+    features, boxes = leaves(problem)
+
+    def f(features):
+        return pool(problem, features, boxes) ** 3
+
+    check_grads(jax.jit(f), (features,), order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    twice = jax.grad(lambda f_: jax.grad(lambda g: f(g).sum())(f_).sum())(features)
+    assert twice.any()
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+def test_adjoint_and_box_gradient_are_differentiable(problem, way, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    features, boxes = leaves(problem)
+    index, shape = jnp.asarray(problem.index), problem.features.shape
+    g = jnp.asarray(problem.draw_output())
+
+    def adjoint(g, boxes):
+        return roialign.roi_align_adjoint(g, (boxes, index), shape, **problem.options)
+
+    def box_gradient(g, features):
+        return roialign.roi_align_box_gradient(g, features, (boxes, index), **problem.options)
+
+    check_grads(jax.jit(adjoint), (g, boxes), order=1, atol=1e-7, rtol=1e-7)
+    check_grads(jax.jit(box_gradient), (g, features), order=1, atol=1e-7, rtol=1e-7)
+
+
+def test_jvp_is_the_oracles(problem):
+    features, boxes = leaves(problem)
+    v = np.random.default_rng(3).standard_normal(boxes.shape)
+    output, along = jax.jvp(lambda b: pool(problem, features, b), (boxes,), (jnp.asarray(v),))
+    same(output, pool(problem))
+    expected = oracle.forward(problem, v)
+    tolerance.check(along, expected, tolerance.forward(problem, expected, v))
+    u = jnp.cos(features)
+    _, both = jax.jvp(lambda *x: pool(problem, *x), (features, boxes), (u, jnp.asarray(v)))
+    close(both, along + pool(problem, u))
+    index = jnp.asarray(problem.index)
+    no_tangent = np.zeros(index.shape, jax.dtypes.float0)
+    _, along_features = jax.jvp(
+        lambda f, i: pool(problem, f, index=i), (features, index), (u, no_tangent)
+    )
+    same(along_features, pool(problem, u))
+    _, linear = jax.linearize(lambda b: pool(problem, features, b), boxes)
+    same(linear(jnp.asarray(v)), along)
+
+
+def test_mixed_second_order(problem):
+    """d/d features of the gradient in the boxes, and the other way round."""
+    features, boxes = leaves(problem)
+
+    def loss(f, b):
+        return (pool(problem, f, b) ** 2).sum()
+
+    grad_boxes, grad_features = (jax.grad(loss, argnums=i) for i in (1, 0))
+    by_features = jax.jacrev(grad_boxes, argnums=0)(features, boxes)
+    by_boxes = jax.jacrev(grad_features, argnums=1)(features, boxes)
+    forwards = jax.jacfwd(grad_features, argnums=1)(features, boxes)
+    close(by_features, jnp.moveaxis(by_boxes, (4, 5), (0, 1)))
+    close(by_boxes, forwards)
+    step = 1e-5 * jnp.eye(4)[2]
+    before, after = (grad_features(features, boxes + s * step) for s in (-1, 1))
+    close(by_boxes[..., 2].sum(-1), (after - before) / 2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+def test_second_order_in_boxes_raises(problem, way, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    features, boxes = leaves(problem)
+
+    def loss(b):
+        return (pool(problem, features, b) ** 2).sum()
+
+    for twice in (
+        jax.hessian(loss),
+        jax.jacfwd(jax.jacfwd(loss)),
+        jax.grad(lambda b: jax.grad(loss)(b).sum()),
+        jax.jit(jax.jacrev(jax.jacrev(loss))),
+    ):
+        with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
+            twice(boxes)
+    held = jax.grad(lambda b: jax.grad(loss)(jax.lax.stop_gradient(b)).sum() + loss(b))
+    close(held(boxes), jax.grad(loss)(boxes))
+
+
+def test_hessian_in_features(problem):
+    features, boxes = leaves(problem)
+    small = features[:, :1, :4, :5]
+
+    def loss(f):
+        return (pool(problem, f, boxes) ** 2).sum()
+
+    hessian = jax.hessian(loss)(small)
+    u = jnp.cos(small)
+    product = jax.jvp(jax.grad(loss), (small,), (u,))[1]
+    dims = tuple(range(4))
+    close(jnp.tensordot(hessian, u, (dims, dims)), product)
+    close(product, 2 * jax.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u))
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
+def test_vmap(problem, batched, way, request):
+    if way == "dense":
+        request.getfixturevalue("dense")
+    rows = [jnp.stack([t, 0.9 * t, 1.1 * t], d) if d is not None else t
+            for t, d in zip(leaves(problem), batched, strict=True)]  # fmt: skip
+
+    def row(i):
+        return [jnp.take(t, i, d) if d is not None else t for t, d in zip(rows, batched, strict=True)]
+
+    def gradients(f, b):
+        return jax.grad(lambda f, b: (pool(problem, f, b) ** 2).sum(), argnums=(0, 1))(f, b)
+
+    outputs = jax.vmap(lambda f, b: pool(problem, f, b), batched)(*rows)
+    both = jax.vmap(gradients, batched)(*rows)
+    for i in range(3):
+        close(outputs[i], pool(problem, *row(i)))
+        for actual, expected in zip(both, gradients(*row(i)), strict=True):
+            close(actual[i], expected)
+
+
+def test_vmap_over_image_index(problem):
+    problem = replace(problem, index=np.array([0, 1, 1, 0]))
+    features, boxes = leaves(problem)
+    index = jnp.asarray(problem.index)
+    indices = jnp.stack([index, 1 - index, index + 1])
+    outputs = jax.vmap(lambda i: pool(problem, index=i))(indices)
+    close(outputs[0], pool(problem, index=index))
+    close(outputs[1], pool(problem, index=1 - index))
+    stacked = jnp.stack([features, 2 * features])
+    moved = jax.vmap(lambda f, i: pool(problem, f, index=i))(stacked, indices[1:])
+    close(moved[0], pool(problem, index=1 - index))
+    out = np.asarray(index + 1 > 1)  # not another batch's image
+    assert not outputs[2][out].any() and not moved[1][out].any() and moved[1][~out].any()
+
+
+def test_vmap_of_tangents(problem):
+    features, boxes = leaves(problem)
+    reverse = jax.jacrev(lambda b: pool(problem, features, b))(boxes)
+    close(reverse, jax.jacfwd(lambda b: pool(problem, features, b))(boxes))
+    tangents = jnp.stack([jnp.cos(boxes), jnp.sin(boxes)])
+    along = jax.vmap(lambda v: jax.jvp(lambda b: pool(problem, features, b), (boxes,), (v,))[1])(tangents)
+    close(along, jnp.einsum("kcpqje,bje->bkcpq", reverse, tangents))
+
+
+def test_vmap_of_vmap(problem):
+    features, boxes = leaves(problem)
+    many = jnp.stack([features, features + 1, 2 * features])
+    scales = jnp.array([0.9, 1.1])
+    outputs = jax.vmap(lambda f: jax.vmap(lambda s: pool(problem, f, s * boxes))(scales))(many)
+    for i in range(3):
+        for j in range(2):
+            close(outputs[i, j], pool(problem, many[i], scales[j] * boxes))
+
+
+def test_checkpoint(problem):
+    def loss(f, b):
+        return (pool(problem, f, b) ** 2).sum()
+
+    kept = jax.grad(jax.checkpoint(loss), argnums=(0, 1))(*leaves(problem))
+    for actual, expected in zip(kept, jax.grad(loss, argnums=(0, 1))(*leaves(problem)), strict=True):
+        same(actual, expected)
+
+
+def test_scan(problem):
+    """Boxes that move through the pooling, and what reaches the first ones."""
+
+    def step(boxes, _):
+        return boxes + 0.01 * pool(problem, boxes=boxes).mean((1, 2, 3))[:, None], None
+
+    def scanned(boxes):
+        return jax.lax.scan(step, boxes, None, length=3)[0].sum()
+
+    def unrolled(boxes):
+        for _ in range(3):
+            boxes, _ = step(boxes, None)
+        return boxes.sum()
+
+    boxes = jnp.asarray(problem.boxes)
+    close(jax.jit(jax.grad(scanned))(boxes), jax.grad(unrolled)(boxes))
+
+
+def test_control_flow(problem):
+    features, boxes = leaves(problem)
+    chosen = jax.jit(lambda c, f: jax.lax.cond(c, lambda f: pool(problem, f), lambda f: pool(problem, 2 * f), f))
+    close(chosen(True, features), pool(problem))
+    close(chosen(False, features), 2 * pool(problem))
+
+
+def test_dynamic_index(problem):
+    f = jax.jit(lambda i: pool(problem, index=i))
+    index = jnp.asarray(problem.index)
+    same(f(index), pool(problem))
+    same(f(1 - index), pool(problem, index=1 - index))
+
+
+def test_partly_traced(problem):
+    features, boxes = leaves(problem)
+    expected = pool(problem)
+    same(jax.jit(lambda f: pool(problem, f))(features), expected)
+    same(jax.jit(lambda b: pool(problem, boxes=b))(boxes), expected)
+    same(jax.jit(lambda: pool(problem))(), expected)
+
+
+def test_donated_buffers(make_problem):
+    problem = make_problem(shape=(4, 8, 3, 3), count=4, size=(3, 3))
+    expected = pool(problem)
+    donating = jax.jit(lambda f: pool(problem, f) + 1, donate_argnums=0)
+    for _ in range(3):
+        same(donating(jnp.array(problem.features)), expected + 1)
+
+
+def test_shapes_without_computing():
+    result = jax.eval_shape(
+        lambda f, r: roialign.roi_align(f, r, (3, 2)),
+        jax.ShapeDtypeStruct((2, 3, 8, 9), jnp.bfloat16),
+        jax.ShapeDtypeStruct((7, 5), jnp.float32),
+    )
+    assert (result.shape, result.dtype) == ((7, 3, 3, 2), jnp.bfloat16)
+
+
+def exported(f, *args, **options):
+    checks = [jax.export.DisabledSafetyCheck.custom_call(f"roialign_{name}") for name in
+              ("forward", "adjoint", "box_gradient")]  # fmt: skip
+    return jax.export.export(jax.jit(f), disabled_checks=checks, **options)(*args)
+
+
+def test_export(make_problem):
+    pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    index = jnp.asarray(problem.index)
+
+    def f(features, boxes, index):
+        return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+
+    pytest.importorskip("flatbuffers", reason="jax.export stores with flatbuffers")
+    stored = exported(f, features, boxes, index).serialize(vjp_order=1)
+    loaded = jax.export.deserialize(stored)
+    same(loaded.call(features, boxes, index), f(features, boxes, index))
+    gradient = jax.grad(lambda b: loaded.call(features, b, index).sum())(boxes)
+    same(gradient, jax.grad(lambda b: f(features, b, index).sum())(boxes))
+
+    (k,) = jax.export.symbolic_shape("k")
+    any_number = exported(
+        f,
+        features,
+        jax.ShapeDtypeStruct((k, 4), boxes.dtype),
+        jax.ShapeDtypeStruct((k,), index.dtype),
+    )
+    for count in (1, 4):
+        same(any_number.call(features, boxes[:count], index[:count]), f(features, boxes[:count], index[:count]))
+
+
+def test_each_platform_has_its_own_way(make_problem):
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    traced = jax.jit(lambda *x: pool(problem, *x)).trace(features, boxes)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
+    assert "roialign_forward" in texts["cpu"]
+    for name in ("tpu", "cuda"):
+        assert "roialign_forward" not in texts[name] and "dot_general" in texts[name]
+
+
+def test_without_64_bits(make_problem):
+    problem = make_problem()
+    expected = roialign.roi_align(problem.features, problem.rois, problem.size, **problem.options)
+    switch = jax.enable_x64 if VERSION >= (0, 8) else jax.experimental.enable_x64
+    with switch(False):
+        rois = jax_rois(problem)
+        assert rois[1].dtype == jnp.int32
+        features = jnp.asarray(problem.features)
+        output = roialign.roi_align(features, rois, problem.size, **problem.options)
+        same(output, expected)
+        d_boxes = jax.grad(lambda b: pool(problem, features, b).sum())(rois[0])
+        explicit = roialign.roi_align_box_gradient(jnp.ones_like(output), features, rois, **problem.options)
+        same(d_boxes, explicit)
+
+
+def test_threads(make_problem):
+    problem = make_problem(shape=(1, 64, 40, 40), count=40)
+    f = jax.jit(lambda *x: pool(problem, *x))
+    before, expected = roialign.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3):
+            roialign.set_num_threads(threads)
+            output = f(*leaves(problem))
+            expected = output if expected is None else expected
+            same(output, expected)
+    finally:
+        roialign.set_num_threads(before)
+
+
+def test_calls_from_many_threads(make_problem):
+    from concurrent.futures import ThreadPoolExecutor
+
+    problem = make_problem(shape=(1, 32, 20, 20), count=20)
+    f, expected = jax.jit(lambda *x: pool(problem, *x)), pool(problem)
+    with ThreadPoolExecutor(4) as pool_of_threads:
+        for output in pool_of_threads.map(lambda _: f(*leaves(problem)), range(32)):
+            same(output, expected)
+
+
+# Plain JAX, where there is no kernel
+
+
+def moved(problem, ulps=4):
+    """What so many ulp in every position may change: at most the steps between pixels."""
+    eps = np.finfo(problem.boxes.dtype if problem.features.dtype == np.float64 else np.float32).eps
+    scale = np.tile(problem.scale[::-1], 2)
+    coordinates = np.abs(problem.boxes[np.isfinite(problem.boxes).all(1)] * scale)
+    return ulps * eps * (2 + coordinates.max(initial=1))
+
+
+def check_dense(problem, g=None):
+    """Where no sample is near a jump, against the oracle: rounding and `moved`."""
+    g = problem.draw_output() if g is None else g
+    fixed = oracle.smooth(problem, moved(problem) / np.tile(problem.scale[::-1], 2) * np.ones(4))
+    assert fixed.mean() > 0.7
+    g = np.where(fixed[:, None, None, None], g, 0).astype(g.dtype)
+    output, d_features, d_boxes = all_three(problem, g)
+    size = np.abs(problem.features.astype(np.float64)).max()
+    expected = oracle.forward(problem)
+    bound = 2 * tolerance.forward(problem, expected) + 8 * size * moved(problem)
+    tolerance.check(np.asarray(output)[fixed], expected[fixed], bound[fixed])
+    expected = oracle.adjoint(problem, g)
+    bound = 2 * tolerance.adjoint(problem, g, expected)
+    bound = bound + 8 * moved(problem) * np.abs(g.astype(np.float64)).sum((0, 2, 3)).max()
+    tolerance.check(d_features, expected, bound)
+    expected = oracle.box_gradient(problem, g)
+    bound = 2 * tolerance.box_gradient(problem, g, expected)
+    steps = 8 * moved(problem) * size * np.abs(g.astype(np.float64)).sum((1, 2, 3)).max()
+    tolerance.check(d_boxes, expected, bound + steps * max(problem.scale))
+
+
+@pytest.mark.parametrize("sampling", [0, 3])
+def test_dense_oracle(dense, make_problem, convention, sampling):
+    check_dense(make_problem(shape=(2, 5, 9, 7), count=12, convention=convention, sampling=sampling))
+
+
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+def test_dense_dtypes(dense, make_problem, dtype):
+    check_dense(make_problem(shape=(2, 5, 9, 7), count=12, dtype=dtype))
+
+
+@pytest.mark.parametrize("size, scale", [((1, 1), (1.0, 1.0)), ((3, 7), (0.25, 0.125))])
+def test_dense_adaptive(dense, make_problem, convention, size, scale):
+    """Boxes from less than a pixel to many times the map."""
+    problem = make_problem(shape=(1, 2, 24, 31), count=40, sampling=0, size=size, scale=scale,
+                           convention=convention)  # fmt: skip
+    centre = problem.boxes.reshape(-1, 2, 2).mean(1)
+    side = np.geomspace(0.3, 3000, 40)[:, None] / min(scale)
+    boxes = np.concatenate([centre - side, centre + side], 1).astype(np.float32)
+    check_dense(replace(problem, boxes=boxes))
+
+
+def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):
+    """Where sizes are multiples of the bins: the number of samples is that of the rule."""
+    rng = np.random.default_rng(0)
+    for bins in (3, 5, 7, 11, 14):
+        start = rng.integers(0, 9, (60, 2))
+        boxes = np.concatenate([start, start + bins * rng.integers(1, 4, (60, 2))], 1)
+        problem = make_problem(shape=(1, 1, 60, 60), count=60, sampling=0, size=(bins, bins),
+                               scale=(1.0, 1.0), convention=convention)  # fmt: skip
+        problem = replace(problem, boxes=boxes.astype(np.float32))
+        expected = oracle.forward(problem)
+        bound = 2 * tolerance.forward(problem, expected) + 8 * moved(problem) * np.abs(problem.features).max()
+        tolerance.check(pool(problem), expected, bound)
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_dense_bad_boxes(dense, make_problem, convention, sampling):
+    problem = make_problem(shape=(2, 3, 9, 7), convention=convention, sampling=sampling)
+    boxes = problem.boxes.copy()
+    boxes[:6] = [
+        [np.nan, 0, 4, 4], [0, 0, np.inf, 4], [-np.inf, -np.inf, np.inf, np.inf],
+        [-90, -90, -80, -80], [3, 3, 3, 3], [9, 9, 2, 2],
+    ]  # fmt: skip
+    problem = replace(problem, boxes=boxes)
+    g = problem.draw_output()
+    output, d_features, d_boxes = all_three(problem, g)
+    close(output, oracle.forward(problem), atol=1e-5)
+    close(d_features, oracle.adjoint(problem, g), atol=1e-5)
+    close(d_boxes, oracle.box_gradient(problem, g), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [1e5, 1e7, 1e9, 1e12, 1e30])
+def test_dense_gigantic_boxes(dense, make_problem, side):
+    """Time and memory are those of the map. Means over so many samples vanish."""
+    problem = make_problem(shape=(1, 2, 24, 31), count=1, sampling=0, scale=(1.0, 1.0))
+    problem = replace(problem, boxes=np.array([[-side, -side, side, side]], np.float32))
+    output, d_features, d_boxes = all_three(problem, problem.draw_output())
+    close(output, oracle.forward(problem), atol=40 / 2**22 * np.abs(problem.features).max())
+    assert np.isfinite(d_features).all() and np.isfinite(d_boxes).all()
+
+
+def test_axis_taps_are_the_cores(make_problem):
+    """The row matrices themselves, through maps of one column."""
+    problem = make_problem(shape=(1, 1, 30, 1), count=50, sampling=0, size=(4, 1), scale=(1.0, 1.0))
+    units = np.eye(30, dtype=np.float32).reshape(1, 30, 30, 1)
+    boxes = problem.boxes.copy()
+    boxes[:, 0], boxes[:, 2] = -0.5, 0.5
+    rows = roialign.roi_align(units, (boxes, problem.index * 0), (4, 1), convention="asymmetric")
+    numbers = (0.0, 0.0, 0.0, 1.0, False)
+    taps = jax.vmap(lambda lo, hi: roialign.jax.axis_taps(lo, hi, numbers, 4, 0, 30, 1.0)[0])
+    values = taps(*jnp.asarray(boxes[:, [1, 3]]).T)  # [K, P, L]
+    close(values, rows[..., 0].transpose(0, 2, 1), atol=4 * 32 * 2.0**-23)
+
+
+def test_dense_is_jax_alone(dense, make_problem):
+    problem = make_problem()
+    text = jax.jit(lambda *x: pool(problem, *x)).lower(*leaves(problem)).as_text()
+    assert "roialign_forward" not in text and "dot_general" in text
+
+
+# The module
+
+
+def test_jax_is_not_imported():
+    code = "import sys, roialign; assert 'jax' not in sys.modules; roialign.jax; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_older_jax_is_refused():
+    code = (
+        "import jax; jax.__version_info__, jax.__version__ = (0, 4, 37), '0.4.37'\n"
+        "try:\n    import roialign.jax\n"
+        "except ImportError as error:\n    assert 'jax >= 0.4.38, got 0.4.37' in str(error)\n"
+        "else:\n    raise AssertionError('it was imported')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

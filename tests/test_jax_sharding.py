@@ -1,0 +1,273 @@
+"""JAX over 8 devices: what one device gives, and no features that travel to RoIs or channels."""
+
+import functools
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+import roialign
+from conftest import draw_problem
+from isolation import isolated
+
+jax = pytest.importorskip("jax", reason="the tests of sharding in JAX need jax")
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+PROBLEM = draw_problem(shape=(8, 16, 8, 12), count=24)
+WHOLE = P()
+
+# features, boxes and image index, d_output: cut how
+CUT = {
+    "replicated": (WHOLE, WHOLE, WHOLE),
+    "RoIs": (WHOLE, P("x"), P("x")),
+    "RoIs over both axes": (WHOLE, P(("x", "y")), P(("x", "y"))),
+    "channels": (P(None, "y"), WHOLE, P(None, "y")),
+    "RoIs and channels": (P(None, "y"), P("x"), P("x", "y")),
+    "images": (P("x"), WHOLE, WHOLE),
+    "images and RoIs": (P("x"), P("y"), P("y")),
+    "images and RoIs over one axis": (P("x"), P("x"), P("x")),
+    "images and channels": (P("x", "y"), WHOLE, P(None, "y")),
+    "channels and RoIs over one axis": (P(None, "x"), P("x"), P("x")),
+    "pixels and bins": (P(None, None, "x", "y"), P("x"), P(None, None, None, "x")),
+}
+
+
+def pool(features, boxes, index):
+    return roialign.roi_align(features, (boxes, index), PROBLEM.size, **PROBLEM.options)
+
+
+def differentiated(pool, features, boxes, index, d_output):
+    """Output, d_features and d_boxes."""
+    output, pull = jax.vjp(lambda f, b: pool(f, b, index), features, boxes)
+    return output, *pull(d_output)
+
+
+def arguments():
+    return (
+        jnp.asarray(PROBLEM.features),
+        jnp.asarray(PROBLEM.boxes),
+        jnp.asarray(PROBLEM.index, jnp.int32),
+        jnp.asarray(PROBLEM.draw_output()),
+    )
+
+
+def mesh_of_eight():
+    assert len(jax.devices()) == 8
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+
+
+def check(results, expected):
+    """Equal; a sum over devices is one of a few numbers in another order."""
+    for actual, right in zip(results, expected, strict=True):
+        assert actual.shape == right.shape and actual.dtype == right.dtype
+        np.testing.assert_allclose(actual, right, rtol=0, atol=16 * 2.0**-24 * np.abs(right).max())
+
+
+def put(mesh, arrays, cut):
+    features, rois, d_output = cut
+    specs = features, rois, rois, d_output
+    return [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+
+
+def moved_features(compiled, features):
+    """Collectives that give an array of the features' pixels."""
+    pixels = ",".join(map(str, features.shape[2:]))
+    return re.findall(rf"\[\d+,\d+,{pixels}\][^=\n]* (?:all-gather|all-to-all|collective-permute)", compiled)
+
+
+def check_jit(names):
+    mesh, arrays = mesh_of_eight(), arguments()
+    expected = differentiated(pool, *arrays)
+    for name in names:
+        features, boxes, index, d_output = put(mesh, arrays, CUT[name])
+        forward = jax.jit(pool).lower(features, boxes, index).compile()
+        output = forward(features, boxes, index)
+        np.testing.assert_array_equal(output, expected[0])
+        assert name == "pixels and bins" or not moved_features(forward.as_text(), features), name
+        both = jax.jit(functools.partial(differentiated, pool))
+        check(both(features, boxes, index, d_output), expected)
+        check(differentiated(pool, features, boxes, index, d_output), expected)  # eagerly
+    # where RoIs or channels are cut nothing is sent at all, and the output stays cut
+    for name in {"RoIs", "channels", "RoIs and channels"} & set(names):
+        features, boxes, index, _ = put(mesh, arrays, CUT[name])
+        forward = jax.jit(pool).lower(features, boxes, index).compile()
+        assert not re.search("all-|collective", forward.as_text()), name
+        wanted = NamedSharding(mesh, CUT[name][2])
+        assert forward(features, boxes, index).sharding.is_equivalent_to(wanted, 4), name
+
+
+@pytest.mark.parametrize("names", [list(CUT)[:6], list(CUT)[6:]], ids=["one way", "mixed"])
+def test_jit(names):
+    isolated(check_jit, names, env=DEVICES, timeout=300)
+
+
+def check_other_numbers():
+    """Numbers that the devices do not divide, other dtypes, no mesh with names, vmap."""
+    mesh = mesh_of_eight()
+    features, boxes, index, d_output = arguments()
+    uneven = boxes[:7], index[:7]
+    expected = pool(features, *uneven)
+
+    @jax.jit
+    def some(features, boxes, index):
+        return pool(features, boxes[:7], index[:7])
+
+    given = put(mesh, (features, boxes, index, d_output), CUT["RoIs over both axes"])[:3]
+    np.testing.assert_array_equal(some(*given), expected)
+
+    for dtype in (jnp.bfloat16, jnp.float16):
+        low = features.astype(dtype), boxes, index, d_output.astype(dtype)
+        right = differentiated(pool, *low)
+        results = jax.jit(functools.partial(differentiated, pool))(*put(mesh, low, CUT["RoIs and channels"]))
+        np.testing.assert_array_equal(results[0], right[0])
+        bound = 16 * float(jnp.finfo(dtype).eps)
+        for actual, wanted in zip(results[1:], right[1:], strict=True):
+            wanted = np.asarray(wanted, np.float32)
+            np.testing.assert_allclose(np.asarray(actual, np.float32), wanted, rtol=bound, atol=bound)
+
+    many = jnp.stack([features, 2 * features, -features, features])
+    cut = jax.device_put(many, NamedSharding(mesh, P("y")))
+    pooled = jax.jit(jax.vmap(pool, (0, None, None)))(cut, boxes, index)
+    np.testing.assert_array_equal(pooled, jax.vmap(pool, (0, None, None))(many, boxes, index))
+
+    bad = index.at[3].set(8).at[4].set(-1)
+    for name in ("images", "RoIs", "images and RoIs"):
+        given = put(mesh, (features, boxes, bad, d_output), CUT[name])
+        results = jax.jit(functools.partial(differentiated, pool))(*given)
+        right = jax.jit(functools.partial(differentiated, pool))(features, boxes, bad, d_output)
+        check(results, right)
+        assert not results[0][3:5].any() and not results[2][3:5].any()
+
+
+def test_other_numbers():
+    isolated(check_other_numbers, env=DEVICES, timeout=300)
+
+
+# shard_map, in each of its spellings
+
+
+def spellings():
+    """Name, a shard_map, its name of the check."""
+    if hasattr(jax, "shard_map"):
+        yield jax.shard_map
+    if not hasattr(jax, "shard_map") or tuple(map(int, jax.__version__.split(".")[:2])) < (0, 8):
+        from jax.experimental.shard_map import shard_map
+
+        yield shard_map
+
+
+def mapped(shard_map, mesh, checked, function, ins, outs):
+    parameters = inspect.signature(shard_map).parameters
+    name = "check_vma" if "check_vma" in parameters else "check_rep"
+    return shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, **{name: checked})
+
+
+def check_shard_map(dense):
+    import roialign.jax
+
+    roialign.jax._dense_everywhere = dense
+    mesh, arrays = mesh_of_eight(), arguments()
+    expected = differentiated(pool, *arrays)
+    names = ("RoIs and channels",) if dense else ("RoIs", "channels", "RoIs and channels")
+    for shard_map in spellings():
+        for checked in (True, False):
+            for name in names:
+                features, rois, d_output = CUT[name]
+                ins = features, rois, rois
+                cut = mapped(shard_map, mesh, checked, pool, ins, d_output)
+                check(jax.jit(functools.partial(differentiated, cut))(*arrays), expected)
+                assert not re.search("all-|collective", jax.jit(cut).lower(*arrays[:3]).compile().as_text())
+
+                def inside(*arrays):
+                    output, d_features, d_boxes = differentiated(pool, *arrays)
+                    if checked and hasattr(jax, "typeof"):  # types tell what varies: summed already
+                        return output, d_features, d_boxes
+                    return output, jax.lax.psum(d_features, sums[0]), jax.lax.psum(d_boxes, sums[1])
+
+                used = [[a for s in spec for a in (s if isinstance(s, tuple) else (s,)) if a] for spec in CUT[name]]
+                sums = tuple(a for a in used[1]), tuple(a for a in used[0])
+                inner = mapped(shard_map, mesh, checked, inside, (*ins, d_output), (d_output, features, rois))
+                check(jax.jit(inner)(*arrays), expected)
+
+            # data parallel: each device has its images and their RoIs, and counts them from 0
+            own = jnp.arange(24, dtype=jnp.int32) // 3
+            local = mapped(
+                shard_map, mesh, checked, lambda f, b, i: pool(f, b, i % 4), (P("x"), P("x"), P("x")), P("x")
+            )
+            parallel = functools.partial(differentiated, local)
+            check(
+                jax.jit(parallel)(*arrays[:2], own, arrays[3]),
+                differentiated(pool, *arrays[:2], own, arrays[3]),
+            )
+            text = jax.jit(local).lower(*arrays[:2], own).compile().as_text()
+            assert not re.search("all-|collective", text)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["core", "dense"])
+def test_shard_map(dense):
+    isolated(check_shard_map, dense, env=DEVICES, timeout=300)
+
+
+# Explicit axes: shardings are part of the types
+
+
+def check_explicit():
+    if not hasattr(jax, "set_mesh"):
+        return  # jax < 0.7
+    from jax.sharding import AxisType
+
+    def loss(features, boxes, index, d_output):
+        return (pool(features, boxes, index) * d_output).sum()
+
+    arrays = arguments()
+    right = pool(*arrays[:3]), *jax.grad(loss, argnums=(0, 1))(*arrays)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    for name in ("RoIs", "channels", "RoIs and channels", "images and RoIs", "images and RoIs over one axis"):
+        with jax.set_mesh(mesh):
+            cut = put(mesh, arrays, CUT[name])
+            output = jax.jit(pool)(*cut[:3])
+            # a sum asks for operands that are cut alike
+            d_output = jax.device_put(arrays[3], output.sharding)
+            results = jax.jit(jax.grad(loss, argnums=(0, 1)))(*cut[:3], d_output)
+        check((output, *results), right)
+        for result, given in zip(results, cut[:2], strict=True):
+            assert result.sharding.is_equivalent_to(given.sharding, result.ndim)
+
+
+def test_explicit_axes():
+    isolated(check_explicit, env=DEVICES, timeout=300)
+
+
+# A head that learns
+
+
+def check_training():
+    """Steps of gradient descent on the features' and the boxes' part, data parallel and alone."""
+    mesh = mesh_of_eight()
+    features, boxes, index, d_output = arguments()
+    kernel = 0.1 * jnp.asarray(np.random.default_rng(2).standard_normal((16, 16)), jnp.float32)
+
+    def loss(kernel, features, boxes, index, wanted):
+        mixed = jnp.einsum("ij,njhw->nihw", kernel, features)
+        return ((pool(mixed, boxes, index) - wanted) ** 2).mean()
+
+    @jax.jit
+    def step(kernel, *arrays):
+        value, gradient = jax.value_and_grad(loss)(kernel, *arrays)
+        return value, kernel - 0.1 * gradient
+
+    cut = put(mesh, (features, boxes, index, d_output), CUT["images and RoIs"])
+    alone = together = kernel
+    for _ in range(4):
+        right, alone = step(alone, features, boxes, index, d_output)
+        value, together = step(together, *cut)
+        np.testing.assert_allclose(value, right, rtol=1e-5)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_training():
+    isolated(check_training, env=DEVICES, timeout=300)
