@@ -221,7 +221,7 @@ def roi_align_adjoint(
     adapter.check_features("d_output", d_output)
     if features is not None:
         adapter.check_features("features", features)
-        adapter.check_same_dtype("features", features, "d_output", d_output)
+        _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
     adapter.check_rois(rois)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _checks.integers("feature_shape", feature_shape)
@@ -284,7 +284,7 @@ def roi_align_box_gradient(
         return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, rule, out)
     adapter.check_features("d_output", d_output)
     adapter.check_features("features", features)
-    adapter.check_same_dtype("d_output", d_output, "features", features)
+    _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
     adapter.check_rois(rois)
     if out is not None:
         if isinstance(rois, list):

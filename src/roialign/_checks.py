@@ -87,6 +87,27 @@ def rois(
         boxes("rois", value)
 
 
+def features_dtype(name: str, dtype: object, ok: bool) -> None:
+    if not ok:
+        raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
+    if dtype != expected:
+        raise TypeError(f"`{name}` must have the dtype of `{other}`, {expected}, got {dtype}")
+
+
+def boxes_dtype(name: str, dtype: object, ok: bool, integers: bool) -> None:
+    if not ok:
+        wanted = "a float or integer" if integers else "a float"
+        raise TypeError(f"`{name}` must have {wanted} dtype, got {dtype}")
+
+
+def index_dtype(name: str, dtype: object, ok: bool) -> None:
+    if not ok:
+        raise TypeError(f"`{name}` must have an integer dtype, got {dtype}")
+
+
 def string(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"`{name}` must be a str, got {type_name(value)}")

@@ -51,17 +51,7 @@ def check_array(name: str, value: object) -> None:
 
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"`{name}` must be float16, bfloat16, float32 or float64, got {value.dtype}"
-        )
-
-
-def check_same_dtype(name: str, value: Array, other: str, reference: Array) -> None:
-    if value.dtype != reference.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `{other}`, {reference.dtype}, got {value.dtype}"
-        )
+    _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
 
 
 def _is_integer(dtype: Any) -> bool:
@@ -70,14 +60,12 @@ def _is_integer(dtype: Any) -> bool:
 
 def _check_boxes(name: str, value: object, integers: bool) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS and not (integers and _is_integer(value.dtype)):
-        wanted = "a float or integer" if integers else "a float"
-        raise TypeError(f"`{name}` must have {wanted} dtype, got {value.dtype}")
+    ok = value.dtype in _FLOATS or (integers and _is_integer(value.dtype))
+    _checks.boxes_dtype(name, value.dtype, ok, integers)
 
 
 def _check_index(name: str, value: Array) -> None:
-    if not _is_integer(value.dtype):
-        raise TypeError(f"`{name}` must have an integer dtype, got {value.dtype}")
+    _checks.index_dtype(name, value.dtype, _is_integer(value.dtype))
 
 
 def check_rois(rois: object, integers: bool = True) -> None:

@@ -67,34 +67,21 @@ def check_array(name: str, value: object) -> None:
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
     _check_target()
-    if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"`{name}` must be float16, bfloat16, float32 or float64, got {value.dtype}"
-        )
-
-
-def check_same_dtype(name: str, value: Tensor, other: str, reference: Tensor) -> None:
-    if value.dtype != reference.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `{other}`, {reference.dtype}, got {value.dtype}"
-        )
+    _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
 
 
 def _check_float_boxes(name: str, value: object) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS:
-        raise TypeError(f"`{name}` must have a float dtype, got {value.dtype}")
+    _checks.boxes_dtype(name, value.dtype, value.dtype in _FLOATS, False)
 
 
 def _check_boxes(name: str, value: object) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS + _INTEGERS:
-        raise TypeError(f"`{name}` must have a float or integer dtype, got {value.dtype}")
+    _checks.boxes_dtype(name, value.dtype, value.dtype in _FLOATS + _INTEGERS, True)
 
 
 def _check_index(name: str, value: Tensor) -> None:
-    if value.dtype not in _INTEGERS:
-        raise TypeError(f"`{name}` must have an integer dtype, got {value.dtype}")
+    _checks.index_dtype(name, value.dtype, value.dtype in _INTEGERS)
 
 
 def check_rois(rois: object, integers: bool = True) -> None:
@@ -450,7 +437,7 @@ def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, ou
     check_features("d_output", d_output)
     if features is not None:
         check_features("features", features)
-        check_same_dtype("features", features, "d_output", d_output)
+        _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
     check_rois(rois)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _integers("feature_shape", feature_shape)
@@ -469,7 +456,7 @@ def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, ou
 def roi_align_box_gradient_in_graph(d_output, features, rois, rule, out):
     check_features("d_output", d_output)
     check_features("features", features)
-    check_same_dtype("d_output", d_output, "features", features)
+    _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
     check_rois(rois)
     if out is not None:
         check_out("out", out, features.dtype)

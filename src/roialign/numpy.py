@@ -35,6 +35,10 @@ def _is_bfloat16(dtype: np.dtype) -> bool:
     return dtype.kind == "V" and dtype.itemsize == 2 and dtype.name == "bfloat16"
 
 
+def _shown(dtype: np.dtype) -> object:
+    return dtype if dtype.isnative else f"{dtype}, which is not in native byte order"
+
+
 def check_array(name: str, value: object) -> None:
     if not is_array(value):
         raise TypeError(f"`{name}` must be a numpy.ndarray, got {_checks.type_name(value)}")
@@ -42,36 +46,20 @@ def check_array(name: str, value: object) -> None:
 
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS and not _is_bfloat16(value.dtype):
-        raise TypeError(
-            f"`{name}` must be float16, bfloat16, float32 or float64 in native byte order, "
-            f"got {value.dtype}"
-        )
-
-
-def check_same_dtype(name: str, value: np.ndarray, other: str, reference: np.ndarray) -> None:
-    if value.dtype != reference.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `{other}`, {reference.dtype}, got {value.dtype}"
-        )
+    ok = value.dtype in _FLOATS or _is_bfloat16(value.dtype)
+    _checks.features_dtype(name, _shown(value.dtype), ok)
 
 
 def _check_boxes(name: str, value: object, integers: bool) -> None:
     check_array(name, value)
     dtype = value.dtype
-    if dtype in _FLOATS:
-        return
-    kinds = "fiu" if integers else "f"
-    if not (dtype.kind in kinds and dtype.isnative) and not _is_bfloat16(dtype):
-        wanted = "a float or integer" if integers else "a float"
-        raise TypeError(f"`{name}` must have {wanted} dtype in native byte order, got {dtype}")
+    ok = dtype.kind in ("fiu" if integers else "f") and dtype.isnative or _is_bfloat16(dtype)
+    _checks.boxes_dtype(name, _shown(dtype), ok, integers)
 
 
 def _check_index(name: str, value: np.ndarray) -> None:
-    if value.dtype.kind not in "iu" or not value.dtype.isnative:
-        raise TypeError(
-            f"`{name}` must have an integer dtype in native byte order, got {value.dtype}"
-        )
+    dtype = value.dtype
+    _checks.index_dtype(name, _shown(dtype), dtype.kind in "iu" and dtype.isnative)
 
 
 def check_rois(rois: object, integers: bool = True) -> None:

@@ -62,29 +62,17 @@ def check_array(name: str, value: object) -> None:
 
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"`{name}` must be float16, bfloat16, float32 or float64, got {value.dtype}"
-        )
-
-
-def check_same_dtype(name: str, value: Tensor, other: str, reference: Tensor) -> None:
-    if value.dtype != reference.dtype:
-        raise TypeError(
-            f"`{name}` must have the dtype of `{other}`, {reference.dtype}, got {value.dtype}"
-        )
+    _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
 
 
 def _check_boxes(name: str, value: object, integers: bool) -> None:
     check_array(name, value)
-    if value.dtype not in _FLOATS and not (integers and value.dtype in _INTEGERS):
-        wanted = "a float or integer" if integers else "a float"
-        raise TypeError(f"`{name}` must have {wanted} dtype, got {value.dtype}")
+    ok = value.dtype in _FLOATS or (integers and value.dtype in _INTEGERS)
+    _checks.boxes_dtype(name, value.dtype, ok, integers)
 
 
 def _check_index(name: str, value: Tensor) -> None:
-    if value.dtype not in _INTEGERS:
-        raise TypeError(f"`{name}` must have an integer dtype, got {value.dtype}")
+    _checks.index_dtype(name, value.dtype, value.dtype in _INTEGERS)
 
 
 def check_rois(rois: object, integers: bool = True) -> None:
