@@ -23,13 +23,10 @@ import argparse
 import functools
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn, random
-from matplotlib import pyplot as plt
+from refinement_figure import report
 
 from roialign import roi_align
 
@@ -197,42 +194,6 @@ def train(key, options):
     return state[0], np.array(history)
 
 
-def draw_figure(path, history, images, proposals, refined):
-    rough, image_index, true, _ = proposals
-    figure, axes = plt.subplot_mosaic(
-        "L012;G345", figsize=(13, 5.4), width_ratios=[1.3, 1, 1, 1], layout="constrained"
-    )
-    steps = range(1, len(history) + 1)
-    axes["L"].plot(steps, history[:, 0], lw=1, label="judge: class and IoU of boxes")
-    axes["L"].plot(steps, history[:, 1], lw=1, color="tab:purple", label="refined boxes, by judge")
-    axes["L"].set(title="Losses", ylabel="loss", ylim=0)
-    axes["L"].legend(frameon=False)
-    axes["G"].plot(steps, history[:, 2], lw=1, color="tab:green")
-    axes["G"].set(title="Gradient that came through the boxes", xlabel="step", ylabel="norm")
-    before, after = box_iou(rough, true), box_iou(refined, true)
-    kinds = {
-        "before": (rough, "orange", "-"),
-        "after": (refined, "cyan", "-"),
-        "true": (true, "white", "--"),
-    }
-    for shown in range(6):
-        axis = axes[str(shown)]
-        image = (images[shown].transpose(1, 2, 0) / 2 + 0.3).clip(0, 1)
-        axis.imshow(image, extent=(0, WIDTH, HEIGHT, 0))
-        here = np.flatnonzero(image_index == shown)
-        for row in here:
-            for label, (boxes, colour, style) in kinds.items():
-                x1, y1, x2, y2 = map(float, boxes[row])
-                look = dict(edgecolor=colour, linestyle=style, linewidth=1.6, label=label)
-                axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
-        axis.set(xticks=[], yticks=[], xlim=(0, WIDTH), ylim=(HEIGHT, 0))
-        axis.set_title("IoU " + ",  ".join(f"{before[r]:.2f} to {after[r]:.2f}" for r in here), fontsize=10)
-    lines = axes["0"].patches[:3]
-    look = dict(facecolor="0.4", labelcolor="white", framealpha=1)
-    figure.legend(handles=lines, loc="outside lower right", ncols=3, **look)
-    figure.savefig(path, dpi=110)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
@@ -245,15 +206,11 @@ def main(arguments=None):
     parameters, history = train(learning, options)
 
     images, boxes, classes = draw_images(held_out, 200)
-    proposals = propose(jitter, boxes, classes, 1)
-    rough, image_index, true, _ = proposals
+    rough, image_index, true, _ = propose(jitter, boxes, classes, 1)
     features = backbone(parameters["backbone"], images)
     refined = refined_boxes(parameters, features, rough, image_index)
-    draw_figure(options.output, history, np.asarray(images), proposals, refined)
-    print(f"mean norm of the box gradient  {history[:, 2].mean():.2e}")
-    print(f"held-out mean IoU before       {box_iou(rough, true).mean():.3f}")
-    print(f"held-out mean IoU after        {box_iou(refined, true).mean():.3f}")
-    print(f"written to {options.output}")
+    arrays = (history, images, image_index, rough, refined, true)
+    report(options.output, *map(np.asarray, arrays))
 
 
 if __name__ == "__main__":

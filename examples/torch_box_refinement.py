@@ -25,11 +25,8 @@ also learn from a loss on what is inside them.
 
 import argparse
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
+from refinement_figure import report
 from torch import nn
 from torch.nn import functional as F
 
@@ -162,42 +159,6 @@ def train(model, options, random):
     return torch.tensor(history)
 
 
-def draw_figure(path, history, images, proposals, refined):
-    rough, image_index, true, _ = proposals
-    figure, axes = plt.subplot_mosaic(
-        "L012;G345", figsize=(13, 5.4), width_ratios=[1.3, 1, 1, 1], layout="constrained"
-    )
-    steps = range(1, len(history) + 1)
-    axes["L"].plot(steps, history[:, 0], lw=1, label="judge: class and IoU of boxes")
-    axes["L"].plot(steps, history[:, 1], lw=1, color="tab:purple", label="refined boxes, by judge")
-    axes["L"].set(title="Losses", ylabel="loss", ylim=0)
-    axes["L"].legend(frameon=False)
-    axes["G"].plot(steps, history[:, 2], lw=1, color="tab:green")
-    axes["G"].set(title="Gradient that came through the boxes", xlabel="step", ylabel="norm")
-    before, after = box_iou(rough, true), box_iou(refined, true)
-    kinds = {
-        "before": (rough, "orange", "-"),
-        "after": (refined, "cyan", "-"),
-        "true": (true, "white", "--"),
-    }
-    for shown in range(6):
-        axis = axes[str(shown)]
-        image = (images[shown].permute(1, 2, 0) / 2 + 0.3).clamp(0, 1)
-        axis.imshow(image, extent=(0, WIDTH, HEIGHT, 0))
-        for row in torch.nonzero(image_index == shown)[:, 0]:
-            for label, (boxes, colour, style) in kinds.items():
-                x1, y1, x2, y2 = boxes[row].tolist()
-                look = dict(edgecolor=colour, linestyle=style, linewidth=1.6, label=label)
-                axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
-        axis.set(xticks=[], yticks=[], xlim=(0, WIDTH), ylim=(HEIGHT, 0))
-        pairs = zip(before[image_index == shown], after[image_index == shown])
-        axis.set_title("IoU " + ",  ".join(f"{b:.2f} to {a:.2f}" for b, a in pairs), fontsize=10)
-    lines = axes["0"].patches[:3]
-    look = dict(facecolor="0.4", labelcolor="white", framealpha=1)
-    figure.legend(handles=lines, loc="outside lower right", ncols=3, **look)
-    figure.savefig(path, dpi=110)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
@@ -214,15 +175,11 @@ def main(arguments=None):
     history = train(model, options, random)
 
     images, boxes, classes = draw_images(200, held_out)
-    proposals = propose(boxes, classes, 1, held_out)
-    rough, image_index, true, _ = proposals
+    rough, image_index, true, _ = propose(boxes, classes, 1, held_out)
     with torch.no_grad():
         refined = model.refined(model.backbone(images), rough, image_index)
-    draw_figure(options.output, history, images, proposals, refined)
-    print(f"mean norm of the box gradient  {history[:, 2].mean():.2e}")
-    print(f"held-out mean IoU before       {box_iou(rough, true).mean():.3f}")
-    print(f"held-out mean IoU after        {box_iou(refined, true).mean():.3f}")
-    print(f"written to {options.output}")
+    arrays = (history, images, image_index, rough, refined, true)
+    report(options.output, *(array.numpy() for array in arrays))
 
 
 if __name__ == "__main__":
