@@ -748,3 +748,34 @@ def test_an_older_jax_is_refused():
         "else:\n    raise AssertionError('it was imported')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_disable_jit(make_problem):
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    expected = pool(problem, features, boxes)
+    with jax.disable_jit():
+        same(pool(problem, features, boxes), expected)
+        gradient = jax.grad(lambda b: pool(problem, features, b).sum())(boxes)
+    same(gradient, jax.grad(lambda b: pool(problem, features, b).sum())(boxes))
+
+
+@pytest.mark.parametrize("operation", ["forward", "box gradient"])
+def test_vmap_over_nothing(make_problem, operation):
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    f = lambda features: pool(problem, features, boxes)  # noqa: E731
+    if operation == "box gradient":
+        f = lambda features: jax.grad(lambda b: pool(problem, features, b).sum())(boxes)  # noqa: E731
+    empty = jax.vmap(f)(jnp.zeros((0, *features.shape)))
+    assert empty.shape == (0, *f(features).shape)
+
+
+def test_symbolic_sides(make_problem):
+    pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
+    problem = make_problem()
+    features, boxes = leaves(problem)
+    h, w = jax.export.symbolic_shape("h, w")
+    shape = jax.ShapeDtypeStruct((*features.shape[:2], h, w), features.dtype)
+    program = exported(lambda f, b: pool(problem, f, b), shape, boxes)
+    same(program.call(features, boxes), pool(problem, features, boxes))

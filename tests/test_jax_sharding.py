@@ -236,6 +236,9 @@ def check_explicit():
         check((output, *results), right)
         for result, given in zip(results, cut[:2], strict=True):
             assert result.sharding.is_equivalent_to(given.sharding, result.ndim)
+    # features alone are placed
+    features = jax.device_put(arrays[0], NamedSharding(mesh, P(None, "y")))
+    check((jax.jit(pool)(features, *arrays[1:3]),), right[:1])
 
 
 def test_explicit_axes():

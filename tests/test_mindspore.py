@@ -715,6 +715,19 @@ def test_jvp(mode, problem):
     tolerance.check(tangent.asnumpy(), expected, tolerance.forward(problem, expected, v))
 
 
+def test_vmap(mode, problem):
+    """Over features, of a pair: in each mode."""
+    pool, (features, boxes, index) = pooling(problem), arguments(problem)
+    two = Tensor(np.stack([problem.features, 2 * problem.features]))
+
+    def over_features(features):
+        return pool(features, boxes, index)
+
+    output = mindspore.vmap(over_features)(two).asnumpy()
+    expected = pool(features, boxes, index).asnumpy()
+    assert (output[0] == expected).all() and (output[1] == 2 * expected).all()
+
+
 # Graph mode's own
 
 

@@ -692,3 +692,82 @@ def test_ordinary_rows_have_the_gradients_of_a_pair(make_problem, moves):
 
     for ours, other in zip(gradients("rows"), gradients("pair")):
         assert torch.equal(ours, other)
+
+
+# What tensors can be, other than memory
+
+
+def rows_and_pair():
+    yield ROIS
+    yield ROIS[:, 1:], ROIS[:, 0].long()
+
+
+def test_a_tensor_without_memory_does_not_crash():
+    features = torch.rand(2, 3, 8, 9)
+    for rois in rows_and_pair():
+        zeros = torch._efficientzerotensor(features.shape)  # a wrapper: values without memory
+        assert not roialign.roi_align(zeros, rois, 2).any()
+        freed = features.clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises((TypeError, RuntimeError)):
+            roialign.roi_align(freed, rois, 2)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_devices_are_not_mixed():
+    features, d_output = torch.rand(2, 3, 8, 9), torch.rand(len(ROIS), 3, 2, 2)
+    boxes, index = ROIS[:, 1:], ROIS[:, 0].long()
+    for call, name in (
+        (lambda: roialign.roi_align(features, ROIS.to("meta"), 2), "rois"),
+        (lambda: roialign.roi_align(features.to("meta"), ROIS, 2), "rois"),
+        (lambda: roialign.roi_align(features, (boxes, index.to("meta")), 2), "image_index"),
+        (lambda: roialign.roi_align_adjoint(d_output, ROIS.to("meta"), features.shape), "rois"),
+        (lambda: roialign.roi_align_box_gradient(d_output, features.to("meta"), ROIS), "features"),
+    ):
+        with pytest.raises(TypeError, match=f"`{name}` must be on the device of"):
+            call()
+    nested = torch.nested.nested_tensor([torch.rand(3, 8, 9)])
+    with pytest.raises(TypeError, match="`features` must be a dense tensor, got a nested one"):
+        roialign.roi_align(nested, ROIS, 2)
+
+
+def test_out_is_a_change_that_autograd_sees():
+    features, weights = torch.rand(2, 3, 8, 9), torch.ones(len(ROIS), 3, 2, 2, requires_grad=True)
+    for rois in rows_and_pair():
+        out = torch.zeros(len(ROIS), 3, 2, 2)
+        loss = (out * weights).sum()
+        roialign.roi_align(features, rois, 2, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_another_default_device():
+    features, d_output = torch.rand(2, 3, 8, 9), torch.rand(len(ROIS), 3, 2, 2)
+    boxes = [ROIS[:2, 1:], ROIS[2:, 1:]]
+
+    def calls():
+        yield roialign.roi_align(features, ROIS, 2)
+        yield roialign.roi_align(features, boxes, 2)
+        yield roialign.roi_align_box_gradient(d_output, features, ROIS)
+
+    expected = list(calls())
+    with torch.device("meta"):
+        assert all(map(torch.equal, calls(), expected))
+
+
+def test_gradients_of_a_batch():
+    """What torch batches without torch.func."""
+    features = torch.rand(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
+    rois = ROIS.double().requires_grad_()
+    output = roialign.roi_align(features, rois, 2, sampling_ratio=2)
+    g = torch.rand(3, *output.shape, dtype=torch.float64)
+    leaves = features, rois
+    batched = torch.autograd.grad(output, leaves, g, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(output, leaves, each, retain_graph=True) for each in g]
+    for actual, expected in zip(batched, zip(*one_by_one), strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_vmap_over_nothing():
+    output = torch.func.vmap(lambda f: roialign.roi_align(f, ROIS, 2))(torch.zeros(0, 2, 3, 8, 9))
+    assert output.shape == (0, len(ROIS), 3, 2, 2)

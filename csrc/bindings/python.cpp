@@ -1,5 +1,5 @@
-// The Python module roialign._core: NumPy's buffers as pointers, shapes and strides. The adapters
-// check everything that a user can get wrong; what is checked here keeps memory safe.
+// The Python module roialign._core: NumPy's buffers and torch's tensors as pointers, shapes and strides. The
+// adapters check everything that a user can get wrong; what is checked here keeps memory safe.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -78,6 +78,19 @@ bool take_dtype(const nb::dlpack::dtype& t, Array& array) {
   return true;
 }
 
+// Whether a tensor has memory where its elements are: there are wrappers, and storages that were freed.
+bool describe(const nb::handle& tensor, nb::dlpack::dltensor& given) {
+  if (exchange->describe(tensor.ptr(), &given)) {
+    PyErr_Clear();
+    return false;
+  }
+  return given.data || std::any_of(given.shape, given.shape + given.ndim, [](int64_t n) { return n == 0; });
+}
+bool has_memory(const nb::object& tensor) {
+  nb::dlpack::dltensor given;
+  return describe(tensor, given);
+}
+
 // Never converts: a silent copy of an output would lose the result.
 template <class NdArray>
 bool read(const nb::handle& object, Array& array) {
@@ -92,10 +105,7 @@ bool read(const nb::handle& object, Array& array) {
   };
   if (tensor_type && PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
     nb::dlpack::dltensor given;
-    if (exchange->describe(object.ptr(), &given)) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!describe(object, given)) return false;
     array.data = static_cast<char*>(given.data) + given.byte_offset;
     return given.device.device_type == nb::device::cpu::value && (given.strides || !given.ndim) &&
            take(given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
@@ -310,6 +320,7 @@ NB_MODULE(_core, m) {
   m.attr("usable_isas") = names(usable_isas());
   m.def("available_cpus", &available_cpus);
   m.def("accept", &python::accept);
+  m.def("has_memory", &python::has_memory);
   m.def("are_ordinary", &python::are_ordinary);
   m.def("allocate", &python::allocate);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));

@@ -197,12 +197,12 @@ def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
 def pixels(name: str, shape: Sequence[int], rois: int) -> None:
     """RoIs need an image and pixels to sample, as many as 32 bits count; channels there may be none.
 
-    How many RoIs there are is asked last: while a compiler reads, it may not be known.
+    How many RoIs there are is asked last: while a compiler reads, it may not be known, nor a side.
     """
     if not (shape[0] and shape[2] and shape[3]) and rois:
         raise ValueError(
             f"`{name}` must have at least one image and one pixel where there are RoIs, "
             f"got {tuple(shape)}"
         )
-    if max(shape[2:]) > MAX_SIDE and rois:
+    if any(isinstance(side, int) and side > MAX_SIDE for side in shape[2:]) and rois:
         raise ValueError(f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}")

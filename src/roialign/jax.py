@@ -19,7 +19,6 @@ if jax.__version_info__ < (0, 4, 38):
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -408,7 +407,12 @@ def _cut(mesh: Mesh, arrays: Iterable[tuple[str, Any]]) -> dict[str, tuple]:
 # The primitive
 
 _roi_align_p = Primitive("roi_align")
-prim_requires_devices_during_lowering.add(_roi_align_p)  # custom_partitioning asks for its caller's
+try:  # private: custom_partitioning asks for its caller's devices
+    from jax._src.dispatch import prim_requires_devices_during_lowering
+
+    prim_requires_devices_during_lowering.add(_roi_align_p)
+except ImportError:
+    pass
 _dense_everywhere = False  # for tests
 
 
@@ -442,14 +446,21 @@ def _abstract(boxes, index, *arrays, call):
     result = call.result(boxes, arrays)
     if not hasattr(jax, "typeof"):
         return jax.core.ShapedArray(result.shape, result.dtype)
-    mesh = boxes.sharding.mesh  # types have shardings where its axes are explicit
+    meshes = [x.sharding.mesh for x in (boxes, index, *arrays)]  # a type's, where its axes are explicit
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     names = ("boxes", "image_index", *_TAKES[call.operation])
     cut = _cut(mesh, zip(names, (boxes, index, *arrays)))
     sharding = _sharding(mesh, _GIVES[call.operation], cut)
     return boxes.update(shape=result.shape, dtype=result.dtype, weak_type=False, sharding=sharding)
 
 
-_roi_align_p.def_impl(jax.jit(_roi_align_p.bind, static_argnames="call"))
+_jitted = jax.jit(_roi_align_p.bind, static_argnames="call")
+
+
+@_roi_align_p.def_impl
+def _impl(*operands, call):
+    with jax.disable_jit(False):  # else it would be asked again
+        return _jitted(*operands, call=call)
 
 
 def _on_cpu(boxes, index, *arrays, call):
@@ -507,6 +518,10 @@ def _batch(operands, dims, *, call):
     """One more axis in front becomes more images and more RoIs."""
     size = next(x.shape[d] for x, d in zip(operands, dims) if d is not None)
     images, *pixels = call.map_shape
+    boxes_shape = list(operands[0].shape)
+    if dims[0] is not None:
+        del boxes_shape[dims[0]]
+    count, _ = boxes_shape
     names = "boxes", "image_index", *_TAKES[call.operation]
     batched = dict(zip(names, [d is not None for d in dims]))
     own_images = batched.get("features", call.operation == "adjoint")
@@ -521,11 +536,12 @@ def _batch(operands, dims, *, call):
     }
     boxes, index = arrays.pop("boxes"), arrays.pop("image_index")
     if own_images:
-        offsets = images * jnp.repeat(jnp.arange(size, dtype=index.dtype), len(index) // size)
-        index = jnp.where((index >= 0) & (index < images), index + offsets, -1)
+        index = index.reshape(size, count)
+        offsets = images * jnp.arange(size, dtype=index.dtype)[:, None]
+        index = jnp.where((index >= 0) & (index < images), index + offsets, -1).ravel()
         call = call._replace(map_shape=(size * images, *pixels))
     result = _bind(call, boxes, index, arrays)
-    return result.reshape(size, result.shape[0] // size, *result.shape[1:]), 0
+    return result.reshape(size, images if call.operation == "adjoint" else count, *result.shape[1:]), 0
 
 
 ad.primitive_jvps[_roi_align_p] = _jvp

@@ -54,8 +54,9 @@ def are_ordinary(features: object, rois: object) -> bool:
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {_checks.type_name(value)}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}")
+    if value.is_nested or value.layout is not torch.strided:
+        got = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"`{name}` must be a dense tensor, got {got}")
     if not (value.is_cpu or value.is_meta):
         raise TypeError(f"`{name}` must be on the CPU, got device {value.device}")
 
@@ -122,7 +123,7 @@ def parse_rois(rois: Any, images: int) -> Rois:
         return Rois(*rois, rois)
     if isinstance(rois, list):
         if not rois:
-            return Rois(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), rois)
+            return Rois(*_columns(torch.zeros(0, 5, device="cpu")), rois)
         index = [b.new_full((b.shape[0],), i, dtype=torch.int64) for i, b in enumerate(rois)]
         # Boxes of different dtypes meet in float64, which holds all of them.
         if any(boxes.dtype != rois[0].dtype for boxes in rois):
@@ -189,7 +190,7 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape) * like.itemsize
     if _LARGE <= size < 2**62:
         return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
-    return torch.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device="cpu")
 
 
 # Kernels: the core on the tensors' memory
@@ -245,7 +246,7 @@ def _adjoint_kernel(d_output, boxes, index, tangent, feature_shape, *rule, out=N
 
 def _box_gradient_kernel(d_output, features, boxes, index, *rule) -> Tensor:
     coordinate = torch.float64 if features.dtype is torch.float64 else torch.float32
-    d_boxes = torch.empty(boxes.shape[0], 4, dtype=coordinate)
+    d_boxes = torch.empty(boxes.shape[0], 4, dtype=coordinate, device="cpu")
     _run(_core.box_gradient, (d_output, features), boxes, index, None, rule, d_boxes)
     return d_boxes.to(gradient_dtype(boxes.dtype))
 
@@ -391,13 +392,18 @@ def _checked_index(index: Tensor, dim: int | None, batch: int, images: int) -> T
     return torch.where(fine, index.to(torch.int64), -1)
 
 
+def _length(tensor: Tensor, dim: int | None) -> int:
+    """Of the first axis but the batch."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
 def _flat(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     return _expand(tensor, dim, batch).flatten(0, 1)
 
 
 def _forward_vmap(info, dims, features, boxes, index, tangent, output_size, *rule):
     batch = info.batch_size
-    images = features.shape[0 if dims[0] is None else 1 if dims[0] == 0 else 0]
+    images, count = _length(features, dims[0]), _length(boxes, dims[1])
     index = _checked_index(index, dims[2], batch, images)
     if dims[0] is not None:
         index, features = _image_offsets(index, images), _flat(features, dims[0], batch)
@@ -405,7 +411,7 @@ def _forward_vmap(info, dims, features, boxes, index, tangent, output_size, *rul
         tangent = _flat(tangent, dims[3], batch)
     boxes = _flat(boxes, dims[1], batch)
     output = _call("forward", features, boxes, index.flatten(), tangent, output_size, *rule)
-    return output.unflatten(0, (batch, -1)), 0
+    return output.unflatten(0, (batch, count)), 0
 
 
 def _adjoint_vmap(info, dims, d_output, boxes, index, tangent, feature_shape, *rule):
@@ -421,13 +427,13 @@ def _adjoint_vmap(info, dims, d_output, boxes, index, tangent, feature_shape, *r
 
 def _box_gradient_vmap(info, dims, d_output, features, boxes, index, *rule):
     batch = info.batch_size
-    images = features.shape[0 if dims[1] is None else 1 if dims[1] == 0 else 0]
+    images, count = _length(features, dims[1]), _length(boxes, dims[2])
     index = _checked_index(index, dims[3], batch, images)
     if dims[1] is not None:
         index, features = _image_offsets(index, images), _flat(features, dims[1], batch)
     d_output, boxes = _flat(d_output, dims[0], batch), _flat(boxes, dims[2], batch)
     d_boxes = _call("box_gradient", d_output, features, boxes, index.flatten(), *rule)
-    return d_boxes.unflatten(0, (batch, -1)), 0
+    return d_boxes.unflatten(0, (batch, count)), 0
 
 
 _VMAPS = {"forward": _forward_vmap, "adjoint": _adjoint_vmap, "box_gradient": _box_gradient_vmap}
@@ -587,12 +593,14 @@ except (ImportError, AttributeError):
         return tensor
 
 
-def _has_memory(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether these are tensors themselves, on the CPU: no subclass, no meta tensor."""
-    for t in tensors:
-        if t is not None and not (type(t) in _PLAIN and t.is_cpu):
-            return False
-    return True
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are torch's own tensors on the CPU, or wrappers that pass for such."""
+    return all([t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors])
+
+
+def _have_memory(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the elements of these are where the core can read and write them."""
+    return _are_plain(tensors) and all([t is None or _core.has_memory(t) for t in tensors])
 
 
 # `apply` without the part that looks for transforms and binds arguments by their names.
@@ -607,19 +615,21 @@ def _needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
 
 def _operate(name: str, args: tuple) -> Tensor:
     """Without derivatives: on memory, or by the operator."""
-    if not _watched() and _has_memory(args[:_TENSORS]):
+    if not _watched() and _have_memory(args[:_TENSORS]):
         return _KERNELS[name](*args)
     return _OPERATORS[name](*args)
 
 
 def _call(name: str, *args) -> Tensor:
     tensors = args[:_TENSORS]
-    if _is_traced() or not _has_memory(tensors):
+    if _is_traced() or not _are_plain(tensors):
         _shard()
         return _OPERATORS[name](*args)
     if _watched() or _in_forward_mode():
         return _FUNCTIONS[name].apply(*args)
     tensors = [None if t is None else _alive(t) for t in tensors]
+    if not _have_memory(tensors):
+        return _OPERATORS[name](*args)
     if _needs_gradient(tensors):
         return _RECORDED[name](*tensors, *args[_TENSORS:])
     return _KERNELS[name](*tensors, *args[_TENSORS:])
@@ -655,10 +665,25 @@ _record_rows = super(Function, _Rows).apply
 def _forward_rows(features, rows, output_size, rule, out) -> Tensor:
     if _needs_gradient((features, rows)):
         return _record_rows(features, rows, output_size, rule)
-    return _forward_kernel(features, rows, None, None, output_size, *rule, out=out)
+    output = _forward_kernel(features, rows, None, None, output_size, *rule, out=out)
+    return output if out is None else _written(out)
 
 
-# Operations. Their arguments have been checked, but for the image index.
+def _written(out: Tensor) -> Tensor:
+    """So that autograd knows: a graph that has kept `out` is refused its backward."""
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+# Operations. Their arguments have been checked, but for devices and the image index.
+
+
+def _check_devices(name: str, array: Tensor, **others: Tensor | None) -> None:
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != array.device:
+            raise TypeError(
+                f"`{other}` must be on the device of `{name}`, {array.device}, got {tensor.device}"
+            )
 
 
 def forward(
@@ -672,10 +697,11 @@ def forward(
 ) -> Tensor:
     """Pooled features (K, C, P, Q)."""
     if image_index is None:
-        if not _in_forward_mode() and _has_memory((out,)):
+        if not _in_forward_mode() and _have_memory((out,)):
             return _forward_rows(features, boxes, output_size, rule.numbers, out)
         boxes, image_index = _columns(boxes)
-    elif _is_traced() and _is_onnx_export():
+    _check_devices("features", features, rois=boxes, image_index=image_index, out=out)
+    if _is_traced() and _is_onnx_export():
         return _onnx_forward(features, boxes, image_index, output_size, rule)
     args = (features, boxes, image_index, None, output_size, *rule.numbers)
     return _into(out, "forward", args)
@@ -691,6 +717,7 @@ def adjoint(
     out: Tensor | None = None,
 ) -> Tensor:
     """The gradient in the features (N, C, H, W)."""
+    _check_devices("d_output", d_output, rois=boxes, image_index=image_index, out=out)
     args = (d_output, boxes, image_index, None, feature_shape, *rule.numbers)
     return _into(out, "adjoint", args)
 
@@ -703,6 +730,7 @@ def box_gradient(
     rule: Rule,
 ) -> Tensor:
     """The gradient in the boxes (K, 4), x1 y1 x2 y2, in their dtype."""
+    _check_devices("d_output", d_output, features=features, rois=boxes, image_index=image_index)
     return _call("box_gradient", d_output, features, boxes, image_index, *rule.numbers)
 
 
@@ -710,9 +738,10 @@ def _into(out: Tensor | None, name: str, args: tuple) -> Tensor:
     if out is None:
         return _call(name, *args)
     direct = not (_is_traced() or _watched() or _in_forward_mode())
-    if not (direct and _has_memory((out, *args[:_TENSORS]))):
+    if not (direct and _have_memory((out, *args[:_TENSORS]))):
         return out.copy_(_call(name, *args))
-    return _KERNELS[name](*args, out=out)
+    _KERNELS[name](*args, out=out)
+    return _written(out)
 
 
 # Export to ONNX. Its operator RoiAlign is `half_pixel`, and `asymmetric` as "output_half_pixel"; on
