@@ -680,7 +680,9 @@ def _written(out: Tensor) -> Tensor:
 
 def _check_devices(name: str, array: Tensor, **others: Tensor | None) -> None:
     for other, tensor in others.items():
-        if tensor is not None and tensor.device != array.device:
+        if tensor is None or tensor.device == array.device:
+            continue
+        if tensor.numel():  # an empty list of rois has no device
             raise TypeError(
                 f"`{other}` must be on the device of `{name}`, {array.device}, got {tensor.device}"
             )
