@@ -52,29 +52,13 @@ def _is_a(array: object, library: str, kind: str) -> bool:
     return module is not None and isinstance(array, getattr(module, kind))
 
 
-def rule_of(spatial_scale, sampling_ratio, convention, reduction) -> _conventions.Rule:
-    """The arguments that all operations share: all types first, then the values.
-
-    Comes after the type checks of the other arguments and before the checks of their values.
-    """
-    scale = _checks.reals("spatial_scale", spatial_scale)
-    ratio = _checks.integer("sampling_ratio", sampling_ratio)
-    if not isinstance(convention, (str, _conventions.Convention)):
-        raise TypeError(
-            f"`convention` must be a name or a Convention, got {_checks.type_name(convention)}"
-        )
-    _checks.reduction(_checks.string("reduction", reduction))
-    scale = _checks.scales("spatial_scale", scale)
-    return _conventions.rule(scale, ratio, _conventions.resolve(convention))
-
-
-_remembered_rule = functools.lru_cache(rule_of)
+_remembered_rule = functools.lru_cache(_checks.rule)
 
 
 def _ordinary_rule(*given) -> _conventions.Rule:
-    """`rule_of`, remembered for the usual types, which make safe keys."""
+    """`_checks.rule`, remembered for the usual types, which make safe keys."""
     usual = tuple(map(type, given)) == (float, int, str, str)
-    return _remembered_rule(*given) if usual else rule_of(*given)
+    return _remembered_rule(*given) if usual else _checks.rule(*given)
 
 
 def roi_align(
@@ -141,7 +125,7 @@ def roi_align(
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, features.dtype)
-    find_rule = _ordinary_rule if ordinary else rule_of
+    find_rule = _ordinary_rule if ordinary else _checks.rule
     rule = find_rule(spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
     return _forward(adapter, features, rois, ordinary, bins, rule, out)
@@ -228,10 +212,10 @@ def roi_align_adjoint(
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    rule = rule_of(spatial_scale, sampling_ratio, convention, reduction)
+    rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
     parsed = adapter.parse_rois(rois, shape[0])
-    check_d_output(d_output, parsed.boxes.shape[0], shape[1])
+    _checks.d_output(d_output.shape, parsed.boxes.shape[0], shape[1])
     _checks.pixels("feature_shape", shape, parsed.boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
@@ -292,11 +276,11 @@ def roi_align_box_gradient(
         for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
             adapter.check_out("out", out, adapter.gradient_dtype(boxes.dtype))
 
-    rule = rule_of(spatial_scale, sampling_ratio, convention, reduction)
+    rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     parsed = adapter.parse_rois(rois, features.shape[0])
     count = parsed.boxes.shape[0]
-    check_d_output(d_output, count, features.shape[1])
+    _checks.d_output(d_output.shape, count, features.shape[1])
     _checks.pixels("features", features.shape, count)
     if out is not None:
         inputs = [d_output, features, *parsed.arrays()]
@@ -307,13 +291,6 @@ def roi_align_box_gradient(
         return d_rois
     out[...] = d_rois
     return out
-
-
-def check_d_output(d_output: Any, count: int, channels: int) -> None:
-    shape = d_output.shape
-    fits = len(shape) == 4 and shape[:2] == (count, channels) and min(shape[2:]) > 0
-    _checks.shape("d_output", f"({count}, {channels}, P, Q)", shape, fits)
-    _checks.bins("d_output", tuple(shape[2:]))
 
 
 class ROIAlign:

@@ -11,6 +11,8 @@ import numbers
 import operator
 from collections.abc import Callable, Sequence
 
+from roialign import _conventions
+
 REDUCTIONS = ("mean",)
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
 MAX_BINS = 2**31 - 1  # of one RoI
@@ -151,10 +153,10 @@ def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
     return value
 
 
-def reduction(value: str) -> None:
-    if value not in REDUCTIONS:
-        accepted = ", ".join(map(repr, REDUCTIONS))
-        raise ValueError(f"`reduction` must be one of {accepted}, got {value!r}")
+def d_output(shape_: Sequence[int], count: int, channels: int) -> None:
+    fits = len(shape_) == 4 and shape_[:2] == (count, channels) and min(shape_[2:]) > 0
+    shape("d_output", f"({count}, {channels}, P, Q)", shape_, fits)
+    bins("d_output", tuple(shape_[2:]))
 
 
 def shape(name: str, expected: str, got: Sequence[int], ok: bool) -> None:
@@ -206,3 +208,26 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
         )
     if any(isinstance(side, int) and side > MAX_SIDE for side in shape[2:]) and rois:
         raise ValueError(f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}")
+
+
+# Both
+
+
+def rule(
+    spatial_scale: object, sampling_ratio: object, convention: object, reduction: object
+) -> _conventions.Rule:
+    """The arguments that all operations share: all types first, then the values.
+
+    Comes after the type checks of the other arguments and before the checks of their values.
+    """
+    scale = reals("spatial_scale", spatial_scale)
+    ratio = integer("sampling_ratio", sampling_ratio)
+    if not isinstance(convention, (str, _conventions.Convention)):
+        raise TypeError(
+            f"`convention` must be a name or a Convention, got {type_name(convention)}"
+        )
+    if string("reduction", reduction) not in REDUCTIONS:
+        accepted = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")
+    scale = scales("spatial_scale", scale)
+    return _conventions.rule(scale, ratio, _conventions.resolve(convention))

@@ -18,7 +18,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common import _Function
 
 import roialign
-from roialign import _api, _checks, _core, _threads
+from roialign import _checks, _core, _threads
 from roialign._conventions import Rule
 
 __all__ = ["ROIAlign"]
@@ -399,7 +399,7 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
 
 @ops.constexpr
 def _rule_in_graph(given: tuple) -> Tensor:
-    return _numbers(_api.rule_of(*given))
+    return _numbers(_checks.rule(*given))
 
 
 @ops.constexpr
@@ -446,7 +446,7 @@ def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, ou
     rule = _rule_in_graph(rule)
     shape = _checks.feature_shape(shape)
     boxes, index = _boxes_and_index(rois, shape[0])
-    _api.check_d_output(d_output, boxes.shape[0], shape[1])
+    _checks.d_output(d_output.shape, boxes.shape[0], shape[1])
     rule = _with_pixels(rule, "feature_shape", shape, boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
@@ -463,7 +463,7 @@ def roi_align_box_gradient_in_graph(d_output, features, rois, rule, out):
     rule = _rule_in_graph(rule)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     boxes, index = _boxes_and_index(rois, features.shape[0])
-    _api.check_d_output(d_output, boxes.shape[0], features.shape[1])
+    _checks.d_output(d_output.shape, boxes.shape[0], features.shape[1])
     rule = _with_pixels(rule, "features", features.shape, boxes.shape[0])
     return _like_given(rois, _box_gradient(d_output, features, boxes, index, rule))
 
