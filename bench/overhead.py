@@ -8,7 +8,6 @@ the others.
 import datetime
 import statistics
 import sys
-import timeit
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ import torch
 import roialign
 import roialign.torch
 from bench import run
-
-ROUNDS, SECONDS = 7, 0.1
+from bench.calls import seconds_of
 
 
 def calls():
@@ -48,23 +46,11 @@ def calls():
     }
 
 
-def measured():
-    timers = {name: timeit.Timer(call) for name, call in calls().items()}
-    counts = {}
-    for name, timer in timers.items():
-        count, seconds = timer.autorange()
-        counts[name] = max(1, int(count * SECONDS / seconds))
-    samples = {name: [] for name in timers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(counts[name]) / counts[name] * 1e6)
-    return samples
-
-
 def main():
     torch.set_num_threads(1)
     roialign.set_num_threads(1)
-    samples = measured()
+    timed = seconds_of(calls())
+    samples = {name: [s * 1e6 for s in values] for name, values in timed.items()}
     kernel = statistics.median(samples["kernel"])
     print("| a call | us above the kernel |\n| --- | ---: |")
     for name, values in samples.items():

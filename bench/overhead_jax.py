@@ -10,7 +10,6 @@ checked before it is timed: milliseconds.
 import datetime
 import statistics
 import sys
-import timeit
 from pathlib import Path
 
 import jax
@@ -20,9 +19,9 @@ import numpy as np
 import roialign
 import roialign.jax
 from bench import run
+from bench.calls import seconds_of
 from cases import WORKLOADS
 
-ROUNDS, SECONDS = 7, 0.1
 COMPARED = ("W6", "W3")
 
 
@@ -123,20 +122,6 @@ def formulations(name):
     return found
 
 
-def measured(calls):
-    """Seconds of one call, a list of the rounds for each."""
-    timers = {name: timeit.Timer(call) for name, call in calls.items()}
-    counts = {}
-    for name, timer in timers.items():
-        count, seconds = timer.autorange()
-        counts[name] = max(1, int(count * SECONDS / seconds))
-    samples = {name: [] for name in timers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(counts[name]) / counts[name])
-    return samples
-
-
 def table(heading, samples, unit, off=0.0):
     print(f"\n| {heading} |\n| --- | ---: |")
     for name, values in samples.items():
@@ -146,14 +131,14 @@ def table(heading, samples, unit, off=0.0):
 
 def main():
     roialign.set_num_threads(1)
-    overhead = measured(calls())
+    overhead = seconds_of(calls())
     kernel = statistics.median(overhead["kernel"])
     above = {"kernel": overhead.pop("kernel")}
     table("a call | us above the kernel", overhead, 1e6, kernel * 1e6)
     table("the kernel alone | us", above, 1e6)
     compared = {}
     for name in COMPARED:
-        compared[name] = measured(formulations(name))
+        compared[name] = seconds_of(formulations(name))
         table(f"{name} {WORKLOADS[name].title} | ms", compared[name], 1e3)
     record = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

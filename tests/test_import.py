@@ -1,6 +1,7 @@
 """What `import roialign` loads, what it offers, and the settings that are read at import."""
 
 import sys
+import types
 
 import pytest
 
@@ -208,3 +209,22 @@ def test_version():
     from importlib.metadata import version
 
     assert roialign.__version__ == version("roialign")
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "mindspore"])
+def test_a_module_of_a_library_that_has_no_arrays_yet(name, monkeypatch):
+    """Half imported, or a stand-in."""
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(TypeError, match="`features` must be a numpy.ndarray, torch.Tensor"):
+        roialign.roi_align([1.0], [2.0], 2)
+
+
+def nothing_has_memory():
+    from roialign import _core
+
+    assert not any(map(_core.has_memory, (1, object(), "features", [])))
+    assert not _core.are_ordinary([], 1)
+
+
+def test_what_is_no_tensor_has_no_memory():
+    isolated(nothing_has_memory)

@@ -779,3 +779,24 @@ def test_symbolic_sides(make_problem):
     shape = jax.ShapeDtypeStruct((*features.shape[:2], h, w), features.dtype)
     program = exported(lambda f, b: pool(problem, f, b), shape, boxes)
     same(program.call(features, boxes), pool(problem, features, boxes))
+
+
+PUBLIC = """
+import sys, types, jax
+name = "jax._src.dispatch"
+kept, without = sys.modules[name], types.ModuleType(name)
+vars(without).update(vars(kept))
+del without.prim_requires_devices_during_lowering
+sys.modules[name] = without
+import roialign.jax
+sys.modules[name] = kept
+features, rois = jax.numpy.arange(16.0).reshape(1, 1, 4, 4), jax.numpy.array([[0, 0, 0, 4.0, 4]])
+for pool in (roialign.roi_align, jax.jit(roialign.roi_align, static_argnums=2)):
+    assert pool(features, rois, 2).ravel().tolist() == [2.5, 4.5, 10.5, 12.5]
+"""
+
+
+def test_without_what_is_private_to_jax():
+    """It only cuts the operations over devices."""
+    done = subprocess.run([sys.executable, "-c", PUBLIC], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

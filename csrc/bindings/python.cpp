@@ -78,6 +78,10 @@ bool take_dtype(const nb::dlpack::dtype& t, Array& array) {
   return true;
 }
 
+bool is_tensor(const nb::handle& object) {
+  return tensor_type && PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type);
+}
+
 // Whether a tensor has memory where its elements are: there are wrappers, and storages that were freed.
 bool describe(const nb::handle& tensor, nb::dlpack::dltensor& given) {
   if (exchange->describe(tensor.ptr(), &given)) {
@@ -86,9 +90,9 @@ bool describe(const nb::handle& tensor, nb::dlpack::dltensor& given) {
   }
   return given.data || std::any_of(given.shape, given.shape + given.ndim, [](int64_t n) { return n == 0; });
 }
-bool has_memory(const nb::object& tensor) {
+bool has_memory(const nb::object& object) {
   nb::dlpack::dltensor given;
-  return describe(tensor, given);
+  return is_tensor(object) && describe(object, given);
 }
 
 // Never converts: a silent copy of an output would lose the result.
@@ -103,7 +107,7 @@ bool read(const nb::handle& object, Array& array) {
     }
     return true;
   };
-  if (tensor_type && PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type)) {
+  if (is_tensor(object)) {
     nb::dlpack::dltensor given;
     if (!describe(object, given)) return false;
     array.data = static_cast<char*>(given.data) + given.byte_offset;

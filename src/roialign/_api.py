@@ -49,7 +49,7 @@ def _adapter(name: str, array: object) -> ModuleType:
 
 def _is_a(array: object, library: str, kind: str) -> bool:
     module = sys.modules.get(library)
-    return module is not None and isinstance(array, getattr(module, kind))
+    return module is not None and isinstance(array, getattr(module, kind, ()))
 
 
 _remembered_rule = functools.lru_cache(_checks.rule)

@@ -157,10 +157,6 @@ def resolve(convention: str | Convention) -> Convention:
     """The record that ``convention=`` names, or is."""
     if isinstance(convention, Convention):
         return convention
-    if not isinstance(convention, str):
-        raise TypeError(
-            f"`convention` must be a name or a Convention, got {type(convention).__name__}"
-        )
     if convention not in conventions:
         wanted = convention.lower()
         near = difflib.get_close_matches(wanted, conventions, 3, 0.4)

@@ -71,7 +71,9 @@ def run_demo(output):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="roialign", description="RoIAlign on NumPy arrays and PyTorch tensors.")
+    parser = argparse.ArgumentParser(
+        prog="roialign", description="RoIAlign for NumPy, PyTorch, JAX and MindSpore."
+    )
     parser.add_argument("--version", action="version", version=f"roialign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="pool regions of a photograph, draw and print them")

@@ -411,8 +411,9 @@ try:  # private: custom_partitioning asks for its caller's devices
     from jax._src.dispatch import prim_requires_devices_during_lowering
 
     prim_requires_devices_during_lowering.add(_roi_align_p)
-except ImportError:
-    pass
+    _is_cut = True
+except ImportError:  # another JAX: the operations are not cut over devices, their arrays are gathered
+    _is_cut = False
 _dense_everywhere = False  # for tests
 
 
@@ -464,8 +465,10 @@ def _impl(*operands, call):
 
 
 def _on_cpu(boxes, index, *arrays, call):
-    run = functools.partial(_dense, call) if call.dense else _partitioned(call, len(arrays))
-    return run(boxes, index, *arrays)
+    if _is_cut and not call.dense:
+        return _partitioned(call, len(arrays))(boxes, index, *arrays)
+    run = _dense if call.dense else _native
+    return run(call, boxes, index, *arrays)
 
 
 def _elsewhere(boxes, index, *arrays, call):

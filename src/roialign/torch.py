@@ -35,7 +35,7 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-_core.accept(Tensor)
+_core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
 
 
 # Types
