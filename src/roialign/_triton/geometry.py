@@ -1,0 +1,120 @@
+"""The rule of coordinates, docs/spec.md (1) to (3) and (6), on tensors of boxes and bins of one axis.
+
+Kernels that call this are compiled with fusion off: a fused multiply-add would move coordinates.
+"""
+
+import triton
+import triton.language as tl
+
+WIDE_SAMPLES = tl.constexpr(2**22)  # more: positions in float64
+MAX_SAMPLES = tl.constexpr(2**31)  # more: the mean vanishes
+MAX_POSITION = tl.constexpr(2.0**32)
+BISECTIONS = tl.constexpr(32)  # halvings of that many samples
+
+
+@triton.jit
+def divide(a, b):
+    """The correctly rounded quotient: `/` of float32 is not."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def grid_of(
+    lo,
+    hi,
+    scale,
+    bins,
+    sampling_ratio,
+    pixel_offset,
+    input_offset,
+    end_offset,
+    min_size,
+    FLOOR: tl.constexpr,
+):
+    """Equation (1): the start, a bin's length, its samples, and whether `min_size` holds the size.
+
+    A `min_size` of NaN is none.
+    """
+    start = (lo + input_offset) * scale - pixel_offset
+    end = (hi + input_offset + end_offset) * scale - pixel_offset
+    size = end - start
+    clamped = size < min_size
+    size = tl.where(clamped, min_size, size)
+    size = tl.where(tl.abs(size) < float("inf"), size, float("nan"))
+    bin = divide(size, tl.zeros_like(size) + bins.to(size.dtype))
+    if FLOOR:
+        wanted = tl.floor(bin)
+        wanted = tl.where(wanted > 1, wanted, 1)
+    else:
+        wanted = tl.ceil(bin)
+    counted = (size > 0) & (wanted <= MAX_SAMPLES)
+    wanted = tl.where(counted, wanted, 0).to(tl.int64)
+    samples = tl.where(sampling_ratio > 0, sampling_ratio, wanted)
+    samples = tl.where((size == size) & (samples <= MAX_SAMPLES), samples, 0)
+    return start, bin, samples, clamped
+
+
+@triton.jit
+def position(start, bin, samples, k, j):
+    """Equation (2), in float64, of sample j of bin k, where j counts along the axis."""
+    i = tl.where(bin < 0, samples - 1 - j, j)
+    real: tl.constexpr = start.dtype
+    samples = tl.maximum(samples, 1)
+    offset = divide((i.to(real) + 0.5) * bin, samples.to(real))
+    p = (start + k.to(real) * bin + offset).to(tl.float64)
+    wide = samples > WIDE_SAMPLES
+    if tl.max(wide.to(tl.int32)) > 0:
+        step = bin.to(tl.float64)
+        exact = start.to(tl.float64) + k.to(tl.float64) * step
+        exact += (i.to(tl.float64) + 0.5) * step / samples.to(tl.float64)
+        p = tl.where(wide, exact, p)
+    return p
+
+
+@triton.jit
+def limit(start, samples, size):
+    """The last position that is inside, as positions are compared with it."""
+    rounded = size.to(start.dtype).to(tl.float64)
+    return tl.where(samples > WIDE_SAMPLES, size.to(tl.float64), rounded)
+
+
+@triton.jit
+def inside(start, bin, samples, k, size):
+    """The samples [first, end) of bin k that are inside, counted along the axis."""
+    last = limit(start, samples, size)
+    zero = tl.zeros_like(samples + k)
+    first, end = zero, zero + samples
+    # NaN: neither reached nor passed, so nothing is inside
+    fits = (position(start, bin, samples, k, first) >= -1) & (
+        position(start, bin, samples, k, end - 1) <= last
+    )
+    if tl.min((fits | (end == 0)).to(tl.int32)) == 0:
+        first_high, end_low, end_high = end, first, end
+        for _ in range(BISECTIONS):
+            middle = first + (first_high - first) // 2
+            reached = position(start, bin, samples, k, middle) >= -1
+            going = first < first_high
+            first_high = tl.where(going & reached, middle, first_high)
+            first = tl.where(going & ~reached, middle + 1, first)
+            middle = end_low + (end_high - end_low) // 2
+            passed = ~(position(start, bin, samples, k, middle) <= last)
+            going = end_low < end_high
+            end_high = tl.where(going & passed, middle, end_high)
+            end_low = tl.where(going & ~passed, middle + 1, end_low)
+        end = end_low
+    return first, tl.maximum(first, end)
+
+
+@triton.jit
+def tap(p, size):
+    """Equation (3): the lower pixel of a sample at p, the weight of the next, and whether it moves."""
+    raw = tl.where((p >= -1) & (p <= MAX_POSITION), p, 0.0)  # of a sample that is not inside: any
+    q = tl.where(raw < 0, 0.0, raw)
+    lo = q.to(tl.int64)
+    last = lo >= size - 1
+    lo = tl.where(last, size - 1, lo)
+    fraction = tl.where(last, 0.0, q - lo.to(tl.float64))
+    return lo, fraction, (raw >= 0) & ~last

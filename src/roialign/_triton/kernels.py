@@ -1,0 +1,602 @@
+"""The kernels: the taps of a call, and the three operations that add over them.
+
+*Taps* are the matrices A of docs/spec.md (3), y and x of each RoI, in a *table* of `room` slots per RoI:
+those of y, from `x_slot` on those of x. A matrix is a band, because positions ascend with the bins:
+entry (bin, pixel) is in slot ``pixel + spread * rank``, where `rank` counts the bins along the axis and
+`spread` is more than consecutive bins share. So bins and pixels find their entries without a search, and
+a table is as long as the map's sides and the bins.
+
+- By *rows*, for a sum over pixels: the entries of a bin that count, packed from its first slot on, their
+  pixels beside them; `rows` (K, P + Q, 2) says the first slot and how many.
+- By *columns*, for a sum over bins: all slots of the band; `columns` (K, H + W, 2) says the first and
+  the last rank that reach a pixel, `extents` (K, 2, 3) the first and the last pixel that are reached, and
+  whether ranks count the bins backwards.
+
+The weights of an entry are in `parts` tables, one after another: value; or value and derivative along a
+box tangent; or value and slopes in the box's start and end.
+
+A RoI of no image has no taps. Sizes are not specialised; strides are, where they are 1.
+"""
+
+import triton
+import triton.language as tl
+
+from .geometry import grid_of, inside, position, tap
+
+ROIS_PER_WORD = tl.constexpr(32)
+
+
+@triton.jit
+def whole(number):
+    """A size as int64, also where a caller has made it a constant."""
+    return tl.full((), number, tl.int64)
+
+
+@triton.jit
+def real(number):
+    return tl.full((), number, tl.float64)
+
+
+@triton.jit
+def stride(number, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr):
+    """An axis's step in elements, 1 or a multiple of 16 where a compiler is to know it."""
+    if INNERMOST:
+        return tl.full((), 1, tl.int64)
+    if ALIGNED:
+        return tl.multiple_of(whole(number), 16)
+    return whole(number)
+
+
+@triton.jit
+def divided(number, by):
+    """Remainder and quotient of what fits in 31 bits: division of 64 is slow."""
+    number, by = number.to(tl.int32), by.to(tl.int32)
+    quotient = number // by
+    return (number - quotient * by).to(tl.int64), quotient.to(tl.int64)
+
+
+@triton.jit
+def plus(total, weight, value):
+    """total + weight * value, where the value may not be finite if the weight is 0."""
+    return tl.where(weight != 0, tl.fma(weight, value, total), total)
+
+
+@triton.jit
+def span_of(start, bin, samples, k, bins, size):
+    """The pixels [low, high] of bin k and its samples [first, end); high < low where there are none."""
+    known = (k >= 0) & (k < bins)
+    first, end = inside(start, bin, tl.where(known, samples, 0), k, size)
+    low, _, _ = tap(position(start, bin, samples, k, first), size)
+    high, _, _ = tap(position(start, bin, samples, k, end - 1), size)
+    empty = first >= end
+    return tl.where(empty, 0, low), tl.where(empty, -1, tl.minimum(high + 1, size - 1)), first, end
+
+
+_AXIS_TAPS_SIZES = [
+    "count", "images", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x", "sampling_ratio",
+    "boxes_stride", "boxes_step", "index_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_AXIS_TAPS_SIZES)
+def axis_taps(
+    boxes,
+    image_index,
+    tangent,
+    count,
+    images,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    spread_y,
+    spread_x,
+    sampling_ratio,
+    scale_y: "fp64",
+    scale_x: "fp64",
+    pixel_offset: "fp64",
+    input_offset: "fp64",
+    end_offset: "fp64",
+    min_size: "fp64",
+    boxes_stride,
+    boxes_step,
+    index_stride,
+    image_of,
+    ranges,
+    extents,
+    pixels,
+    weights,
+    REAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Fills a table. One program: an axis of some RoIs; lanes are their bins.
+
+    `ranges` is `rows`, or `columns` if COLUMNS (then there are `extents`, and no `pixels`). PARTS: 1, or
+    2 with a tangent, or 3. `image_of` (K,) gets the image, or -1.
+    """
+    count, images, sampling_ratio = whole(count), whole(images), whole(sampling_ratio)
+    height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
+    axis, block = divided(tl.program_id(0), whole(2))  # 0: y, 1: x
+    roi = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    known = roi < count
+
+    index = tl.load(image_index + roi * index_stride, known, other=0)
+    if index.dtype.is_floating():
+        if index.dtype != tl.float64:
+            index = index.to(tl.float32)
+        valid = (index >= 0) & (index < images) & (index == tl.floor(index))
+    else:
+        valid = (index >= 0) & (index < images)
+    image = tl.where(valid, index, -1).to(tl.int64)
+    if axis == 0:
+        tl.store(image_of + roi, image, known)
+
+    x_slot = height + bins_y * spread_y
+    room = x_slot + width + bins_x * spread_x
+    if axis == 0:
+        size, bins, spread, scale = height, bins_y, whole(spread_y), real(scale_y)
+        first_slot, first_bin, first_pixel = whole(0), whole(0), whole(0)
+    else:
+        size, bins, spread, scale = width, bins_x, whole(spread_x), real(scale_x)
+        first_slot, first_bin, first_pixel = x_slot, bins_y, height
+
+    corner = boxes + roi * boxes_stride
+    lo = tl.load(corner + (1 - axis) * boxes_step, known, other=0).to(REAL)
+    hi = tl.load(corner + (3 - axis) * boxes_step, known, other=0).to(REAL)
+    other_lo = tl.load(corner + axis * boxes_step, known, other=0).to(REAL)
+    other_hi = tl.load(corner + (2 + axis) * boxes_step, known, other=0).to(REAL)
+    # a difference of a number and itself is 0 unless it is not finite
+    finite = (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
+    if PARTS == 2:
+        v_lo = tl.load(tangent + roi * 4 + 1 - axis, known, other=0).to(tl.float64)[:, None]
+        v_hi = tl.load(tangent + roi * 4 + 3 - axis, known, other=0).to(tl.float64)[:, None]
+
+    start, bin, samples, clamped = grid_of(
+        lo,
+        hi,
+        scale.to(REAL),
+        bins,
+        sampling_ratio,
+        real(pixel_offset).to(REAL),
+        real(input_offset).to(REAL),
+        real(end_offset).to(REAL),
+        real(min_size).to(REAL),
+        FLOOR,
+    )
+    samples = tl.where(known & (image >= 0), samples, 0)
+    divisor = tl.maximum(samples, 1).to(tl.float64)
+    mean = 1 / divisor
+    slope_factor = mean * scale.to(REAL).to(tl.float64)
+    backwards = bin < 0
+
+    start, bin, samples, clamped = start[:, None], bin[:, None], samples[:, None], clamped[:, None]
+    mean, slope_factor, finite = mean[:, None], slope_factor[:, None], finite[:, None]
+    divisor = divisor[:, None]
+    row = roi[:, None]
+    table = row * room + first_slot
+    part = count * room
+    lowest, highest = tl.full((BLOCK_K,), 2**62, tl.int64), tl.full((BLOCK_K,), -1, tl.int64)
+
+    for block in range(0, bins, BLOCK_P):
+        k = (block + tl.arange(0, BLOCK_P)).to(tl.int64)[None, :]
+        rank = tl.where(backwards[:, None], bins - 1 - k, k)
+        low, high, j, end = span_of(start, bin, samples, k, bins, size)
+        used = (high >= low) & known[:, None]
+        slot = low + spread * rank
+        last = high
+        if COLUMNS:
+            step = tl.where(bin < 0, -1, 1)
+            _, before, _, _ = span_of(start, bin, samples, k - step, bins, size)
+            after, after_high, _, _ = span_of(start, bin, samples, k + step, bins, size)
+            after = tl.where(after_high < after, high + 1, after)
+            last = tl.maximum(high, after - 1)  # and the pixels that no bin reaches
+            lowest = tl.minimum(lowest, tl.min(tl.where(used, low, 2**62), 1))
+            highest = tl.maximum(highest, tl.max(tl.where(used, high, -1), 1))
+
+        # in ascending order, so a sample adds to the pixel at hand and to the next
+        pixel = low
+        entries = tl.zeros_like(rank)
+        value = tl.zeros((BLOCK_K, BLOCK_P), tl.float64)
+        next_value, slope_lo, slope_hi, next_lo, next_hi = value, value, value, value, value
+        lo_pixel, fraction, moves = tap(position(start, bin, samples, k, j), size)
+        for _ in range(tl.max(tl.where(used, last - low + 1, 0))):
+            take = used & (j < end) & (lo_pixel == pixel)
+            while tl.max(take.to(tl.int32)) > 0:
+                value += tl.where(take, 1 - fraction, 0)
+                next_value += tl.where(take, fraction, 0)
+                if PARTS > 1:
+                    i = tl.where(bin < 0, samples - 1 - j, j)
+                    t = k.to(tl.float64) + (i.to(tl.float64) + 0.5) / divisor
+                    t = t / bins.to(tl.float64)
+                    in_lo = tl.where(clamped, 1, 1 - t)
+                    in_hi = tl.where(clamped, 0, t)
+                    counted = take & moves & finite
+                    slope_lo -= tl.where(counted, in_lo, 0)
+                    slope_hi -= tl.where(counted, in_hi, 0)
+                    next_lo += tl.where(counted, in_lo, 0)
+                    next_hi += tl.where(counted, in_hi, 0)
+                j += take.to(tl.int64)
+                lo_pixel, fraction, moves = tap(position(start, bin, samples, k, j), size)
+                take = used & (j < end) & (lo_pixel == pixel)
+
+            in_band = used & (pixel <= high)
+            weight = (value * mean).to(REAL)
+            counts = weight != 0
+            if PARTS > 1:
+                weight_lo = (slope_lo * slope_factor).to(REAL)
+                weight_hi = (slope_hi * slope_factor).to(REAL)
+                if PARTS == 2:
+                    moved = weight_lo.to(tl.float64) * v_lo + weight_hi.to(tl.float64) * v_hi
+                    weight_lo = moved.to(REAL)
+                    counts = counts | (weight_lo != 0)
+                else:
+                    counts = counts | (weight_lo != 0) | (weight_hi != 0)
+            if COLUMNS:
+                at = ranges + (row * (height + width) + first_pixel + pixel) * 2
+                # the first bin that reaches this pixel writes so, and the last; one writes that none does
+                in_gap = used & (pixel > high) & (pixel <= last)
+                tl.store(at, tl.where(in_gap, 1, rank), (in_band & (pixel > before)) | in_gap)
+                tl.store(at + 1, tl.where(in_gap, 0, rank), (in_band & (pixel < after)) | in_gap)
+                to = table + pixel + spread * rank
+                written = in_band
+            else:
+                to = table + slot + entries
+                written = in_band & counts
+                tl.store(pixels + to, pixel, written)
+                entries += written.to(tl.int64)
+            tl.store(weights + to, weight, written)
+            if PARTS > 1:
+                tl.store(weights + part + to, weight_lo, written)
+            if PARTS > 2:
+                tl.store(weights + 2 * part + to, weight_hi, written)
+            pixel += 1
+            value, next_value = next_value, tl.zeros_like(value)
+            slope_lo, next_lo = next_lo, tl.zeros_like(value)
+            slope_hi, next_hi = next_hi, tl.zeros_like(value)
+
+        if not COLUMNS:
+            at = ranges + (row * (bins_y + bins_x) + first_bin + k) * 2
+            exists = known[:, None] & (k < bins)
+            tl.store(at, first_slot + slot, exists)
+            tl.store(at + 1, entries, exists)
+
+    if COLUMNS:
+        at = extents + (roi * 2 + axis) * 3
+        tl.store(at, tl.where(highest < 0, 0, lowest), known)
+        tl.store(at + 1, highest, known)
+        tl.store(at + 2, backwards, known)
+
+
+@triton.jit(do_not_specialize=["count", "height", "width", "words"])
+def touched(
+    image_of,
+    extents,
+    count,
+    height,
+    width,
+    words,
+    bits,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Which RoIs reach a tile of a map: `bits` (images, tiles, words), the first RoI the lowest bit.
+
+    One program: some words of one tile.
+    """
+    count, words = whole(count), whole(words)
+    block, tile = divided(tl.program_id(0), tl.cdiv(words, BLOCK_W))
+    tile_x, rest = divided(tile, tl.cdiv(whole(width), TILE_X))
+    tile_y, image = divided(rest, tl.cdiv(whole(height), TILE_Y))
+    y, x = tile_y * TILE_Y, tile_x * TILE_X
+    word = block * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    bit = tl.arange(0, ROIS_PER_WORD)[None, :]
+    roi = word * ROIS_PER_WORD + bit
+    known = roi < count
+    at = extents + roi * 6
+    hit = known & (tl.load(image_of + roi, known, other=-1) == image)
+    hit = hit & (tl.load(at, known, other=0) < y + TILE_Y) & (tl.load(at + 1, known, other=-1) >= y)
+    hit = hit & (tl.load(at + 3, known, other=0) < x + TILE_X) & (tl.load(at + 4, known, other=-1) >= x)
+    found = tl.sum(hit.to(tl.int64) << bit.to(tl.int64), 1)
+    word = block * BLOCK_W + tl.arange(0, BLOCK_W)
+    tl.store(bits + tile * words + word, found, word < words)
+
+
+_FORWARD_NUMBERS = [
+    "count", "channels", "bins_y", "bins_x", "room",
+    "features_n", "features_c", "features_h", "features_w",
+    "output_k", "output_c", "output_p", "output_q",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_FORWARD_NUMBERS)
+def forward(
+    features,
+    image_of,
+    rows,
+    pixels,
+    weights,
+    count,
+    channels,
+    bins_y,
+    bins_x,
+    room,
+    features_n,
+    features_c,
+    features_h,
+    features_w,
+    output_k,
+    output_c,
+    output_p,
+    output_q,
+    output,
+    PARTS: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """docs/spec.md (4), and with PARTS 2 its derivative (8). One program: bins and channels of a RoI."""
+    count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
+    features_n, features_c = stride(features_n, False, ALIGNED), stride(features_c, INNERMOST, False)
+    features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
+    output_k, output_c = stride(output_k, False, ALIGNED), stride(output_c, INNERMOST, False)
+    output_p, output_q = stride(output_p, False, ALIGNED), stride(output_q, False, ALIGNED)
+    block, rest = divided(tl.program_id(0), tl.cdiv(bins_y * bins_x, BLOCK_B))
+    roi, c_block = divided(rest, count)
+    b = block * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    exists = b < bins_y * bins_x
+    q, p = divided(b, bins_x)
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    has_channel = c < stride(channels, False, ALIGNED)
+    at_y = rows + (roi * (bins_y + bins_x) + p) * 2
+    at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
+    taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
+    slot_y = roi * room + tl.load(at_y, exists, other=0)
+    slot_x = roi * room + tl.load(at_x, exists, other=0)
+    part = count * room
+    image = tl.maximum(tl.load(image_of + roi), 0)
+    plane = features + image * features_n + c * features_c
+
+    REAL: tl.constexpr = weights.dtype.element_ty
+    total = tl.zeros((BLOCK_C, BLOCK_B), REAL)
+    for i in range(tl.max(taps_y)):
+        in_y = i < taps_y
+        y = tl.load(pixels + slot_y + i, in_y, other=0).to(tl.int64)
+        w_y = tl.load(weights + slot_y + i, in_y, other=0)
+        line = plane + y * features_h
+        along = tl.zeros((BLOCK_C, BLOCK_B), REAL)
+        if PARTS == 2:
+            v_y = tl.load(weights + part + slot_y + i, in_y, other=0)
+            v_along = tl.zeros((BLOCK_C, BLOCK_B), REAL)
+        for j in range(tl.max(taps_x)):
+            in_x = j < taps_x
+            x = tl.load(pixels + slot_x + j, in_x, other=0).to(tl.int64)
+            w_x = tl.load(weights + slot_x + j, in_x, other=0)
+            value = tl.load(line + x * features_w, in_y & in_x & has_channel, other=0).to(REAL)
+            if PARTS == 2:
+                v_x = tl.load(weights + part + slot_x + j, in_x, other=0)
+                along = plus(along, w_x, value)
+                v_along = plus(v_along, v_x, value)
+            else:
+                along = tl.fma(w_x, value, along)
+        if PARTS == 2:
+            total = plus(plus(total, v_y, along), w_y, v_along)
+        else:
+            total = tl.fma(w_y, along, total)
+    at = output + roi * output_k + c * output_c + p * output_p + q * output_q
+    tl.store(at, total.to(output.dtype.element_ty), exists & has_channel)
+
+
+_ADJOINT_NUMBERS = [
+    "count", "channels", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x", "words",
+    "d_output_k", "d_output_c", "d_output_p", "d_output_q",
+    "d_features_n", "d_features_c", "d_features_h", "d_features_w",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ADJOINT_NUMBERS)
+def adjoint(
+    d_output,
+    columns,
+    extents,
+    weights,
+    bits,
+    count,
+    channels,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    spread_y,
+    spread_x,
+    words,
+    d_output_k,
+    d_output_c,
+    d_output_p,
+    d_output_q,
+    d_features_n,
+    d_features_c,
+    d_features_h,
+    d_features_w,
+    d_features,
+    PARTS: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+):
+    """docs/spec.md (5), and with PARTS 2 its derivative (8). One program: channels of a tile of a map.
+
+    It adds the RoIs that reach the tile, in their order, and writes each pixel once.
+    """
+    count, height, width, words = whole(count), whole(height), whole(width), whole(words)
+    bins_y, bins_x = whole(bins_y), whole(bins_x)
+    d_output_k, d_output_c = stride(d_output_k, False, ALIGNED), stride(d_output_c, INNERMOST, False)
+    d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
+    d_features_n, d_features_c = stride(d_features_n, False, ALIGNED), stride(d_features_c, INNERMOST, False)
+    d_features_h, d_features_w = stride(d_features_h, False, ALIGNED), stride(d_features_w, False, ALIGNED)
+    x_slot = height + bins_y * spread_y
+    room = x_slot + width + bins_x * spread_x
+    part = count * room
+    channels = stride(channels, False, ALIGNED)
+    c_block, tile = divided(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    tile_x, rest = divided(tile, tl.cdiv(width, TILE_X))
+    tile_y, image = divided(rest, tl.cdiv(height, TILE_Y))
+    lane = tl.arange(0, TILE_Y * TILE_X)[None, :]
+    y, x = tile_y * TILE_Y + lane // TILE_X, tile_x * TILE_X + lane % TILE_X
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    has_channel = c < channels
+
+    REAL: tl.constexpr = weights.dtype.element_ty
+    total = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
+    for word in range(words):
+        rest = tl.load(bits + tile * words + word)
+        while rest != 0:
+            lowest = rest & -rest
+            rest -= lowest
+            # the exponent of a power of two
+            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            roi = word * ROIS_PER_WORD + bit
+            extent = extents + roi * 6
+            in_y = (y >= tl.load(extent)) & (y <= tl.load(extent + 1))
+            in_x = (x >= tl.load(extent + 3)) & (x <= tl.load(extent + 4))
+            at_y = columns + (roi * (height + width) + y) * 2
+            at_x = columns + (roi * (height + width) + height + x) * 2
+            rank_y, rank_x = tl.load(at_y, in_y, other=0), tl.load(at_x, in_x, other=0)
+            bins_of_y = tl.load(at_y + 1, in_y, other=-1) - rank_y + 1
+            bins_of_x = tl.load(at_x + 1, in_x, other=-1) - rank_x + 1
+            backwards_y, backwards_x = tl.load(extent + 2) != 0, tl.load(extent + 5) != 0
+            taps_y = weights + roi * room + y
+            taps_x = weights + roi * room + x_slot + x
+            rows = d_output + roi * d_output_k + c * d_output_c
+            for i in range(tl.max(bins_of_y)):
+                rank = (rank_y + i).to(tl.int64)
+                p = tl.where(backwards_y, bins_y - 1 - rank, rank)
+                w_y = tl.load(taps_y + spread_y * rank, i < bins_of_y, other=0)
+                counts_y = w_y != 0
+                along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
+                if PARTS == 2:
+                    v_y = tl.load(taps_y + part + spread_y * rank, i < bins_of_y, other=0)
+                    counts_y = counts_y | (v_y != 0)
+                    v_along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
+                for j in range(tl.max(bins_of_x)):
+                    rank = (rank_x + j).to(tl.int64)
+                    q = tl.where(backwards_x, bins_x - 1 - rank, rank)
+                    w_x = tl.load(taps_x + spread_x * rank, j < bins_of_x, other=0)
+                    counts = counts_y & (w_x != 0)
+                    if PARTS == 2:
+                        v_x = tl.load(taps_x + part + spread_x * rank, j < bins_of_x, other=0)
+                        counts = counts_y & ((w_x != 0) | (v_x != 0))
+                    at = rows + p * d_output_p + q * d_output_q
+                    value = tl.load(at, counts & has_channel, other=0).to(REAL)
+                    if PARTS == 2:
+                        along, v_along = plus(along, w_x, value), plus(v_along, v_x, value)
+                    else:
+                        along = tl.fma(w_x, value, along)
+                if PARTS == 2:
+                    total = plus(plus(total, v_y, along), w_y, v_along)
+                else:
+                    total = tl.fma(w_y, along, total)
+    at = d_features + image * d_features_n + c * d_features_c + y * d_features_h + x * d_features_w
+    tl.store(at, total.to(d_features.dtype.element_ty), (y < height) & (x < width) & has_channel)
+
+
+_BOX_GRADIENT_NUMBERS = [
+    "count", "channels", "bins_y", "bins_x", "room",
+    "d_output_k", "d_output_c", "d_output_p", "d_output_q",
+    "features_n", "features_c", "features_h", "features_w",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_BOX_GRADIENT_NUMBERS)
+def box_gradient(
+    d_output,
+    features,
+    image_of,
+    rows,
+    pixels,
+    weights,
+    count,
+    channels,
+    bins_y,
+    bins_x,
+    room,
+    d_output_k,
+    d_output_c,
+    d_output_p,
+    d_output_q,
+    features_n,
+    features_c,
+    features_h,
+    features_w,
+    partial,
+    INNERMOST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """docs/spec.md (7), of some channels of a RoI, as x1, y1, x2, y2 in `partial` (channel blocks, K, 4)."""
+    count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
+    d_output_k, d_output_c = stride(d_output_k, False, ALIGNED), stride(d_output_c, INNERMOST, False)
+    d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
+    features_n, features_c = stride(features_n, False, ALIGNED), stride(features_c, INNERMOST, False)
+    features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
+    roi, c_block = divided(tl.program_id(0), count)
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    has_channel = c < stride(channels, False, ALIGNED)
+    part = count * room
+    image = tl.maximum(tl.load(image_of + roi), 0)
+    plane = features + image * features_n + c * features_c
+
+    REAL: tl.constexpr = weights.dtype.element_ty
+    none = tl.zeros((BLOCK_C, BLOCK_B), REAL)
+    x1, y1, x2, y2 = none, none, none, none
+    for block in range(0, bins_y * bins_x, BLOCK_B):
+        b = block + tl.arange(0, BLOCK_B)[None, :].to(tl.int64)
+        exists = b < bins_y * bins_x
+        q, p = divided(b, bins_x)
+        at_y = rows + (roi * (bins_y + bins_x) + p) * 2
+        at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
+        taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
+        slot_y = roi * room + tl.load(at_y, exists, other=0)
+        slot_x = roi * room + tl.load(at_x, exists, other=0)
+        in_x1, in_y1, in_x2, in_y2 = none, none, none, none
+        never = b < 0
+        holds_y, moves_y, holds_x, moves_x = never, never, never, never
+        for i in range(tl.max(taps_y)):
+            in_y = i < taps_y
+            y = tl.load(pixels + slot_y + i, in_y, other=0).to(tl.int64)
+            w_y = tl.load(weights + slot_y + i, in_y, other=0)
+            lo_y = tl.load(weights + part + slot_y + i, in_y, other=0)
+            hi_y = tl.load(weights + 2 * part + slot_y + i, in_y, other=0)
+            holds_y, moves_y = holds_y | (w_y != 0), moves_y | (lo_y != 0) | (hi_y != 0)
+            line = plane + y * features_h
+            along, along_lo, along_hi = none, none, none
+            for j in range(tl.max(taps_x)):
+                in_x = j < taps_x
+                x = tl.load(pixels + slot_x + j, in_x, other=0).to(tl.int64)
+                w_x = tl.load(weights + slot_x + j, in_x, other=0)
+                lo_x = tl.load(weights + part + slot_x + j, in_x, other=0)
+                hi_x = tl.load(weights + 2 * part + slot_x + j, in_x, other=0)
+                holds_x, moves_x = holds_x | (w_x != 0), moves_x | (lo_x != 0) | (hi_x != 0)
+                value = tl.load(line + x * features_w, in_y & in_x & has_channel, other=0).to(REAL)
+                along = plus(along, w_x, value)
+                along_lo, along_hi = plus(along_lo, lo_x, value), plus(along_hi, hi_x, value)
+            in_y1, in_y2 = plus(in_y1, lo_y, along), plus(in_y2, hi_y, along)
+            in_x1, in_x2 = plus(in_x1, w_y, along_lo), plus(in_x2, w_y, along_hi)
+        at = d_output + roi * d_output_k + c * d_output_c + p * d_output_p + q * d_output_q
+        d_y = tl.load(at, moves_y & holds_x & has_channel, other=0).to(REAL)
+        d_x = tl.load(at, holds_y & moves_x & has_channel, other=0).to(REAL)
+        x1, x2 = tl.fma(d_x, in_x1, x1), tl.fma(d_x, in_x2, x2)
+        y1, y2 = tl.fma(d_y, in_y1, y1), tl.fma(d_y, in_y2, y2)
+    at = partial + (c_block * count + roi) * 4
+    tl.store(at, tl.sum(x1))
+    tl.store(at + 1, tl.sum(y1))
+    tl.store(at + 2, tl.sum(x2))
+    tl.store(at + 3, tl.sum(y2))

@@ -1,0 +1,269 @@
+"""Which kernels an operation runs, on which grids, with how much private memory.
+
+The same for every framework: it gives a `call`, which launches one kernel::
+
+    call(kernel, grid, inputs, outputs, **constants) -> the outputs
+
+`inputs` are arrays and numbers. An output is an array to write, or a `New` one to make first; the kernel
+takes them after the inputs. Nothing here reads a value, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import kernels
+
+Array = Any
+
+MAX_PROGRAMS = 2**31 - 1  # of one launch
+TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
+ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
+NO_MIN_SIZE = math.nan
+
+
+class New(NamedTuple):
+    """An array to be made: in C order, without values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Taps(NamedTuple):
+    """What `axis_taps` makes: docs in `kernels`."""
+
+    image_of: Array
+    ranges: Array
+    extents: Array
+    pixels: Array
+    weights: Array
+    room: int
+    spread: tuple[int, int]
+
+
+def _strides(array: Array) -> tuple[int, ...]:
+    """In elements; an array that has none is in C order."""
+    if hasattr(array, "stride"):
+        return array.stride()
+    shape = array.shape
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _is_double(array: Array) -> bool:
+    return str(array.dtype).endswith("float64")
+
+
+def _power(number: int, most: int) -> int:
+    return min(triton.next_power_of_2(max(number, 1)), most)
+
+
+def _programs(count: int) -> tuple[int]:
+    if count > MAX_PROGRAMS:
+        raise ValueError(f"a GPU takes at most {MAX_PROGRAMS} programs in a launch, got {count}")
+    return (count,)
+
+
+def _spread(size: int, double: bool) -> int:
+    """How many pixels consecutive bins may share, and one: 2, and what rounding moves a position."""
+    return 3 + (0 if double else size >> 20)
+
+
+def _axis_taps(
+    call: Callable,
+    boxes: Array,
+    image_index: Array,
+    tangent: Array | None,
+    map_shape: tuple[int, int, int],
+    bins: tuple[int, int],
+    rule: tuple,
+    *,
+    double: bool,
+    parts: int,
+    columns: bool,
+) -> Taps:
+    images, *size = map_shape
+    count = boxes.shape[0]
+    scale_y, scale_x, sampling_ratio, *offsets, min_size, floor = rule
+    spread = tuple(_spread(length, double) for length in size)
+    room = sum(length + s * b for length, s, b in zip(size, spread, bins))
+    block_p = _power(max(bins), 64)
+    block_k = max(1, 32 // block_p)
+    ranges = New((count, sum(size if columns else bins), 2), "int32" if columns else "int64")
+    unused = (1,)
+    arrays = call(
+        kernels.axis_taps,
+        _programs(2 * triton.cdiv(count, block_k)),
+        (
+            boxes,
+            image_index,
+            boxes if tangent is None else tangent,
+            *(count, images, *size, *bins, *spread, sampling_ratio),
+            *(float(scale_y), float(scale_x), *map(float, offsets)),
+            NO_MIN_SIZE if min_size is None else float(min_size),
+            *_strides(boxes),
+            *_strides(image_index),
+        ),
+        (
+            New((count,), "int64"),
+            ranges,
+            New((count, 2, 3) if columns else unused, "int32"),
+            New(unused if columns else (count, room), "int32"),
+            New((parts, count, room), "float64" if double else "float32"),
+        ),
+        REAL=tl.float64 if double else tl.float32,
+        PARTS=parts,
+        COLUMNS=columns,
+        FLOOR=bool(floor),
+        BLOCK_K=block_k,
+        BLOCK_P=block_p,
+        num_warps=1,
+    )
+    return Taps(*arrays, room, spread)
+
+
+def forward(
+    call: Callable,
+    features: Array,
+    boxes: Array,
+    image_index: Array,
+    tangent: Array | None,
+    rule: tuple,
+    output: Array | New,
+) -> Array:
+    """Writes ``output`` (K, C, P, Q)."""
+    count, channels, *bins = output.shape
+    images, _, *size = features.shape
+    parts = 1 if tangent is None else 2
+    taps = _axis_taps(
+        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
+        double=_is_double(features), parts=parts, columns=False,
+    )  # fmt: skip
+    block = _blocks((features, output), math.prod(bins))
+    blocks = triton.cdiv(math.prod(bins), block.others) * triton.cdiv(channels, block.channels)
+    (output,) = call(
+        kernels.forward,
+        _programs(count * blocks),
+        (
+            *(features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+            *(count, channels, *bins, taps.room, *_strides(features), *_strides(output)),
+        ),
+        (output,),
+        PARTS=parts,
+        **block.constants,
+        BLOCK_C=block.channels,
+        BLOCK_B=block.others,
+        num_warps=4,
+    )
+    return output
+
+
+class _Blocks(NamedTuple):
+    """The channels, and the bins or pixels, of one program, and what its compiler is to know."""
+
+    channels: int
+    others: int
+    constants: dict[str, bool]
+
+
+def _blocks(arrays: tuple[Array | New, ...], others: int, share: int = 1) -> _Blocks:
+    """Lanes go along what is contiguous in memory: channels if they are so in all of the arrays.
+
+    A kernel that holds many sums takes a share of what others take, so that registers suffice.
+    """
+    channels = arrays[0].shape[1]
+    strides = [_strides(array) for array in arrays]
+    innermost = channels > 1 and all(steps[1] == 1 for steps in strides)
+    outer = [step for steps in strides for axis, step in enumerate(steps) if axis != 1]
+    aligned = innermost and not any(number % 16 for number in (channels, *outer))
+    block_c, block_b = (64, 16) if innermost else (16, 64)
+    constants = {"INNERMOST": innermost, "ALIGNED": aligned}
+    return _Blocks(_power(channels, block_c), _power(others, block_b // share), constants)
+
+
+def adjoint(
+    call: Callable,
+    d_output: Array,
+    boxes: Array,
+    image_index: Array,
+    tangent: Array | None,
+    rule: tuple,
+    d_features: Array | New,
+) -> Array:
+    """Writes ``d_features`` (N, C, H, W)."""
+    count, channels, *bins = d_output.shape
+    images, _, *size = d_features.shape
+    parts = 1 if tangent is None else 2
+    taps = _axis_taps(
+        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
+        double=_is_double(d_output), parts=parts, columns=True,
+    )  # fmt: skip
+    words = triton.cdiv(count, ROIS_PER_WORD)
+    block_w = _power(words, 8)
+    tiles = images * math.prod(triton.cdiv(length, tile) for length, tile in zip(size, TILE))
+    (bits,) = call(
+        kernels.touched,
+        _programs(tiles * triton.cdiv(words, block_w)),
+        (taps.image_of, taps.extents, count, *size, words),
+        (New((tiles, words), "int64"),),
+        TILE_Y=TILE[0],
+        TILE_X=TILE[1],
+        BLOCK_W=block_w,
+        num_warps=4,
+    )
+    block_c = _power(channels, 16)
+    (d_features,) = call(
+        kernels.adjoint,
+        _programs(tiles * triton.cdiv(channels, block_c)),
+        (
+            *(d_output, taps.ranges, taps.extents, taps.weights, bits),
+            *(count, channels, *size, *bins, *taps.spread, words),
+            *(*_strides(d_output), *_strides(d_features)),
+        ),
+        (d_features,),
+        PARTS=parts,
+        **_blocks((d_output, d_features), 1).constants,
+        BLOCK_C=block_c,
+        TILE_Y=TILE[0],
+        TILE_X=TILE[1],
+        num_warps=4,
+    )
+    return d_features
+
+
+def box_gradient(
+    call: Callable,
+    d_output: Array,
+    features: Array,
+    boxes: Array,
+    image_index: Array,
+    rule: tuple,
+) -> Array:
+    """Gives the partial sums (channel blocks, K, 4) of the gradient in the boxes."""
+    count, channels, *bins = d_output.shape
+    images, _, *size = features.shape
+    taps = _axis_taps(
+        call, boxes, image_index, None, (images, *size), tuple(bins), rule,
+        double=_is_double(features), parts=3, columns=False,
+    )  # fmt: skip
+    share = 4 if _is_double(features) else 2
+    block = _blocks((d_output, features), math.prod(bins), share)
+    blocks = triton.cdiv(channels, block.channels)
+    (partial,) = call(
+        kernels.box_gradient,
+        _programs(count * blocks),
+        (
+            *(d_output, features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+            *(count, channels, *bins, taps.room, *_strides(d_output), *_strides(features)),
+        ),
+        (New((blocks, count, 4), "float64" if _is_double(features) else "float32"),),
+        **block.constants,
+        BLOCK_C=block.channels,
+        BLOCK_B=block.others,
+        num_warps=4,
+    )
+    return partial
