@@ -59,6 +59,7 @@ struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
   bool integers = false;  // by its own dtype
+  nb::dlpack::device device{nb::device::cpu::value, 0};
   int ndim = 0;
   int64_t shape[4] = {}, stride[4] = {};
 };
@@ -111,7 +112,8 @@ bool read(const nb::handle& object, Array& array) {
     nb::dlpack::dltensor given;
     if (!describe(object, given)) return false;
     array.data = static_cast<char*>(given.data) + given.byte_offset;
-    return given.device.device_type == nb::device::cpu::value && (given.strides || !given.ndim) &&
+    array.device = given.device;
+    return (given.strides || !given.ndim) &&
            take(given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
                 [&](int i) { return given.strides[i]; });
   }
@@ -125,7 +127,7 @@ bool read(const nb::handle& object, Array& array) {
 template <class NdArray>
 Array array_of(const nb::handle& object) {
   Array array;
-  if (!read<NdArray>(object, array)) {
+  if (!read<NdArray>(object, array) || array.device.device_type != nb::device::cpu::value) {
     throw nb::type_error("_core: not an array of a supported dtype, with at most 4 dimensions, in memory");
   }
   return array;
@@ -152,10 +154,15 @@ size_t size_of(DType dtype) {
 }
 
 // Whether these are what most calls bring, of which no check of types and shapes can complain: a map of
-// pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in memory.
+// pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in the memory of one CPU or GPU.
 bool are_ordinary(const nb::object& features, const nb::object& rois) {
   Array map, rows;
   if (!read<Input>(features, map) || !read<Input>(rois, rows)) return false;
+  const auto [type, id] = map.device;
+  if (type != nb::device::cpu::value && type != nb::device::cuda::value && type != nb::device::rocm::value) {
+    return false;
+  }
+  if (rows.device.device_type != type || rows.device.device_id != id) return false;
   for (const Array& array : {map, rows}) {
     if (array.integers || uintptr_t(array.data) % size_of(array.dtype)) return false;
   }

@@ -35,6 +35,11 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def _is_on_gpu(tensor: Tensor) -> bool:
+    """Whether the Triton kernels are for it, of NVIDIA's or AMD's."""
+    return tensor.is_cuda
+
+
 _core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
 
 
@@ -57,8 +62,8 @@ def check_array(name: str, value: object) -> None:
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"`{name}` must be a dense tensor, got {got}")
-    if not (value.is_cpu or value.is_meta):
-        raise TypeError(f"`{name}` must be on the CPU, got device {value.device}")
+    if not (value.is_cpu or value.is_cuda or value.is_meta):
+        raise TypeError(f"`{name}` must be on the CPU or a GPU, got device {value.device}")
 
 
 def check_features(name: str, value: object) -> None:
@@ -160,14 +165,23 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     try:
-        return np.shares_memory(_bytes_of(a), _bytes_of(b), max_work=10**6)
+        return np.shares_memory(*map(np.asarray, (_Addresses(a), _Addresses(b))), max_work=10**6)
     except RuntimeError:  # numpy.exceptions.TooHardError: not proven to be disjoint
         return True
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+class _Addresses:
+    """A tensor's elements for NumPy to compare, wherever they are: it reads none of them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple([size * step for step in tensor.stride()]),
+            "data": (tensor.data_ptr(), True),
+        }
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -188,12 +202,14 @@ def _result(like: Tensor, shape: tuple[int, ...], empty: Callable) -> Tensor:
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape) * like.itemsize
+    if not like.is_cpu:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
     if _LARGE <= size < 2**62:
         return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
     return torch.empty(shape, dtype=like.dtype, device="cpu")
 
 
-# Kernels: the core on the tensors' memory
+# Kernels: the core, or those of the GPU, on the tensors' memory
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -201,23 +217,28 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
-def _run(operation, arrays, boxes, index, tangent, rule, result) -> Tensor:
-    """Calls the core, which writes ``result``; raises where it refuses an image index."""
-    if index is None:
-        inputs = [*arrays, boxes]
-    else:
-        coordinate = torch.float64 if arrays[0].dtype is torch.float64 else torch.float32
+def _run(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
+    """Writes ``result`` by the kernels of its device."""
+    coordinate = torch.float64 if arrays[0].dtype is torch.float64 else torch.float32
+    if index is not None:
         boxes = _stored(boxes) if boxes.dtype in _FLOATS else boxes.to(coordinate)
-        index = _stored(index) if index.dtype in _FLOATS else index.to(torch.int64)
-        inputs = [*map(_stored, arrays), (boxes, index)]
-    if operation is not _core.box_gradient:
-        if tangent is not None:
-            tangent = _stored(tangent.to(coordinate).contiguous())
-        inputs.append(tangent)
+        index, arrays = _stored(index), [_stored(array) for array in arrays]
+    if tangent is not None:
+        tangent = _stored(tangent.to(coordinate).contiguous())
+    run = _run_on_gpu if _is_on_gpu(result) else _run_core
+    return run(name, arrays, boxes, index, tangent, rule, result)
+
+
+def _run_core(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
+    """Raises where the core refuses an image index."""
+    if index is not None and index.dtype not in _FLOATS:
+        index = index.to(torch.int64)
+    rois = boxes if index is None else (boxes, index)
+    tangents = () if name == "box_gradient" else (tangent,)
     threads = min(_threads.get_num_threads(), torch.get_num_threads())
-    bad = operation(*inputs, rule, result, threads)
+    bad = getattr(_core, name)(*arrays, rois, *tangents, rule, result, threads)
     if bad >= 0:
-        images = (result if operation is _core.adjoint else arrays[-1]).shape[0]
+        images = (result if name == "adjoint" else arrays[-1]).shape[0]
         got = (boxes[bad, 0] if index is None else index[bad]).item()
         raise IndexError(
             f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {got}"
@@ -225,11 +246,48 @@ def _run(operation, arrays, boxes, index, tangent, rule, result) -> Tensor:
     return result
 
 
+def _run_on_gpu(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
+    """A RoI of no image adds nothing: an error would have to wait for the device."""
+    if not all([tensor.numel() for tensor in (result, boxes, *arrays)]):
+        return result.zero_()
+    if index is None:
+        boxes, index = _columns(boxes)
+    operation = getattr(_gpu(), name)
+    with torch.cuda.device_of(result):
+        if name == "box_gradient":
+            partial = operation(_launch, *arrays, boxes, index, rule)
+            return result.copy_(partial.sum(0, dtype=torch.float64))
+        return operation(_launch, *arrays, boxes, index, tangent, rule, result)
+
+
+@functools.cache
+def _gpu():
+    try:
+        from roialign._triton import launch
+    except ImportError as error:
+        raise ImportError(
+            "roialign needs Triton for tensors on a GPU: pip install 'roialign[gpu]'"
+        ) from error
+    return launch
+
+
+def _launch(kernel, grid, inputs, outputs, **constants) -> list[Tensor]:
+    """One kernel on the current stream of the device (`_triton.launch`)."""
+    results = [
+        output
+        if isinstance(output, Tensor)
+        else torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=inputs[0].device)
+        for output in outputs
+    ]
+    kernel[grid](*inputs, *results, **constants)
+    return results
+
+
 def _forward_kernel(features, boxes, index, tangent, output_size, *rule, out=None) -> Tensor:
     if out is None:
         shape = (boxes.shape[0], features.shape[1], *output_size)
         out = _result(features, shape, _empty)
-    return _run(_core.forward, (features,), boxes, index, tangent, rule, out)
+    return _run("forward", (features,), boxes, index, tangent, rule, out)
 
 
 def _adjoint_shape(d_output: Tensor, feature_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -241,13 +299,13 @@ def _adjoint_kernel(d_output, boxes, index, tangent, feature_shape, *rule, out=N
     if out is None:
         shape = _adjoint_shape(d_output, feature_shape)
         out = _result(d_output, shape, _empty)
-    return _run(_core.adjoint, (d_output,), boxes, index, tangent, rule, out)
+    return _run("adjoint", (d_output,), boxes, index, tangent, rule, out)
 
 
 def _box_gradient_kernel(d_output, features, boxes, index, *rule) -> Tensor:
     coordinate = torch.float64 if features.dtype is torch.float64 else torch.float32
-    d_boxes = torch.empty(boxes.shape[0], 4, dtype=coordinate, device="cpu")
-    _run(_core.box_gradient, (d_output, features), boxes, index, None, rule, d_boxes)
+    d_boxes = torch.empty(boxes.shape[0], 4, dtype=coordinate, device=features.device)
+    _run("box_gradient", (d_output, features), boxes, index, None, rule, d_boxes)
     return d_boxes.to(gradient_dtype(boxes.dtype))
 
 
@@ -476,7 +534,7 @@ def _register(name: str) -> type[Function]:
     """Defines the operator ``roialign::name``; returns the same as a `Function`."""
     operator, derivatives = f"roialign::{name}", _DERIVATIVES[name]
     torch.library.define(operator, _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(operator, "cpu")(_KERNELS[name])
+    torch.library.impl(operator, ("cpu", "cuda"))(_KERNELS[name])
     torch.library.register_fake(operator)(_FAKES[name])
     torch.library.register_vmap(operator, _VMAPS[name])
     torch.library.register_autograd(
@@ -594,12 +652,12 @@ except (ImportError, AttributeError):
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether these are torch's own tensors on the CPU, or wrappers that pass for such."""
-    return all([t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors])
+    """Whether these are torch's own tensors on the CPU or a GPU, or wrappers that pass for such."""
+    return all([t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors])
 
 
 def _have_memory(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the elements of these are where the core can read and write them."""
+    """Whether the elements of these are where a kernel can read and write them."""
     return _are_plain(tensors) and all([t is None or _core.has_memory(t) for t in tensors])
 
 
@@ -699,7 +757,8 @@ def forward(
 ) -> Tensor:
     """Pooled features (K, C, P, Q)."""
     if image_index is None:
-        if not _in_forward_mode() and _have_memory((out,)):
+        same = out is None or out.device == features.device
+        if same and not _in_forward_mode() and _have_memory((out,)):
             return _forward_rows(features, boxes, output_size, rule.numbers, out)
         boxes, image_index = _columns(boxes)
     _check_devices("features", features, rois=boxes, image_index=image_index, out=out)

@@ -56,6 +56,18 @@ def divided(number, by):
 
 
 @triton.jit
+def rounded(sums, dtype: tl.constexpr):
+    """To the nearest, ties to even: Triton's interpreter would cut float32 to bfloat16."""
+    if dtype == tl.bfloat16:
+        bits = sums.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(sums == sums, bits, 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return sums.to(dtype)
+
+
+@triton.jit
 def plus(total, weight, value):
     """total + weight * value, where the value may not be finite if the weight is 0."""
     return tl.where(weight != 0, tl.fma(weight, value, total), total)
@@ -129,9 +141,11 @@ def axis_taps(
         if index.dtype != tl.float64:
             index = index.to(tl.float32)
         valid = (index >= 0) & (index < images) & (index == tl.floor(index))
+        image = tl.where(valid, index, 0).to(tl.int64)
     else:
-        valid = (index >= 0) & (index < images)
-    image = tl.where(valid, index, -1).to(tl.int64)
+        image = index.to(tl.int64)
+        valid = (image >= 0) & (image < images)
+    image = tl.where(valid, image, -1)
     if axis == 0:
         tl.store(image_of + roi, image, known)
 
@@ -389,7 +403,7 @@ def forward(
         else:
             total = tl.fma(w_y, along, total)
     at = output + roi * output_k + c * output_c + p * output_p + q * output_q
-    tl.store(at, total.to(output.dtype.element_ty), exists & has_channel)
+    tl.store(at, rounded(total, output.dtype.element_ty), exists & has_channel)
 
 
 _ADJOINT_NUMBERS = [
@@ -504,7 +518,7 @@ def adjoint(
                 else:
                     total = tl.fma(w_y, along, total)
     at = d_features + image * d_features_n + c * d_features_c + y * d_features_h + x * d_features_w
-    tl.store(at, total.to(d_features.dtype.element_ty), (y < height) & (x < width) & has_channel)
+    tl.store(at, rounded(total, d_features.dtype.element_ty), (y < height) & (x < width) & has_channel)
 
 
 _BOX_GRADIENT_NUMBERS = [

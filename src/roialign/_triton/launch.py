@@ -122,6 +122,7 @@ def _axis_taps(
         BLOCK_K=block_k,
         BLOCK_P=block_p,
         num_warps=1,
+        enable_fp_fusion=False,  # coordinates are defined to the bit
     )
     return Taps(*arrays, room, spread)
 

@@ -1,0 +1,338 @@
+"""PyTorch on a GPU: the operators choose the kernels by the device, and all else stays as it is.
+
+Where there is no GPU the kernels run in Triton's interpreter, on tensors of the CPU that pass for a GPU's.
+"""
+
+import contextlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+import tolerance
+
+torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
+pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
+import roialign.torch  # noqa: E402
+from roialign._triton import kernels  # noqa: E402
+from test_torch import OPTIONS, array, tensor  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = (2, 3)
+
+
+def on_device(array):
+    return tensor(array).to(DEVICE)
+
+
+def on_host(tensor):
+    return array(tensor.cpu())
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch):
+    """The names of the kernels that ran."""
+    names, launch = [], roialign.torch._launch
+
+    def spy(kernel, grid, inputs, outputs, **constants):
+        names.append(kernel.fn.__name__)
+        return launch(kernel, grid, inputs, outputs, **constants)
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: not tensor.is_meta)
+    monkeypatch.setattr(roialign.torch, "_launch", spy)
+    return names
+
+
+@contextlib.contextmanager
+def core():
+    """On tensors of the CPU the core again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: tensor.is_cuda)
+        yield
+
+
+@pytest.fixture
+def problem(make_problem):
+    """In float64, away from kinks: for derivatives."""
+    return make_problem(dtype=np.float64, shape=(2, 3, 6, 7), count=3, size=SIZE, inside=True)
+
+
+def arguments(problem):
+    return [on_device(a) for a in (problem.features, problem.boxes, problem.index)]
+
+
+def same_as_the_core(function, *arguments):
+    """`function` of tensors, on the device and with the core: equal but for rounding of float64."""
+    results = function(*arguments)
+    with core():
+        expected = function(*[argument.cpu() for argument in arguments])
+    flat, _ = torch.utils._pytree.tree_flatten(results)
+    flat_expected, _ = torch.utils._pytree.tree_flatten(expected)
+    assert len(flat) == len(flat_expected)
+    for result, value in zip(flat, flat_expected):
+        assert result.device.type == DEVICE
+        torch.testing.assert_close(result.cpu(), value, rtol=1e-12, atol=1e-12)
+
+
+def pool(features, boxes, index):
+    options = OPTIONS | {"convention": "half_pixel"}
+    return roialign.roi_align(features, (boxes, index), SIZE, **options)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+def test_oracle(make_problem, launched, dtype, layout):
+    problem = make_problem(dtype=dtype, shape=(2, 16, 5, 6), count=4, size=SIZE, sampling=0)
+    features = on_device(problem.features).contiguous(memory_format=layout)
+    rois = on_device(problem.boxes), on_device(problem.index)
+    output = roialign.roi_align(features, rois, SIZE, **problem.options)
+    assert launched == ["axis_taps", "forward"]
+    assert output.device == features.device and output.is_contiguous(memory_format=layout)
+    expected = oracle.forward(problem)
+    tolerance.check(on_host(output), expected, tolerance.forward(problem, expected))
+
+    g = problem.draw_output()
+    d_output = on_device(g).contiguous(memory_format=layout)
+    launched.clear()
+    d_features = roialign.roi_align_adjoint(d_output, rois, features.shape, **problem.options)
+    assert launched == ["axis_taps", "touched", "adjoint"]
+    assert d_features.device == features.device and d_features.is_contiguous(memory_format=layout)
+    expected = oracle.adjoint(problem, g)
+    tolerance.check(on_host(d_features), expected, tolerance.adjoint(problem, g, expected))
+
+    launched.clear()
+    d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **problem.options)
+    assert launched == ["axis_taps", "box_gradient"]
+    assert d_boxes.device == features.device
+    expected = oracle.box_gradient(problem, g)
+    tolerance.check(on_host(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
+
+
+@pytest.mark.parametrize("convention", ["mindspore", "asymmetric"])
+def test_forms_of_rois(make_problem, convention):
+    problem = make_problem(shape=(2, 2, 5, 6), count=4, size=SIZE, convention=convention)
+    features, boxes, index = arguments(problem)
+    order = torch.argsort(index, stable=True)
+    boxes, index = boxes[order], index[order]
+    expected = roialign.roi_align(features, (boxes, index), SIZE, **problem.options)
+    rows = torch.cat([index[:, None], boxes], 1)
+    listed = [boxes[index == i] for i in range(2)]
+    for rois in (rows, rows.double(), (boxes, index.int()), listed, (boxes.double(), index.byte())):
+        output = roialign.roi_align(features, rois, SIZE, **problem.options)
+        assert torch.equal(output, expected)
+
+
+def test_integer_boxes():
+    features = torch.rand(1, 2, 5, 6, device=DEVICE)
+    rois = torch.tensor([[0, 1, 1, 4, 3]], device=DEVICE)
+    output = roialign.roi_align(features, rois, SIZE)
+    assert torch.equal(output, roialign.roi_align(features, rois.float(), SIZE))
+    d_rois = roialign.roi_align_box_gradient(torch.ones_like(output), features, rois)
+    assert (d_rois.dtype, d_rois.shape) == (torch.float32, (1, 5))
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 0.5, float("nan"), 1e30])
+def test_a_bad_image_index_is_no_image(make_problem, bad):
+    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
+    features, boxes, index = arguments(problem)
+    rois = torch.cat([index[:, None], boxes], 1)
+    rois[1, 0] = bad
+    features.requires_grad_()
+    rois.requires_grad_()
+    output = roialign.roi_align(features, rois, SIZE, **problem.options)
+    assert output[0].any() and output[2].any()
+    assert not output[1].any()
+    output.sum().backward()
+    assert rois.grad[0].any() and rois.grad[2].any()
+    assert not rois.grad[1].any()
+    rest = torch.tensor([0, 2], device=DEVICE)
+    d_output = torch.ones_like(output[rest])
+    shape = features.shape
+    expected = roialign.roi_align_adjoint(d_output, rois.detach()[rest], shape, **problem.options)
+    assert torch.equal(features.grad, expected)
+
+
+def test_empty(launched):
+    features, rois = torch.rand(2, 3, 5, 6, device=DEVICE), torch.zeros(0, 5, device=DEVICE)
+    assert roialign.roi_align(features, rois, SIZE).shape == (0, 3, *SIZE)
+    assert roialign.roi_align(features, [rois[:, 1:]] * 2, SIZE).shape == (0, 3, *SIZE)
+    assert roialign.roi_align(features[:, :0], torch.zeros(4, 5, device=DEVICE), SIZE).shape[0] == 4
+    d_output = torch.zeros(0, 3, *SIZE, device=DEVICE)
+    d_features = roialign.roi_align_adjoint(d_output, rois, features.shape)
+    assert d_features.shape == features.shape and not d_features.any()
+    assert roialign.roi_align_box_gradient(d_output, features, rois).shape == (0, 5)
+    d_rois = roialign.roi_align_box_gradient(
+        torch.zeros(4, 0, *SIZE, device=DEVICE), features[:, :0], torch.zeros(4, 5, device=DEVICE)
+    )
+    assert d_rois.shape == (4, 5) and not d_rois.any()
+    assert launched == []
+
+
+def test_out(make_problem):
+    problem = make_problem(shape=(2, 3, 5, 6), count=3, size=SIZE)
+    features, boxes, index = arguments(problem)
+    options = problem.options
+    expected = roialign.roi_align(features, (boxes, index), SIZE, **options)
+    wide = torch.full((3, 3, 2, 6), 7.0, device=DEVICE)
+    out = wide[..., ::2]
+    assert roialign.roi_align(features, (boxes, index), SIZE, **options, out=out) is out
+    assert torch.equal(out, expected)
+    assert (wide[..., 1::2] == 7).all()
+    rows = torch.cat([index[:, None], boxes], 1)
+    whole = torch.empty_like(expected)
+    assert roialign.roi_align(features, rows, SIZE, **options, out=whole) is whole
+    assert torch.equal(whole, expected)
+    memory = torch.zeros(1000, device=DEVICE)
+    overlapping = memory[:180].view(2, 3, 5, 6), memory[100:154].view(3, 3, *SIZE)
+    with pytest.raises(ValueError, match="`out` must not overlap an input"):
+        roialign.roi_align(overlapping[0], rows, SIZE, **options, out=overlapping[1])
+    with pytest.raises(ValueError, match="`out` must not overlap itself"):
+        itself = torch.as_strided(memory, (3, 3, *SIZE), (1, 1, 1, 1))
+        roialign.roi_align(features, rows, SIZE, **options, out=itself)
+
+
+# Derivatives and transforms, by value
+
+
+def test_gradients(problem):
+    def gradients(features, boxes, index):
+        features, boxes = features.requires_grad_(), boxes.requires_grad_()
+        return torch.autograd.grad(pool(features, boxes, index).square().sum(), (features, boxes))
+
+    same_as_the_core(gradients, *arguments(problem))
+
+
+def test_second_order(problem):
+    def second(features, boxes, index):
+        features, boxes = features.requires_grad_(), boxes.requires_grad_()
+        loss = pool(features, boxes, index).square().sum()
+        (first,) = torch.autograd.grad(loss, features, create_graph=True)
+        return torch.autograd.grad(first.sin().sum(), (features, boxes))
+
+    same_as_the_core(second, *arguments(problem))
+
+
+def test_forward_mode(problem):
+    def along(features, boxes, index):
+        def function(f, b):
+            return pool(f, b, index)
+
+        return torch.func.jvp(function, (features, boxes), (features.cos(), boxes.sin()))
+
+    same_as_the_core(along, *arguments(problem))
+
+
+def test_vmap_of_gradients(problem):
+    def gradients(features, boxes, index):
+        def loss(f, b):
+            return pool(f, b, index).square().sum()
+
+        batches = torch.stack([boxes, boxes + 0.25])
+        return torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))(features, batches)
+
+    same_as_the_core(gradients, *arguments(problem))
+
+
+def test_compile(problem):
+    def gradients(features, boxes, index):
+        features, boxes = features.requires_grad_(), boxes.requires_grad_()
+        compiled = torch.compile(pool, fullgraph=True, backend="aot_eager", dynamic=True)
+        return torch.autograd.grad(compiled(features, boxes, index).sum(), (features, boxes))
+
+    same_as_the_core(gradients, *arguments(problem))
+
+
+def test_export(problem):
+    class Model(torch.nn.Module):
+        def forward(self, features, boxes, index):
+            return pool(features, boxes, index)
+
+    given = tuple(arguments(problem))
+    program = torch.export.export(Model(), given)
+    assert "torch.ops.roialign.forward" in program.graph_module.code
+    same_as_the_core(lambda *given: program.module()(*given), *given)
+
+
+def test_opcheck(problem):
+    features, boxes, index = arguments(problem)
+    scalars = (0.5, 0.4, 2, 0.5, 0.0, 0.0, None, False)
+    given = (features.requires_grad_(), boxes.requires_grad_(), index, None, SIZE, *scalars)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.roialign.forward.default, given, test_utils=tests)
+
+
+def test_autocast(make_problem):
+    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
+    features, boxes, index = arguments(problem)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        low = features.bfloat16().requires_grad_()
+        boxes = boxes.requires_grad_()
+        output = roialign.roi_align(low, (boxes, index), SIZE, **problem.options)
+        output.float().sum().backward()
+    kinds = output.dtype, low.grad.dtype, boxes.grad.dtype
+    assert kinds == (torch.bfloat16, torch.bfloat16, torch.float32)
+    same = roialign.roi_align(features.bfloat16(), (boxes, index), SIZE, **problem.options)
+    assert torch.equal(output, same)
+
+
+def test_deterministic_algorithms(make_problem):
+    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
+    features, boxes, index = arguments(problem)
+
+    def gradient():
+        given = features.clone().requires_grad_()
+        roialign.roi_align(given, (boxes, index), SIZE, **problem.options).square().sum().backward()
+        return given.grad
+
+    expected = gradient()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(gradient(), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Where the kernels come from
+
+
+def test_the_cpu_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, roialign;"
+        "print(roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1).shape)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["torch.Size([1,", "1,", "1,", "1])"]
+
+
+def test_a_gpu_without_triton_is_a_clear_error():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, roialign.torch;"
+        "roialign.torch._is_on_gpu = lambda tensor: True;"
+        "roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: roialign needs Triton for tensors on a GPU: pip install" in output.stderr
+
+
+def test_other_devices_are_refused():
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        features = torch.empty(1, 1, 4, 4, device="mps")
+        with pytest.raises(TypeError, match="`features` must be on the CPU or a GPU, got device mps"):
+            roialign.roi_align(features, torch.zeros(1, 5), 1)
+
+
+def test_operators_are_registered_for_gpus():
+    for name in ("forward", "adjoint", "box_gradient"):
+        operator = f"roialign::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+
+
+def test_the_interpreter_is_what_runs_here():
+    interpreted = "Interpreted" in type(kernels.forward).__name__
+    assert interpreted == (DEVICE == "cpu")
