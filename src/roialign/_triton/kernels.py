@@ -74,6 +74,15 @@ def plus(total, weight, value):
 
 
 @triton.jit
+def coordinate(pointer, known, REAL: tl.constexpr):
+    """A number of any dtype as REAL; from bfloat16 by the one way that Triton's interpreter has too."""
+    number = tl.load(pointer, known, other=0)
+    if number.dtype == tl.bfloat16:
+        number = number.to(tl.float32)
+    return number.to(REAL)
+
+
+@triton.jit
 def span_of(start, bin, samples, k, bins, size):
     """The pixels [low, high] of bin k and its samples [first, end); high < low where there are none."""
     known = (k >= 0) & (k < bins)
@@ -136,14 +145,13 @@ def axis_taps(
     roi = block * BLOCK_K + tl.arange(0, BLOCK_K)
     known = roi < count
 
-    index = tl.load(image_index + roi * index_stride, known, other=0)
-    if index.dtype.is_floating():
-        if index.dtype != tl.float64:
-            index = index.to(tl.float32)
+    index_of = image_index + roi * index_stride
+    if image_index.dtype.element_ty.is_floating():
+        index = coordinate(index_of, known, tl.float64)
         valid = (index >= 0) & (index < images) & (index == tl.floor(index))
         image = tl.where(valid, index, 0).to(tl.int64)
     else:
-        image = index.to(tl.int64)
+        image = tl.load(index_of, known, other=0).to(tl.int64)
         valid = (image >= 0) & (image < images)
     image = tl.where(valid, image, -1)
     if axis == 0:
@@ -159,10 +167,10 @@ def axis_taps(
         first_slot, first_bin, first_pixel = x_slot, bins_y, height
 
     corner = boxes + roi * boxes_stride
-    lo = tl.load(corner + (1 - axis) * boxes_step, known, other=0).to(REAL)
-    hi = tl.load(corner + (3 - axis) * boxes_step, known, other=0).to(REAL)
-    other_lo = tl.load(corner + axis * boxes_step, known, other=0).to(REAL)
-    other_hi = tl.load(corner + (2 + axis) * boxes_step, known, other=0).to(REAL)
+    lo = coordinate(corner + (1 - axis) * boxes_step, known, REAL)
+    hi = coordinate(corner + (3 - axis) * boxes_step, known, REAL)
+    other_lo = coordinate(corner + axis * boxes_step, known, REAL)
+    other_hi = coordinate(corner + (2 + axis) * boxes_step, known, REAL)
     # a difference of a number and itself is 0 unless it is not finite
     finite = (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
     if PARTS == 2:
