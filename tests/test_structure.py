@@ -19,7 +19,7 @@ ADAPTER = {"_core", "_checks", "_conventions", "_threads"}
 ALLOWED = {
     "__init__": ({"_api", "_conventions"}, set()),
     "__main__": ({"cli"}, set()),
-    "_api": ({"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore"}, set()),
+    "_api": ({"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore", "cupy"}, set()),
     "_checks": ({"_conventions"}, set()),
     "_conventions": (set(), set()),
     "_threads": ({"_checks", "_core"}, set()),
@@ -27,6 +27,7 @@ ALLOWED = {
     "torch": (ADAPTER | {"", "_triton"}, {"numpy", "torch"}),
     "jax": (ADAPTER | {"_triton"}, {"numpy", "jax", "jaxlib"}),
     "mindspore": (ADAPTER | {""}, {"numpy", "mindspore"}),
+    "cupy": ({"_checks", "_conventions", "torch"}, {"numpy", "cupy", "torch"}),
     "cli": ({"", "_core", "demo"}, set()),
     "demo": ({""}, {"numpy", "PIL"}),
 }
@@ -96,6 +97,12 @@ def test_a_module_imports_what_its_place_allows(path):
 )
 def test_the_reader_of_imports_sees(code, inner, outer):
     assert imports(ast.parse(code)) == (inner, outer)
+
+
+def test_gpu_kernels_know_no_framework():
+    for path in (PACKAGE / "_triton").glob("*.py"):
+        inner, outer = imports(ast.parse(path.read_text(encoding="utf-8")))
+        assert inner <= {"_triton"} and outer <= {"triton"}, path.name
 
 
 def test_compat_is_apart():

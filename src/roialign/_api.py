@@ -39,10 +39,12 @@ def _adapter(name: str, array: object) -> ModuleType:
         import roialign.jax as adapter
     elif _is_a(array, "mindspore", "Tensor"):
         import roialign.mindspore as adapter
+    elif _is_a(array, "cupy", "ndarray"):
+        import roialign.cupy as adapter
     else:
         raise TypeError(
-            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array or mindspore.Tensor, "
-            f"got {_checks.type_name(array)}"
+            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array, mindspore.Tensor or "
+            f"cupy.ndarray, got {_checks.type_name(array)}"
         )
     return adapter
 
@@ -75,8 +77,9 @@ def roi_align(
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
-    (arXiv:1703.06870). Takes arrays of NumPy, PyTorch, JAX or MindSpore, all of one kind, and gives
-    that kind; those of a framework have derivatives (docs/pytorch.md, jax.md, mindspore.md).
+    (arXiv:1703.06870). Takes arrays of NumPy, PyTorch, JAX, MindSpore or CuPy, all of one kind, and
+    gives that kind on the same device; those of a framework have derivatives (docs/pytorch.md, jax.md,
+    mindspore.md; on GPUs gpu.md).
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -100,8 +103,8 @@ def roi_align(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, size, scale, name or ``out`` is wrong.
-        IndexError: an image index is not an integer in [0, N). (A traced array of JAX has no values to
-            be checked: the row of that RoI is 0, and so are its gradients.)
+        IndexError: an image index is not an integer in [0, N). (On a GPU, and of a traced array of JAX,
+            its value is not known without waiting: the row of that RoI is 0, and so are its gradients.)
         RuntimeError: ``out`` with tensors of which a gradient is needed.
 
     The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes

@@ -21,7 +21,7 @@ A RoI of no image has no taps. Sizes are not specialised; strides are, where the
 import triton
 import triton.language as tl
 
-from .geometry import grid_of, inside, position, tap
+from roialign._triton.geometry import grid_of, inside, position, tap
 
 ROIS_PER_WORD = tl.constexpr(32)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import kernels
+from roialign._triton import kernels
 
 Array = Any
 

@@ -1,0 +1,183 @@
+"""CuPy arrays: PyTorch's tensors for the length of a call.
+
+CuPy makes no array without a GPU, so a stand-in has its part here: the names that the adapter uses, on
+memory of the CPU.
+"""
+
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import roialign
+
+torch = pytest.importorskip("torch", reason="CuPy arrays become torch's tensors")
+
+RULE = {"spatial_scale": 0.5, "sampling_ratio": 2}
+STREAM = 0x1234560
+
+
+class Device:
+    """Of an array; entered, it is the current one."""
+
+    def __init__(self, id, entered):
+        self.id, self.entered = id, entered
+
+    def __enter__(self):
+        self.entered.append(self.id)
+
+    def __exit__(self, *error):
+        pass
+
+
+class Array:
+    """As much of cupy.ndarray as the adapter asks for."""
+
+    entered = []
+
+    def __init__(self, values):
+        self.values = values
+
+    dtype = property(lambda self: self.values.dtype)
+    shape = property(lambda self: self.values.shape)
+    ndim = property(lambda self: self.values.ndim)
+    device = property(lambda self: Device(0, self.entered))
+
+    def __len__(self):
+        return len(self.values)
+
+    def __setitem__(self, key, array):
+        self.values[key] = array.values
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = types.ModuleType("cupy")
+    module.ndarray = Array
+    module.from_dlpack = lambda tensor: Array(np.from_dlpack(tensor))
+    module.cuda = types.SimpleNamespace(
+        get_current_stream=lambda: types.SimpleNamespace(ptr=STREAM)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.delitem(sys.modules, "roialign.cupy", raising=False)
+    monkeypatch.delattr(roialign, "cupy", raising=False)
+    module.streams = []
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: (pointer, device))
+    real = torch.cuda.stream
+
+    def stream(chosen):
+        module.streams.append(chosen)
+        return real(None)
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    yield module
+    sys.modules.pop("roialign.cupy", None)
+
+
+@pytest.fixture
+def arrays():
+    random = np.random.default_rng(0)
+    features = random.standard_normal((2, 3, 8, 9)).astype(np.float32)
+    rois = np.array([[0, 1, 2, 9, 8], [1, 3, 1, 12, 15], [0, 0, 0, 16, 14]], np.float32)
+    return features, rois
+
+
+def test_forward(cupy, arrays):
+    features, rois = arrays
+    expected = roialign.roi_align(features, rois, 2, **RULE)
+    output = roialign.roi_align(Array(features), Array(rois), 2, **RULE)
+    assert isinstance(output, Array)
+    assert np.array_equal(output.values, expected)
+    assert set(cupy.streams) == {(STREAM, torch.device("cuda", 0))}
+    out = Array(np.zeros_like(expected))
+    assert roialign.roi_align(Array(features), Array(rois), 2, **RULE, out=out) is out
+    assert np.array_equal(out.values, expected)
+
+
+def test_no_copy(cupy, arrays):
+    features, _ = arrays
+    import roialign.cupy as adapter
+
+    tensor = adapter._tensors(Array(features))
+    assert tensor.data_ptr() == features.ctypes.data
+    assert adapter._arrays(tensor).values.ctypes.data == features.ctypes.data
+
+
+def test_forms_of_rois(cupy, arrays):
+    features, rois = arrays
+    rois = rois[[0, 2, 1]]
+    expected = roialign.roi_align(features, rois, 2, **RULE)
+    pair = Array(rois[:, 1:].copy()), Array(rois[:, 0].astype(np.int64))
+    listed = [Array(rois[:2, 1:].copy()), Array(rois[2:, 1:].copy())]
+    for given in (pair, listed):
+        output = roialign.roi_align(Array(features), given, 2, **RULE)
+        assert np.array_equal(output.values, expected)
+    d_output = np.ones_like(expected)
+    expected = roialign.roi_align_box_gradient(d_output, features, rois, **RULE)
+    gradient = roialign.roi_align_box_gradient(Array(d_output), Array(features), pair, **RULE)
+    assert np.array_equal(gradient.values, expected[:, 1:])
+    gradients = roialign.roi_align_box_gradient(Array(d_output), Array(features), listed, **RULE)
+    assert np.array_equal(np.concatenate([g.values for g in gradients]), expected[:, 1:])
+
+
+def test_gradients(cupy, arrays):
+    features, rois = arrays
+    d_output = np.random.default_rng(1).standard_normal((3, 3, 2, 2)).astype(np.float32)
+    expected = roialign.roi_align_adjoint(d_output, rois, features.shape, **RULE)
+    result = roialign.roi_align_adjoint(Array(d_output), Array(rois), features.shape, **RULE)
+    assert np.array_equal(result.values, expected)
+    out = Array(np.zeros_like(features))
+    roialign.roi_align_adjoint(Array(d_output), Array(rois), features.shape, **RULE, out=out)
+    assert np.array_equal(out.values, expected)
+    expected = roialign.roi_align_box_gradient(d_output, features, rois, **RULE)
+    out = Array(np.zeros_like(rois))
+    given = Array(d_output), Array(features), Array(rois)
+    assert roialign.roi_align_box_gradient(*given, **RULE, out=out) is out
+    assert np.array_equal(out.values, expected)
+
+
+def test_the_seed(cupy, arrays):
+    features, rois = arrays
+    seed = roialign.ROIAlign(2, 3, 0.5)
+    assert np.array_equal(seed(Array(features), Array(rois)).values, seed(features, rois))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"rois": np.zeros((1, 5), np.float32)}, TypeError, "`rois` must be a cupy.ndarray, got numpy.ndarray"),
+        ({"features": Array(np.zeros((1, 1, 2, 2), int))}, TypeError, "`features` must be float16"),
+        ({"rois": Array(np.zeros((1, 5), bool))}, TypeError, "`rois` must have a float or integer dtype"),
+        ({"rois": (Array(np.zeros((1, 4))), Array(np.zeros(1)))}, TypeError, "`image_index` must have an integer"),
+        ({"rois": Array(np.zeros((3, 4), np.float32))}, ValueError, r"`rois` must have shape \(K, 5\), got \(3, 4\)"),
+        ({"out": np.zeros((1, 1, 2, 2), np.float32)}, TypeError, "`out` must be a cupy.ndarray, got numpy.ndarray"),
+        ({"out": Array(np.zeros((1, 1, 2, 2)))}, TypeError, "`out` must have dtype float32, got float64"),
+        ({"out": Array(np.zeros((2, 1, 2, 2), np.float32))}, ValueError, "`out` must have shape"),
+    ],
+)  # fmt: skip
+def test_errors(cupy, change, error, message):
+    given = {
+        "features": Array(np.zeros((1, 1, 4, 4), np.float32)),
+        "rois": Array(np.zeros((1, 5), np.float32)),
+        "output_size": 2,
+    }
+    with pytest.raises(error, match=message):
+        roialign.roi_align(**given | change)
+
+
+def test_without_torch():
+    code = (
+        "import sys, types; sys.modules['torch'] = None; cupy = types.ModuleType('cupy');"
+        "cupy.ndarray = type('ndarray', (), {}); sys.modules['cupy'] = cupy; import roialign;"
+        "roialign.roi_align(cupy.ndarray(), None, 1)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: roialign needs PyTorch for CuPy arrays: pip install" in output.stderr
