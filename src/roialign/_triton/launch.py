@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 
 from roialign._triton import kernels
@@ -59,7 +58,13 @@ def _is_double(array: Array) -> bool:
 
 
 def _power(number: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(number, 1)), most)
+    """The least power of two that is not below the number, or `most`."""
+    return min(1 << max(number - 1, 0).bit_length(), most)
+
+
+def _quotient(number: int, by: int) -> int:
+    """Rounded up."""
+    return -(-number // by)
 
 
 def _programs(count: int) -> tuple[int]:
@@ -97,7 +102,7 @@ def _axis_taps(
     unused = (1,)
     arrays = call(
         kernels.axis_taps,
-        _programs(2 * triton.cdiv(count, block_k)),
+        _programs(2 * _quotient(count, block_k)),
         (
             boxes,
             image_index,
@@ -145,7 +150,7 @@ def forward(
         double=_is_double(features), parts=parts, columns=False,
     )  # fmt: skip
     block = _blocks((features, output), math.prod(bins))
-    blocks = triton.cdiv(math.prod(bins), block.others) * triton.cdiv(channels, block.channels)
+    blocks = _quotient(math.prod(bins), block.others) * _quotient(channels, block.channels)
     (output,) = call(
         kernels.forward,
         _programs(count * blocks),
@@ -203,12 +208,12 @@ def adjoint(
         call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
         double=_is_double(d_output), parts=parts, columns=True,
     )  # fmt: skip
-    words = triton.cdiv(count, ROIS_PER_WORD)
+    words = _quotient(count, ROIS_PER_WORD)
     block_w = _power(words, 8)
-    tiles = images * math.prod(triton.cdiv(length, tile) for length, tile in zip(size, TILE))
+    tiles = images * math.prod(_quotient(length, tile) for length, tile in zip(size, TILE))
     (bits,) = call(
         kernels.touched,
-        _programs(tiles * triton.cdiv(words, block_w)),
+        _programs(tiles * _quotient(words, block_w)),
         (taps.image_of, taps.extents, count, *size, words),
         (New((tiles, words), "int64"),),
         TILE_Y=TILE[0],
@@ -219,7 +224,7 @@ def adjoint(
     block_c = _power(channels, 16)
     (d_features,) = call(
         kernels.adjoint,
-        _programs(tiles * triton.cdiv(channels, block_c)),
+        _programs(tiles * _quotient(channels, block_c)),
         (
             *(d_output, taps.ranges, taps.extents, taps.weights, bits),
             *(count, channels, *size, *bins, *taps.spread, words),
@@ -253,7 +258,7 @@ def box_gradient(
     )  # fmt: skip
     share = 4 if _is_double(features) else 2
     block = _blocks((d_output, features), math.prod(bins), share)
-    blocks = triton.cdiv(channels, block.channels)
+    blocks = _quotient(channels, block.channels)
     (partial,) = call(
         kernels.box_gradient,
         _programs(count * blocks),
