@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from bench import report, run
 from bench.environments import PEERS, ROOT, find, set_up
@@ -14,6 +15,8 @@ QUICK = ("W1f", "W3", "W6")
 def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: on a GPU")
+    add("--budget", type=float, default=420, help="seconds on a GPU; then nothing new is begun")
     add("--setup", nargs="*", metavar="PEER", choices=PEERS, help="make the peers' environments")
     add("--workloads", nargs="+", default=list(run.WORKLOADS), choices=run.WORKLOADS)
     add("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)
@@ -33,14 +36,6 @@ def main(arguments=None):
     if given.setup is not None:
         return 1 if set_up(given.setup or PEERS) else 0
 
-    pythons = dict(peer.split("=", 1) for peer in given.peer)
-    found = find(pythons)
-    pythons = {"ours": pythons.get("ours", sys.executable)} | {
-        name: found[name] for name in given.peers if name in found
-    }
-    for name in given.peers:
-        if name not in found:
-            print(f"{name} is not installed: python -m bench --setup {name}")
     settings = run.Settings(
         rounds=given.rounds,
         slice=given.slice,
@@ -55,6 +50,17 @@ def main(arguments=None):
         given.extras = False
         given.workloads = [name for name in given.workloads if name in QUICK] or given.workloads
     workloads = [run.WORKLOADS[name] for name in given.workloads]
+    if given.device != "cpu":
+        return on_gpu(workloads, settings, given)
+
+    pythons = dict(peer.split("=", 1) for peer in given.peer)
+    found = find(pythons)
+    pythons = {"ours": pythons.get("ours", sys.executable)} | {
+        name: found[name] for name in given.peers if name in found
+    }
+    for name in given.peers:
+        if name not in found:
+            print(f"{name} is not installed: python -m bench --setup {name}")
     for threads in given.threads:
         record = run.run(
             workloads,
@@ -65,6 +71,18 @@ def main(arguments=None):
         if given.rounds:
             print(run.write(record, given.results))
             print(report.tables(record))
+
+
+def on_gpu(workloads, settings, given):
+    from bench import gpu, gpu_report
+
+    peers = "torchvision" in given.peers
+    record = gpu.measure(workloads, gpu.Cuda(), settings, given.budget, peers)
+    if given.rounds:
+        print(gpu.write(record, Path(given.results) / "gpu"))
+    print(gpu_report.tables(record))
+    wrong = [row for row in record["rows"] if row["by"] == gpu.OURS and "refused" in row]
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -446,8 +446,9 @@ def run(workloads, pythons, settings, extras=True, say=print):
 
 
 def write(record, folder):
-    """Appends the record to `<date>-<cpu>.jsonl`; the path."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record["machine"]["cpu"]).split())
+    """Appends the record to `<date>-<cpu or gpu>.jsonl`; the path."""
+    device = record["machine"].get("gpu", record["machine"]["cpu"])
+    slug = "-".join("".join(c if c.isalnum() else " " for c in device).split())
     path = Path(folder) / f"{record['date'][:10]}-{slug.lower()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as lines:
