@@ -16,7 +16,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: on a GPU")
-    add("--budget", type=float, default=420, help="seconds on a GPU; then nothing new is begun")
+    add("--budget", type=float, default=360, help="seconds on a GPU; then nothing new is begun")
     add("--setup", nargs="*", metavar="PEER", choices=PEERS, help="make the peers' environments")
     add("--workloads", nargs="+", default=list(run.WORKLOADS), choices=run.WORKLOADS)
     add("--operations", nargs="+", default=OPERATIONS, choices=OPERATIONS)

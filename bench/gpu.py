@@ -1,8 +1,9 @@
-"""On a GPU: ours beside torchvision's kernels, on the same torch tensors. `python -m bench --device cuda`.
+"""`python -m bench --device cuda`: ours beside torchvision's kernels, on the same torch tensors.
 
-A result is compared with that of the CPU core before its time is taken. Then all take turns. A sample is
-the time between two events on the stream, with the L2 cache flushed before; the flush takes longer than
-the host needs to launch a call, so what the host does is not in it, and is timed apart (`launches`).
+A result is compared with that of the CPU core before its time is taken. Then all take turns. A
+sample is the time between two events on the stream, with the L2 cache flushed before; the flush
+takes longer than the host needs to launch a call, so what the host does is not in it, and is timed
+apart (`launches`).
 """
 
 import contextlib
@@ -64,7 +65,7 @@ class Cuda:
         }
 
     def flush(self):
-        """Writes what fills the L2 cache, and reads it, so that nothing is left to be written back."""
+        """Writes what fills the L2 cache and reads it: nothing is left to be written back."""
         self.buffer.zero_()
         self.buffer.amax()
 

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_report`: tables of a GPU's record, with the ratios that were asked for beside."""
+"""`python -m bench.gpu_report`: tables of a GPU's record, the ratios asked for beside."""
 
 import argparse
 import sys

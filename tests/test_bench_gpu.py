@@ -1,10 +1,12 @@
-"""The GPU part of the benchmark, where there is no GPU: the device is a stand-in with a wall clock."""
+"""The benchmark's GPU part, where there is no GPU: the device is a stand-in with a wall clock."""
 
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,8 +108,10 @@ def settings(**changes):
     )
 
 
-def measured(device=None, budget=60.0, **changes):
-    return gpu.measure([TINY], device or Clock(), settings(**changes), budget, say=lambda _: None)
+def measured(device=None, budget=60.0, workload=TINY, **changes):
+    return gpu.measure(
+        [workload], device or Clock(), settings(**changes), budget, say=lambda _: None
+    )
 
 
 def test_the_command_writes_a_record_and_prints_its_tables(with_torchvision, tmp_path, capsys):
@@ -349,6 +353,35 @@ def test_a_whole_run_on_the_stand_in(cuda, with_torchvision, monkeypatch):
     record = measured(cuda)
     assert not [row for row in (*record["rows"], *record["launches"]) if "refused" in row]
     assert {t for row in record["rows"] for round_ in row["samples"] for t in round_} == {0.003}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+def test_what_is_measured_are_the_kernels_of_the_gpu(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    import roialign.torch
+
+    names, launch, expected = set(), roialign.torch._launch, gpu.Arrays.expected
+
+    def spy(kernel, *arguments, **constants):
+        names.add(kernel.fn.__name__)
+        return launch(kernel, *arguments, **constants)
+
+    def by_the_core(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: False)
+            return expected(*arguments)
+
+    monkeypatch.setattr(gpu.Arrays, "expected", by_the_core)
+    monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(roialign.torch, "_launch", spy)
+    for name in ("VARIED", "SMALL"):
+        monkeypatch.setattr(gpu, name, ())
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    small = replace(TINY, shape=(1, 2, 8, 8), per_image=1, output_size=(2, 1), sampling=1)
+    rows = measured(workload=small, rounds=1, slice=0)["rows"]
+    assert [row["operation"] for row in rows] == [*report.OPERATIONS]
+    assert not any("refused" in row for row in rows)
+    assert names == {"axis_taps", "touched", *report.OPERATIONS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
