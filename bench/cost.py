@@ -1,9 +1,9 @@
-"""`python -m bench.cost`: what the GPU kernels must do for each workload, and the time to expect of it.
+"""`python -m bench.cost`: what the GPU kernels must do for each workload, and the time to expect.
 
-Counted from a workload's own boxes, and from the launches as they are made; nothing runs, so it needs torch
-and Triton and no GPU. The time is the longest of what each count takes at an H200's rates, as if all of it
-overlapped: expected, not measured. Latency, what a launch costs and the instructions around a load are not
-in it, so a GPU takes longer.
+Counted from a workload's own boxes, and from the launches as they are made; nothing runs, so it
+needs torch and Triton and no GPU. The time is the longest of what each count takes at an H200's
+rates, as if all of it overlapped: expected, not measured. Latency, what a launch costs and what is
+outside of the innermost loop are not in it, so a GPU takes longer.
 """
 
 import argparse
@@ -18,13 +18,15 @@ from roialign._triton import launch
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
 PROCESSORS, CLOCK = 132, 1.755e9  # of an H200
-RATES = {  # per second; all but that of DRAM (of a copy) are assumptions
+RATES = {  # per second: assumptions
     "DRAM": 4.3e12,
     "L2": 5.5e12,
     "L1": 128 * PROCESSORS * CLOCK,
-    "loads": 32 * PROCESSORS * CLOCK,
-    "multiply-adds": 128 * PROCESSORS * CLOCK,
+    "instructions": 128 * PROCESSORS * CLOCK,
 }
+# of the innermost loop per value that it loads, in NCHW and channels_last, as Triton 3.9.0 compiles
+# it for sm_90
+INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (21.5, 18.0)}
 RULE = (1.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, False)  # launches do not depend on it
 
 
@@ -33,8 +35,9 @@ class Cost:
     dram: int  # bytes: what is touched of the map, and the output, once
     l2: int  # bytes: what each program reads, once
     l1: int  # bytes: the sectors that each load of a warp touches
-    loads: int  # lanes, those too that wait while others of their program load
-    multiply_adds: int  # likewise
+    instructions: int  # of lanes, those too that wait while others of their program load
+    loads: int  # likewise
+    multiply_adds: int
     programs: int
     private: int  # bytes: tables, bits, partial sums
 
@@ -46,7 +49,7 @@ class Cost:
 
 
 class Launches:
-    """The kernels of an operation: their programs, private memory, and the constants of the last."""
+    """An operation's kernels: their programs, private memory, and the constants of the last."""
 
     def __init__(self, workload, operation, dtype, layout):
         self.programs, self.private, self.constants = 0, 0, {}
@@ -85,23 +88,30 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     constants = launches.constants
     count = by_columns if operation == "adjoint" else by_rows
     boxes = [count(y, x, itemsize, constants) for y, x in axes]
-    values, table, sectors, loads, inner, outer = np.sum(boxes, 0, dtype=np.int64)
-    channels, parts = workload.shape[1], 3 if operation == "box_gradient" else 1
+    values, table, sectors, loads, outer = np.sum(boxes, 0, dtype=np.int64)
+    channels, parts = workload.shape[1], parts_of(constants)
     if constants["INNERMOST"]:  # lanes go along channels
         taps = sum(y_weights.sum() * x_weights.sum() for y_weights, x_weights in map(used, axes))
         sectors = taps * itemsize / SECTOR
     blocks = -(-channels // constants["BLOCK_C"])
     channels_of_blocks = blocks * constants["BLOCK_C"]
     d_output = np.prod(workload.output_shape) * itemsize if operation == "box_gradient" else 0
+    loads *= channels_of_blocks
     return Cost(
         dram=int(through),
         l2=int(values * channels * itemsize + table * blocks + d_output),
         l1=int(sectors * channels * SECTOR + 2 * d_output),
-        loads=int(loads * channels_of_blocks),
-        multiply_adds=int((parts * inner + (1 if parts == 1 else 4) * outer) * channels_of_blocks),
+        instructions=int(loads * INSTRUCTIONS[operation][constants["INNERMOST"]]),
+        loads=int(loads),
+        multiply_adds=int(parts * loads + (4 if parts == 3 else 1) * outer * channels_of_blocks),
         programs=launches.programs,
         private=launches.private,
     )
+
+
+def parts_of(constants):
+    """Weights of an entry: the box gradient has slopes too."""
+    return constants.get("PARTS", 3)
 
 
 def used(pair):
@@ -110,22 +120,21 @@ def used(pair):
 
 
 def by_rows(y, x, itemsize, constants):
-    """Of one RoI: values and bytes of the table that programs read, sectors, loads, multiply-adds.
+    """Of one RoI: values and bytes of the table that programs read, sectors, loads, steps over y.
 
-    Per channel but for the table, which is read for a block of channels; multiply-adds of the loop over
-    x, and of that over y. A program has BLOCK_B bins.
+    Per channel, but the table is read for a block of channels. A program has BLOCK_B bins.
     """
     of_y, of_x = used((y, x))
     bins_y, bins_x = len(of_y), len(of_x)
     lanes = constants["BLOCK_B"]
     entries = of_y.sum() + of_x.sum()
-    weights = 3 if "PARTS" not in constants else 1
+    entry = 4 + 4 * parts_of(constants)  # bytes: a pixel, and its weights
     values = table = loads = outer = 0
     for block in range(0, bins_y * bins_x, lanes):
         b = np.arange(block, min(block + lanes, bins_y * bins_x))
         rows, columns = of_y[np.unique(b // bins_x)], of_x[np.unique(b % bins_x)]
         values += rows.any(0).sum() * columns.any(0).sum()
-        table += (bins_y + bins_x) * 16 + entries * (4 + 4 * weights)
+        table += (bins_y + bins_x) * 16 + entries * entry
         most_y, most_x = rows.sum(1).max(), columns.sum(1).max()
         loads += most_y * most_x * lanes
         outer += most_y * lanes
@@ -136,7 +145,7 @@ def by_rows(y, x, itemsize, constants):
     sectors = np.where(pixels_x < 0, -1, pixels_x * itemsize // SECTOR)
     keys = pixels_y[:, :, None] * 2**32 + sectors[:, None, :]
     there = exists[:, None, None] & (pixels_y >= 0)[:, :, None] & (sectors >= 0)[:, None, :]
-    return values, table, distinct(np.where(there, keys, -1)), loads, loads, outer
+    return values, table, distinct(np.where(there, keys, -1)), loads, outer
 
 
 def by_columns(y, x, itemsize, constants):
@@ -145,7 +154,7 @@ def by_columns(y, x, itemsize, constants):
     tile = constants["TILE_Y"], constants["TILE_X"]
     maps = [whole_tiles(axis, length) for axis, length in zip((y, x), tile, strict=True)]
     if any(A.size == 0 for A in maps):
-        return 0, 0, 0, 0, 0, 0
+        return 0, 0, 0, 0, 0
     of_y, of_x = (A.reshape(len(A), -1, length) for A, length in zip(maps, tile, strict=True))
     tiles = of_y.shape[1] * of_x.shape[1]
     values = of_y.any(2).sum() * of_x.any(2).sum()
@@ -161,11 +170,11 @@ def by_columns(y, x, itemsize, constants):
     rows, columns, *most = keys.shape
     lines = WARP // tile[1]  # of a tile, in a warp
     keys = keys.reshape(rows // lines, lines, columns // tile[1], tile[1], *most).swapaxes(1, 2)
-    return values, table, distinct(keys.reshape(-1, *most)), loads, loads, outer
+    return values, table, distinct(keys.reshape(-1, *most)), loads, outer
 
 
 def whole_tiles(axis, length):
-    """[bins, pixels] bool, from the first pixel of the first tile that is reached to the end of the last."""
+    """[bins, pixels] bool, of the tiles from the first to the last that is reached."""
     weights = used((axis,))[0]
     reached = axis.pixels[weights.any(0)]
     if reached.size == 0:
@@ -192,16 +201,24 @@ def distinct(keys):
 
 
 def table(workloads, operations, dtype, layout):
-    header = ["", "DRAM, MB", "L2, MB", "L1, MB", "loads, 1e6", "multiply-adds, 1e6", "programs"]
-    header += ["private, MB", "expected, ms", "of", "copy floor, ms"]
+    header = ["", "DRAM, MB", "L2, MB", "L1, MB", "instructions, 1e6", "loads, 1e6"]
+    header += [
+        "multiply-adds, 1e6",
+        "programs",
+        "private, MB",
+        "expected, ms",
+        "of",
+        "copy floor, ms",
+    ]
     lines = []
     for workload in workloads:
         for operation in operations:
             found = cost(workload, operation, dtype, layout)
             seconds, name = found.expected
             counts = [f"{count / 1e6:.4g}" for count in astuple(found)]
-            counts[5] = found.programs
-            times = [f"{seconds * 1e3:.3f}", name, f"{found.dram / RATES['DRAM'] * 1e3:.3f}"]
+            counts[6] = found.programs
+            floor_seconds = found.dram / RATES["DRAM"]
+            times = [f"{seconds * 1e3:.3g}", name, f"{floor_seconds * 1e3:.3g}"]
             title = f"{workload.name} {report.OPERATIONS[operation].lower()}"
             lines.append([title, *counts, *times])
     return report.markdown(header, lines)
