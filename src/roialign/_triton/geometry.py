@@ -9,7 +9,6 @@ import triton.language as tl
 WIDE_SAMPLES = tl.constexpr(2**22)  # more: positions in float64
 MAX_SAMPLES = tl.constexpr(2**31)  # more: the mean vanishes
 MAX_POSITION = tl.constexpr(2.0**32)
-BISECTIONS = tl.constexpr(32)  # halvings of that many samples
 
 
 @triton.jit
@@ -93,7 +92,7 @@ def inside(start, bin, samples, k, size):
     )
     if tl.min((fits | (end == 0)).to(tl.int32)) == 0:
         first_high, end_low, end_high = end, first, end
-        for _ in range(BISECTIONS):
+        while tl.max(tl.maximum(first_high - first, end_high - end_low)) > 0:
             middle = first + (first_high - first) // 2
             reached = position(start, bin, samples, k, middle) >= -1
             going = first < first_high

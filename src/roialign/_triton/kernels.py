@@ -21,7 +21,7 @@ A RoI of no image has no taps. Sizes are not specialised; strides are, where the
 import triton
 import triton.language as tl
 
-from roialign._triton.geometry import grid_of, inside, position, tap
+from roialign._triton.geometry import grid_of, inside, limit, position, tap
 
 ROIS_PER_WORD = tl.constexpr(32)
 
@@ -84,13 +84,18 @@ def coordinate(pointer, known, REAL: tl.constexpr):
 
 @triton.jit
 def span_of(start, bin, samples, k, bins, size):
-    """The pixels [low, high] of bin k and its samples [first, end); high < low where there are none."""
-    known = (k >= 0) & (k < bins)
-    first, end = inside(start, bin, tl.where(known, samples, 0), k, size)
-    low, _, _ = tap(position(start, bin, samples, k, first), size)
-    high, _, _ = tap(position(start, bin, samples, k, end - 1), size)
-    empty = first >= end
-    return tl.where(empty, 0, low), tl.where(empty, -1, tl.minimum(high + 1, size - 1)), first, end
+    """The pixels [low, high] from the first sample of bin k to its last; high < low off the map.
+
+    They ascend with the bins, as p(k, i) does for each i; those of the samples inside need not.
+    """
+    first = tl.zeros_like(samples + k)
+    last = limit(start, samples, size)
+    p_low = position(start, bin, samples, k, first)
+    p_high = position(start, bin, samples, k, first + samples - 1)
+    meets = (k >= 0) & (k < bins) & (samples > 0) & (p_high >= -1) & (p_low <= last)
+    low, _, _ = tap(p_low, size)
+    high, _, _ = tap(tl.minimum(p_high, last), size)
+    return tl.where(meets, low, 0), tl.where(meets, tl.minimum(high + 1, size - 1), -1)
 
 
 _AXIS_TAPS_SIZES = [
@@ -206,14 +211,15 @@ def axis_taps(
     for block in range(0, bins, BLOCK_P):
         k = (block + tl.arange(0, BLOCK_P)).to(tl.int64)[None, :]
         rank = tl.where(backwards[:, None], bins - 1 - k, k)
-        low, high, j, end = span_of(start, bin, samples, k, bins, size)
+        low, high = span_of(start, bin, samples, k, bins, size)
+        j, end = inside(start, bin, tl.where(k < bins, samples, 0), k, size)
         used = (high >= low) & known[:, None]
         slot = low + spread * rank
         last = high
         if COLUMNS:
             step = tl.where(bin < 0, -1, 1)
-            _, before, _, _ = span_of(start, bin, samples, k - step, bins, size)
-            after, after_high, _, _ = span_of(start, bin, samples, k + step, bins, size)
+            _, before = span_of(start, bin, samples, k - step, bins, size)
+            after, after_high = span_of(start, bin, samples, k + step, bins, size)
             after = tl.where(after_high < after, high + 1, after)
             last = tl.maximum(high, after - 1)  # and the pixels that no bin reaches
             lowest = tl.minimum(lowest, tl.min(tl.where(used, low, 2**62), 1))
@@ -253,7 +259,8 @@ def axis_taps(
                 weight_hi = (slope_hi * slope_factor).to(REAL)
                 if PARTS == 2:
                     moved = weight_lo.to(tl.float64) * v_lo + weight_hi.to(tl.float64) * v_hi
-                    weight_lo = moved.to(REAL)
+                    sloped = (weight_lo != 0) | (weight_hi != 0)
+                    weight_lo = tl.where(sloped, moved, 0).to(REAL)
                     counts = counts | (weight_lo != 0)
                 else:
                     counts = counts | (weight_lo != 0) | (weight_hi != 0)

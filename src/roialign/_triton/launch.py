@@ -73,9 +73,19 @@ def _programs(count: int) -> tuple[int]:
     return (count,)
 
 
-def _spread(size: int, double: bool) -> int:
-    """How many pixels consecutive bins may share, and one: 2, and what rounding moves a position."""
-    return 3 + (0 if double else size >> 20)
+def _spread(size: int, bins: int, sampling_ratio: int, double: bool) -> int:
+    """How many pixels consecutive bins may share, and one: 2, and what rounding moves positions.
+
+    In float64 that is nothing. In float32 two ends of a box of B feature pixels are off by at most
+    B / 2^23, and by 2^-22 of the map. A box has at most 2^22 samples a bin, or positions are float64:
+    so an adaptive one, with a sample in every pixel, has B <= 2^22 bins, and in a fixed one bins stay
+    apart where they have less than 2^22 samples together.
+    """
+    if double:
+        return min(size, 3)
+    if sampling_ratio * (bins + 1) > 2**22:
+        return size
+    return min(size, 3 + (size >> 20) + (bins // 2 if sampling_ratio <= 0 else 0))
 
 
 def _axis_taps(
@@ -94,7 +104,7 @@ def _axis_taps(
     images, *size = map_shape
     count = boxes.shape[0]
     scale_y, scale_x, sampling_ratio, *offsets, min_size, floor = rule
-    spread = tuple(_spread(length, double) for length in size)
+    spread = tuple(_spread(length, b, sampling_ratio, double) for length, b in zip(size, bins))
     room = sum(length + s * b for length, s, b in zip(size, spread, bins))
     block_p = _power(max(bins), 64)
     block_k = max(1, 32 // block_p)
