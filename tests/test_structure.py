@@ -25,7 +25,7 @@ ALLOWED = {
     "_threads": ({"_checks", "_core"}, set()),
     "numpy": (ADAPTER, {"numpy"}),
     "torch": (ADAPTER | {"", "_triton"}, {"numpy", "torch"}),
-    "jax": (ADAPTER | {"_triton"}, {"numpy", "jax", "jaxlib"}),
+    "jax": (ADAPTER | {"_triton"}, {"numpy", "jax", "jaxlib", "jax_triton"}),
     "mindspore": (ADAPTER | {""}, {"numpy", "mindspore"}),
     "cupy": ({"_checks", "_conventions", "torch"}, {"numpy", "cupy", "torch"}),
     "cli": ({"", "_core", "demo"}, set()),

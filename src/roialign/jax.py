@@ -1,14 +1,14 @@
 """The JAX adapter: which arrays are accepted, one primitive, its derivatives, transforms and sharding.
 
-In reading order: checks; the operations on the core, a custom call of XLA on the CPU; the same in plain
-JAX for every other platform; the cut over devices; the primitive; the operations.
+In reading order: checks; the operations on the core, a custom call of XLA on the CPU; in Triton, on GPUs;
+in plain JAX, for all else; the cut over devices; the primitive; the operations.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -209,6 +209,52 @@ def _native(call: _Call, boxes: Array, index: Array, *arrays: Array) -> Array:
     return run(boxes, index, *arrays, **dict(zip(_NUMBERS, numbers)))
 
 
+# On GPUs: the kernels in Triton
+
+
+def _triton_call() -> Callable | None:
+    """jax-triton's call, for the GPU at hand; None without these."""
+    try:
+        import jax_triton
+
+        capability = jax_triton.get_compute_capability(0)
+    except (ImportError, RuntimeError):
+        return None
+    if jax_triton.__version_info__ >= (0, 4):  # it rounds numbers to float32
+        return None
+    return functools.partial(jax_triton.triton_call, compute_capability=capability)
+
+
+def _kernels(call: _Call, boxes: Array, index: Array, *arrays: Array) -> Array:
+    from roialign._triton import launch
+
+    triton_call = _triton_call()
+
+    def run(kernel: Any, grid: tuple, inputs: tuple, outputs: tuple, **constants: Any) -> list[Array]:
+        shapes = [jax.ShapeDtypeStruct(*new) for new in outputs]
+        # coordinates must not be contracted
+        return triton_call(
+            *inputs, kernel=kernel, grid=grid, out_shape=shapes, enable_fp_fusion=False, **constants
+        )
+
+    result = call.result(boxes, arrays)
+    if call.operation == "box_gradient":
+        return _pairwise_sum(launch.box_gradient(run, *arrays, boxes, index, call.rule))
+    array, tangent = (*arrays, None)[:2]
+    operation = getattr(launch, call.operation)
+    output = launch.New(result.shape, str(result.dtype))
+    return operation(run, array, boxes, index, tangent, call.rule, output)
+
+
+def _pairwise_sum(parts: Array) -> Array:
+    """Over the first axis, in an order that is no compiler's."""
+    while len(parts) > 1:
+        half = (len(parts) + 1) // 2
+        rest = parts[half:]
+        parts = jnp.concatenate([parts[: len(rest)] + rest, parts[len(rest) : half]])
+    return parts[0]
+
+
 # Elsewhere: products of dense matrices, one RoI after another
 
 
@@ -346,8 +392,8 @@ def _dense(call: _Call, boxes: Array, index: Array, *arrays: Array) -> Array:
 
 
 @functools.cache
-def _partitioned(call: _Call, count: int) -> custom_partitioning:
-    """`_native` of `count` arrays, with the rule by which it is cut."""
+def _partitioned(run: Callable, call: _Call, count: int) -> custom_partitioning:
+    """`run` on `count` arrays, with the rule by which it is cut."""
     names = ("boxes", "image_index", *_TAKES[call.operation][:count])
     gives = _GIVES[call.operation]
 
@@ -363,16 +409,16 @@ def _partitioned(call: _Call, count: int) -> custom_partitioning:
         local = call._replace(map_shape=(images, *pixels))
         summed = [axis for d, axes in cut.items() if d not in _DIMENSIONS[gives] for axis in axes]
 
-        def run(boxes: Array, index: Array, *arrays: Array) -> Array:
+        def run_local(boxes: Array, index: Array, *arrays: Array) -> Array:
             if "n" in cut:
                 index = index - images * lax.axis_index(cut["n"])
-            part = _native(local, boxes, index, *arrays)
+            part = run(local, boxes, index, *arrays)
             return lax.psum(part, tuple(summed)) if summed else part
 
         shardings = tuple(_sharding(mesh, name, cut) for name in names)
-        return mesh, run, _sharding(mesh, gives, cut), shardings
+        return mesh, run_local, _sharding(mesh, gives, cut), shardings
 
-    function = custom_partitioning(functools.partial(_native, call))
+    function = custom_partitioning(functools.partial(run, call))
     rule = ", ".join(" ".join(_DIMENSIONS[name]) for name in names)
     options = {"sharding_rule": f"{rule} -> {' '.join(_DIMENSIONS[gives])}"}
     if jax.__version_info__ < (0, 5):
@@ -464,19 +510,31 @@ def _impl(*operands, call):
         return _jitted(*operands, call=call)
 
 
-def _on_cpu(boxes, index, *arrays, call):
-    if _is_cut and not call.dense:
-        return _partitioned(call, len(arrays))(boxes, index, *arrays)
-    run = _dense if call.dense else _native
+def _over_devices(run, call, boxes, index, *arrays):
+    if _is_cut:
+        return _partitioned(run, call, len(arrays))(boxes, index, *arrays)
     return run(call, boxes, index, *arrays)
 
 
-def _elsewhere(boxes, index, *arrays, call):
-    return _dense(call, boxes, index, *arrays)
+def _on_cpu(*operands, call):
+    return _dense(call, *operands) if call.dense else _over_devices(_native, call, *operands)
 
 
-mlir.register_lowering(_roi_align_p, mlir.lower_fun(_elsewhere, multiple_results=False))
-mlir.register_lowering(_roi_align_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu")
+def _on_gpu(boxes, index, *arrays, call):
+    shapes = [x.shape for x in (boxes, *arrays, call.result(boxes, arrays))]
+    known = all(isinstance(n, int) and n > 0 for shape in shapes for n in shape)
+    if not known or _triton_call() is None:
+        return _dense(call, boxes, index, *arrays)
+    return _over_devices(_kernels, call, boxes, index, *arrays)
+
+
+def _elsewhere(*operands, call):
+    return _dense(call, *operands)
+
+
+for _platform, _lowered in {None: _elsewhere, "cpu": _on_cpu, "cuda": _on_gpu, "rocm": _on_gpu}.items():
+    _rule = mlir.lower_fun(_lowered, multiple_results=False)
+    mlir.register_lowering(_roi_align_p, _rule, platform=_platform)
 
 
 def _second_order() -> None:

@@ -1,0 +1,360 @@
+"""JAX on GPUs, without one: the programs that are made for them, and what their kernels give under
+Triton's interpreter. An interpreted kernel cannot be compiled, so each has its own process.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import re
+import sys
+import threading
+import types
+import zlib
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+import tolerance
+from conftest import draw_problem
+from isolation import isolated
+from roialign import _conventions
+
+jax = pytest.importorskip("jax", reason="the tests of JAX on GPUs need jax")
+import jax.numpy as jnp  # noqa: E402
+from jax.interpreters import mlir  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import roialign.jax  # noqa: E402
+
+FORWARD = ["axis_taps", "forward"]
+ADJOINT = ["axis_taps", "touched", "adjoint"]
+BOX_GRADIENT = ["axis_taps", "box_gradient"]
+FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+
+
+def needs(*modules):
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+def pool(problem, features, boxes, index=None):
+    index = jnp.asarray(problem.index, jnp.int32) if index is None else index
+    return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+
+
+def gradients(problem):
+    """Of the features and the boxes."""
+    return jax.grad(lambda *x: pool(problem, *x).sum().astype(jnp.float32), argnums=(0, 1))
+
+
+def leaves(problem):
+    return jnp.asarray(problem.features), jnp.asarray(problem.boxes)
+
+
+# Programs for GPUs, compiled by jax-triton: it asks for JAX's plugin, and the driver for a GPU's kind
+
+compiled = needs("jax_triton", "triton", "jax_cuda12_plugin")
+
+
+def pretend_gpu():
+    import jax_triton
+
+    jax_triton.get_compute_capability = lambda device: 90
+
+
+def program(function, *arguments, platforms=("cuda",)):
+    """The kernels that a program for GPUs calls, and its text without them."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms)
+    names = []
+
+    def see(operation):
+        attributes = operation.attributes
+        if "call_target_name" in attributes and attributes["call_target_name"].value == "triton_kernel_call":
+            code = zlib.decompress(attributes["backend_config"].value_bytes)
+            names.append(re.search(rb"\.entry (\w+)", code)[1].decode())
+        return mlir.ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir().operation.walk(see)
+    return names, re.sub(r'backend_config = "[^"]*"', "", lowered.as_text())
+
+
+def check_kernels():
+    pretend_gpu()
+    problem = draw_problem()
+    features, boxes = leaves(problem)
+    index = jnp.asarray(problem.index, jnp.int32)
+    d_output = jnp.asarray(problem.draw_output())
+    rois, options = (boxes, index), problem.options
+    f = functools.partial(pool, problem)
+    box_gradient = functools.partial(roialign.roi_align_box_gradient, rois=rois, **options)
+    many = jnp.stack([features, features])
+
+    def adjoint(g):
+        return roialign.roi_align_adjoint(g, rois, features.shape, **options)
+
+    # the function, its arguments, the kernels; the derivative in the boxes is of the features' kind
+    for function, arguments, expected in (
+        (f, (features, boxes), FORWARD),
+        (adjoint, (d_output,), ADJOINT),
+        (box_gradient, (d_output, features), BOX_GRADIENT),
+        (gradients(problem), (features, boxes), ADJOINT + BOX_GRADIENT),
+        (jax.vmap(gradients(problem), (0, None)), (many, boxes), ADJOINT + BOX_GRADIENT),
+        (lambda b, v: jax.jvp(lambda b: f(features, b), (b,), (v,)), (boxes, boxes), FORWARD + FORWARD),
+        (jax.grad(lambda x: (box_gradient(d_output, x) ** 2).sum()), (features,), BOX_GRADIENT + ADJOINT),
+    ):
+        names, text = program(function, *arguments)
+        assert sorted(names) == sorted(expected)
+        assert "dot_general" not in text and "while" not in text
+
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float64):
+        with jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext():
+            names, _ = program(gradients(problem), features.astype(dtype), boxes)
+        assert sorted(names) == sorted(ADJOINT + BOX_GRADIENT)
+
+    # sizes, strides and numbers that jax-triton makes constants, as they are 1
+    single = draw_problem(shape=(1, 1, 1, 1), count=1, size=(1, 1), scale=(1.0, 1.0), sampling=1,
+                          convention="mmdet_legacy")  # fmt: skip
+    names, _ = program(lambda *x: (pool(single, *x), gradients(single)(*x)), *leaves(single))
+    assert sorted(names) == sorted(FORWARD + ADJOINT + BOX_GRADIENT)
+
+
+@compiled
+def test_kernels():
+    isolated(check_kernels, timeout=300)
+
+
+def check_platforms():
+    """In a program for several platforms each has its own way."""
+    pretend_gpu()
+    problem = draw_problem()
+    f = functools.partial(pool, problem)
+    for platforms in (("cpu", "cuda"), ("cuda", "tpu"), ("tpu", "cuda", "cpu")):
+        targets = "roialign_forward", "triton_kernel_call"
+        exported = jax.export.export(
+            jax.jit(f),
+            platforms=platforms,
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in targets],
+        )(*leaves(problem))
+        text = exported.mlir_module()
+        assert text.count("@triton_kernel_call") == 2
+        assert ("@roialign_forward" in text) == ("cpu" in platforms)
+        assert ("dot_general" in text) == ("tpu" in platforms)
+        if "cpu" in platforms:
+            np.testing.assert_array_equal(exported.call(*leaves(problem)), f(*leaves(problem)))
+
+
+@compiled
+def test_platforms():
+    isolated(check_platforms, timeout=300)
+
+
+def check_devices():
+    """Each device runs the kernels on its part."""
+    pretend_gpu()
+    problem = draw_problem(shape=(2, 6, 9, 11), count=4)
+    features, boxes = leaves(problem)
+    index = jnp.asarray(problem.index, jnp.int32)
+    f = functools.partial(pool, problem)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+    cut = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in ((features, P(None, "y")), (boxes, P("x")), (index, P("x")))
+    ]
+    # in `jit` XLA asks later how it is cut; then the part is lowered as this here
+    names, text = program(f, *cut)
+    assert not names and "@CustomSPMDPartitioning" in text and "dot_general" not in text
+    rule = _conventions.rule(problem.scale, problem.sampling, problem.convention)
+    call = roialign.jax._Call("forward", problem.size, (2, 9, 11), rule.numbers)
+    whole = jax.ShapeDtypeStruct(f(*cut).shape, features.dtype, sharding=NamedSharding(mesh, P("x", "y")))
+    partitioned = roialign.jax._partitioned(roialign.jax._kernels, call, 1)
+    _, part, *_ = partitioned.partition(mesh, (cut[1], cut[2], cut[0]), whole)
+    local = boxes[:2], index[:2], features[:, :3]
+    assert program(part, *local)[0] == FORWARD
+    assert jax.eval_shape(part, *local).shape == (2, 3, *problem.size)
+
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(None, "y"), P("x"), P("x")), out_specs=P("x", "y"))
+    names, text = program(mapped, features, boxes, index)
+    assert names == FORWARD and "dot_general" not in text
+
+
+@compiled
+def test_devices():
+    isolated(check_devices, env=FOUR, timeout=300)
+
+
+def check_dense():
+    """Without a GPU, or where sizes are not known or nothing is there to do: plain JAX."""
+    problem = draw_problem()
+    features, boxes = leaves(problem)
+    names, text = program(functools.partial(pool, problem), features, boxes)
+    assert not names and "dot_general" in text
+
+    pretend_gpu()
+    f = lambda features, rois: roialign.roi_align(features, rois, 2)  # noqa: E731
+    names, _ = program(f, features, jnp.zeros((0, 5)))
+    assert not names
+    names, _ = program(f, features[:, :0], jnp.zeros((3, 5)))
+    assert not names
+    (k,) = jax.export.symbolic_shape("k")
+    rois = jax.ShapeDtypeStruct((k, 5), jnp.float32)
+    text = jax.export.export(jax.jit(f), platforms=["cuda"])(features, rois).mlir_module()
+    assert "triton_kernel_call" not in text and "dot_general" in text
+    names, _ = program(f, features, jnp.zeros((3, 5)))
+    assert names == FORWARD
+
+
+@compiled
+def test_dense():
+    isolated(check_dense, timeout=300)
+
+
+@pytest.mark.parametrize("version", [None, (0, 4, 0)], ids=["missing", "too new"])
+def test_no_jax_triton(monkeypatch, version):
+    module = None
+    if version is not None:
+        module = types.ModuleType("jax_triton")
+        module.__version_info__, module.get_compute_capability = version, lambda device: 90
+    monkeypatch.setitem(sys.modules, "jax_triton", module)
+    problem = draw_problem()
+    names, text = program(functools.partial(pool, problem), *leaves(problem))
+    assert not names and "dot_general" in text
+
+
+# Values: jax-triton's call as a callback to the interpreter, and the way of GPUs on the CPU
+
+interpreted = needs("triton")
+INTERPRETER = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+interpreter = threading.Lock()  # devices are threads
+
+
+class Buffer:
+    """What the interpreter asks of a tensor, on a NumPy array."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, array.dtype
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def itself(self, *_, **__):
+        return self
+
+    untyped_storage = cpu = new_empty = set_ = copy_ = itself
+    storage_offset = size = stride = itself
+
+
+def triton_call(*inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability, **constants):
+    assert not enable_fp_fusion and compute_capability == 90
+
+    def run(*values):
+        values = map(Buffer, map(np.asarray, values))
+        inputs_ = [next(values) if isinstance(x, jax.Array) else x for x in inputs]
+        outputs = [np.full(s.shape, 2**30 if s.dtype.kind == "i" else np.nan, s.dtype) for s in out_shape]
+        with interpreter:
+            kernel[grid](*inputs_, *map(Buffer, outputs), **constants)
+        return outputs
+
+    return jax.pure_callback(run, out_shape, *(x for x in inputs if isinstance(x, jax.Array)))
+
+
+def interpret():
+    jax.config.update("jax_enable_x64", True)
+    module = types.ModuleType("jax_triton")
+    module.triton_call, module.__version_info__ = triton_call, (0, 3, 1)
+    module.get_compute_capability = lambda device: 90
+    sys.modules["jax_triton"] = module
+    on_gpu = mlir.lower_fun(roialign.jax._on_gpu, multiple_results=False)
+    mlir.register_lowering(roialign.jax._roi_align_p, on_gpu, platform="cpu")
+
+
+def check_values(dtype, options):
+    interpret()
+    problem = draw_problem(dtype=np.dtype(dtype), **options)
+    features, boxes = leaves(problem)
+    g = problem.draw_output()
+    v = np.random.default_rng(3).standard_normal(boxes.shape).astype(problem.boxes.dtype)
+    index, d_output = jnp.asarray(problem.index), jnp.asarray(g)
+
+    def forward(boxes):
+        return pool(problem, features, boxes)
+
+    def adjoint(boxes):
+        return roialign.roi_align_adjoint(d_output, (boxes, index), features.shape, **problem.options)
+
+    output, along = jax.jvp(forward, (boxes,), (jnp.asarray(v),))
+    d_features, d_along = jax.jvp(adjoint, (boxes,), (jnp.asarray(v),))
+    d_boxes = roialign.roi_align_box_gradient(d_output, features, (boxes, index), **problem.options)
+    for actual, expected, bound in (
+        (output, oracle.forward(problem), functools.partial(tolerance.forward, problem)),
+        (d_features, oracle.adjoint(problem, g), functools.partial(tolerance.adjoint, problem, g)),
+        (d_boxes, oracle.box_gradient(problem, g), functools.partial(tolerance.box_gradient, problem, g)),
+        (along, oracle.forward(problem, v), lambda e: tolerance.forward(problem, e, v)),
+        (d_along, oracle.adjoint(problem, g, v), lambda e: tolerance.adjoint(problem, g, e, v)),
+    ):
+        tolerance.check(actual, expected, bound(expected))
+
+
+# bfloat16 is not here: the interpreter does not round to it, it cuts
+SMALL = {"shape": (2, 3, 5, 6), "count": 2, "size": (2, 1)}
+UNITS = {"shape": (1, 1, 1, 1), "count": 1, "size": (1, 1), "scale": (1.0, 1.0), "sampling": 1}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        ("float32", SMALL | {"shape": (2, 34, 5, 6)}),  # channels of 3 blocks
+        ("float16", SMALL | {"sampling": 0}),
+        ("float64", SMALL | {"convention": "mindspore"}),
+        ("float32", UNITS),
+    ],
+    ids=["float32", "float16", "float64", "sizes of 1"],
+)
+def test_values(dtype, options):
+    isolated(check_values, dtype, options, env=INTERPRETER, timeout=300)
+
+
+def check_transforms():
+    """The kernels' and the core's results of the same functions."""
+    jax.config.update("jax_enable_x64", True)
+    problem = draw_problem(dtype=np.float64, inside=True, **SMALL)
+    features, boxes = leaves(problem)
+    index = jnp.array([1, 5])  # 5: of no image
+
+    def results(features, boxes, index):
+        output, pull = jax.vjp(lambda f, b: pool(problem, f, b, index), features, boxes)
+        return output, *pull(jnp.cos(output))
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
+    cut = P(None, "y"), P("x"), P("x")
+    mapped = jax.shard_map(results, mesh=mesh, in_specs=cut, out_specs=(P("x", "y"), *cut[:2]))
+    many = jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), jnp.array([[0, 1], [1, -1]])
+    cases = (
+        (results, (features, boxes, index)),
+        (jax.vmap(results), many),
+        (mapped, (features[:, :2], boxes, index)),
+    )
+    expected = [jax.jit(function)(*arguments) for function, arguments in cases]
+    assert not expected[0][0][1].any() and not expected[0][2][1].any()
+    interpret()
+    jax.clear_caches()
+    for (function, arguments), right in zip(cases, expected, strict=True):
+        function = jax.jit(function)
+        assert "callback" in function.lower(*arguments).as_text()
+        for actual, wanted in zip(function(*arguments), right, strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
+
+
+@interpreted
+def test_transforms():
+    isolated(check_transforms, env=INTERPRETER | FOUR, timeout=300)
+
+
+def test_pairwise_sum():
+    rng = np.random.default_rng(0)
+    for blocks in range(1, 10):
+        parts = rng.integers(-99, 99, (blocks, 3, 4)).astype(np.float32)
+        np.testing.assert_array_equal(roialign.jax._pairwise_sum(jnp.asarray(parts)), parts.sum(0))
