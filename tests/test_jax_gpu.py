@@ -2,7 +2,6 @@
 Triton's interpreter. An interpreted kernel cannot be compiled, so each has its own process.
 """
 
-import contextlib
 import functools
 import importlib.util
 import re
@@ -32,6 +31,8 @@ import roialign.jax  # noqa: E402
 FORWARD = ["axis_taps", "forward"]
 ADJOINT = ["axis_taps", "touched", "adjoint"]
 BOX_GRADIENT = ["axis_taps", "box_gradient"]
+SMALL = {"shape": (2, 3, 5, 6), "count": 2, "size": (2, 1)}
+UNITS = {"shape": (1, 1, 1, 1), "count": 1, "size": (1, 1), "scale": (1.0, 1.0), "sampling": 1}
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
 
 
@@ -54,7 +55,7 @@ def leaves(problem):
     return jnp.asarray(problem.features), jnp.asarray(problem.boxes)
 
 
-# Programs for GPUs, compiled by jax-triton: it asks for JAX's plugin, and the driver for a GPU's kind
+# Programs for GPUs, which jax-triton compiles. It needs JAX's plugin, and asks for the GPU's kind.
 
 compiled = needs("jax_triton", "triton", "jax_cuda12_plugin")
 
@@ -72,7 +73,7 @@ def program(function, *arguments, platforms=("cuda",)):
 
     def see(operation):
         attributes = operation.attributes
-        if "call_target_name" in attributes and attributes["call_target_name"].value == "triton_kernel_call":
+        if '"triton_kernel_call"' == str(attributes.get("call_target_name")):
             code = zlib.decompress(attributes["backend_config"].value_bytes)
             names.append(re.search(rb"\.entry (\w+)", code)[1].decode())
         return mlir.ir.WalkResult.ADVANCE
@@ -95,30 +96,38 @@ def check_kernels():
     def adjoint(g):
         return roialign.roi_align_adjoint(g, rois, features.shape, **options)
 
-    # the function, its arguments, the kernels; the derivative in the boxes is of the features' kind
+    def along(boxes, v):
+        return jax.jvp(lambda b: f(features, b), (boxes,), (v,))
+
+    def mixed(features):
+        return jax.grad(lambda x: (box_gradient(d_output, x) ** 2).sum())(features)
+
     for function, arguments, expected in (
         (f, (features, boxes), FORWARD),
         (adjoint, (d_output,), ADJOINT),
         (box_gradient, (d_output, features), BOX_GRADIENT),
         (gradients(problem), (features, boxes), ADJOINT + BOX_GRADIENT),
         (jax.vmap(gradients(problem), (0, None)), (many, boxes), ADJOINT + BOX_GRADIENT),
-        (lambda b, v: jax.jvp(lambda b: f(features, b), (b,), (v,)), (boxes, boxes), FORWARD + FORWARD),
-        (jax.grad(lambda x: (box_gradient(d_output, x) ** 2).sum()), (features,), BOX_GRADIENT + ADJOINT),
+        (along, (boxes, boxes), FORWARD + FORWARD),
+        (mixed, (features,), BOX_GRADIENT + ADJOINT),
     ):
         names, text = program(function, *arguments)
         assert sorted(names) == sorted(expected)
         assert "dot_general" not in text and "while" not in text
 
-    for dtype in (jnp.float16, jnp.bfloat16, jnp.float64):
-        with jax.enable_x64(True) if dtype == jnp.float64 else contextlib.nullcontext():
-            names, _ = program(gradients(problem), features.astype(dtype), boxes)
-        assert sorted(names) == sorted(ADJOINT + BOX_GRADIENT)
-
-    # sizes, strides and numbers that jax-triton makes constants, as they are 1
-    single = draw_problem(shape=(1, 1, 1, 1), count=1, size=(1, 1), scale=(1.0, 1.0), sampling=1,
-                          convention="mmdet_legacy")  # fmt: skip
-    names, _ = program(lambda *x: (pool(single, *x), gradients(single)(*x)), *leaves(single))
-    assert sorted(names) == sorted(FORWARD + ADJOINT + BOX_GRADIENT)
+    # jax-triton makes sizes, strides and numbers constants where they are 1
+    units = draw_problem(**UNITS, convention="mmdet_legacy")
+    for problem, dtype in (
+        (problem, jnp.float16),
+        (problem, jnp.bfloat16),
+        (problem, jnp.float64),
+        (units, jnp.float32),
+    ):
+        both = lambda *x: (pool(problem, *x), gradients(problem)(*x))  # noqa: B023, E731
+        with jax.enable_x64(dtype == jnp.float64):
+            features, boxes = leaves(problem)
+            names, _ = program(both, features.astype(dtype), boxes)
+        assert sorted(names) == sorted(FORWARD + ADJOINT + BOX_GRADIENT)
 
 
 @compiled
@@ -168,14 +177,16 @@ def check_devices():
     assert not names and "@CustomSPMDPartitioning" in text and "dot_general" not in text
     rule = _conventions.rule(problem.scale, problem.sampling, problem.convention)
     call = roialign.jax._Call("forward", problem.size, (2, 9, 11), rule.numbers)
-    whole = jax.ShapeDtypeStruct(f(*cut).shape, features.dtype, sharding=NamedSharding(mesh, P("x", "y")))
+    sharding = NamedSharding(mesh, P("x", "y"))
+    whole = jax.ShapeDtypeStruct((4, 6, *problem.size), features.dtype, sharding=sharding)
     partitioned = roialign.jax._partitioned(roialign.jax._kernels, call, 1)
     _, part, *_ = partitioned.partition(mesh, (cut[1], cut[2], cut[0]), whole)
     local = boxes[:2], index[:2], features[:, :3]
     assert program(part, *local)[0] == FORWARD
     assert jax.eval_shape(part, *local).shape == (2, 3, *problem.size)
 
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=(P(None, "y"), P("x"), P("x")), out_specs=P("x", "y"))
+    ins = P(None, "y"), P("x"), P("x")
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=P("x", "y"))
     names, text = program(mapped, features, boxes, index)
     assert names == FORWARD and "dot_general" not in text
 
@@ -211,13 +222,17 @@ def test_dense():
     isolated(check_dense, timeout=300)
 
 
-@pytest.mark.parametrize("version", [None, (0, 4, 0)], ids=["missing", "too new"])
+def jax_triton(version, triton_call=None):
+    """As much of that module as is used."""
+    module = types.ModuleType("jax_triton")
+    module.__version_info__, module.get_compute_capability = version, lambda device: 90
+    module.triton_call = triton_call
+    return module
+
+
+@pytest.mark.parametrize("version", [None, (0, 2, 0), (0, 4, 1)], ids=["missing", "older", "newer"])
 def test_no_jax_triton(monkeypatch, version):
-    module = None
-    if version is not None:
-        module = types.ModuleType("jax_triton")
-        module.__version_info__, module.get_compute_capability = version, lambda device: 90
-    monkeypatch.setitem(sys.modules, "jax_triton", module)
+    monkeypatch.setitem(sys.modules, "jax_triton", version and jax_triton(version))
     problem = draw_problem()
     names, text = program(functools.partial(pool, problem), *leaves(problem))
     assert not names and "dot_general" in text
@@ -246,13 +261,16 @@ class Buffer:
     storage_offset = size = stride = itself
 
 
-def triton_call(*inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability, **constants):
+def triton_call(
+    *inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability, **constants
+):
     assert not enable_fp_fusion and compute_capability == 90
 
     def run(*values):
         values = map(Buffer, map(np.asarray, values))
         inputs_ = [next(values) if isinstance(x, jax.Array) else x for x in inputs]
-        outputs = [np.full(s.shape, 2**30 if s.dtype.kind == "i" else np.nan, s.dtype) for s in out_shape]
+        poison = {"i": 2**30, "f": np.nan}
+        outputs = [np.full(new.shape, poison[new.dtype.kind], new.dtype) for new in out_shape]
         with interpreter:
             kernel[grid](*inputs_, *map(Buffer, outputs), **constants)
         return outputs
@@ -262,10 +280,7 @@ def triton_call(*inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capa
 
 def interpret():
     jax.config.update("jax_enable_x64", True)
-    module = types.ModuleType("jax_triton")
-    module.triton_call, module.__version_info__ = triton_call, (0, 3, 1)
-    module.get_compute_capability = lambda device: 90
-    sys.modules["jax_triton"] = module
+    sys.modules["jax_triton"] = jax_triton((0, 3, 1), triton_call)
     on_gpu = mlir.lower_fun(roialign.jax._on_gpu, multiple_results=False)
     mlir.register_lowering(roialign.jax._roi_align_p, on_gpu, platform="cpu")
 
@@ -282,15 +297,16 @@ def check_values(dtype, options):
         return pool(problem, features, boxes)
 
     def adjoint(boxes):
-        return roialign.roi_align_adjoint(d_output, (boxes, index), features.shape, **problem.options)
+        rois = boxes, index
+        return roialign.roi_align_adjoint(d_output, rois, features.shape, **problem.options)
 
     output, along = jax.jvp(forward, (boxes,), (jnp.asarray(v),))
     d_features, d_along = jax.jvp(adjoint, (boxes,), (jnp.asarray(v),))
     d_boxes = roialign.roi_align_box_gradient(d_output, features, (boxes, index), **problem.options)
     for actual, expected, bound in (
-        (output, oracle.forward(problem), functools.partial(tolerance.forward, problem)),
-        (d_features, oracle.adjoint(problem, g), functools.partial(tolerance.adjoint, problem, g)),
-        (d_boxes, oracle.box_gradient(problem, g), functools.partial(tolerance.box_gradient, problem, g)),
+        (output, oracle.forward(problem), lambda e: tolerance.forward(problem, e)),
+        (d_features, oracle.adjoint(problem, g), lambda e: tolerance.adjoint(problem, g, e)),
+        (d_boxes, oracle.box_gradient(problem, g), lambda e: tolerance.box_gradient(problem, g, e)),
         (along, oracle.forward(problem, v), lambda e: tolerance.forward(problem, e, v)),
         (d_along, oracle.adjoint(problem, g, v), lambda e: tolerance.adjoint(problem, g, e, v)),
     ):
@@ -298,10 +314,6 @@ def check_values(dtype, options):
 
 
 # bfloat16 is not here: the interpreter does not round to it, it cuts
-SMALL = {"shape": (2, 3, 5, 6), "count": 2, "size": (2, 1)}
-UNITS = {"shape": (1, 1, 1, 1), "count": 1, "size": (1, 1), "scale": (1.0, 1.0), "sampling": 1}
-
-
 @interpreted
 @pytest.mark.parametrize(
     "dtype, options",
@@ -331,10 +343,10 @@ def check_transforms():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
     cut = P(None, "y"), P("x"), P("x")
     mapped = jax.shard_map(results, mesh=mesh, in_specs=cut, out_specs=(P("x", "y"), *cut[:2]))
-    many = jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), jnp.array([[0, 1], [1, -1]])
+    indices = jnp.array([[0, 1], [1, -1]])
     cases = (
         (results, (features, boxes, index)),
-        (jax.vmap(results), many),
+        (jax.vmap(results), (jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), indices)),
         (mapped, (features[:, :2], boxes, index)),
     )
     expected = [jax.jit(function)(*arguments) for function, arguments in cases]

@@ -217,10 +217,10 @@ def _triton_call() -> Callable | None:
     try:
         import jax_triton
 
+        if jax_triton.__version_info__[:2] != (0, 3):  # 0.4 rounds numbers to float32
+            return None
         capability = jax_triton.get_compute_capability(0)
     except (ImportError, RuntimeError):
-        return None
-    if jax_triton.__version_info__ >= (0, 4):  # it rounds numbers to float32
         return None
     return functools.partial(jax_triton.triton_call, compute_capability=capability)
 
@@ -230,12 +230,9 @@ def _kernels(call: _Call, boxes: Array, index: Array, *arrays: Array) -> Array:
 
     triton_call = _triton_call()
 
-    def run(kernel: Any, grid: tuple, inputs: tuple, outputs: tuple, **constants: Any) -> list[Array]:
-        shapes = [jax.ShapeDtypeStruct(*new) for new in outputs]
-        # coordinates must not be contracted
-        return triton_call(
-            *inputs, kernel=kernel, grid=grid, out_shape=shapes, enable_fp_fusion=False, **constants
-        )
+    def run(kernel: Any, grid: tuple, inputs: tuple, outputs: tuple, **constants: Any) -> list:
+        options = {"kernel": kernel, "grid": grid, "enable_fp_fusion": False, **constants}
+        return triton_call(*inputs, out_shape=[jax.ShapeDtypeStruct(*new) for new in outputs], **options)
 
     result = call.result(boxes, arrays)
     if call.operation == "box_gradient":
@@ -532,9 +529,10 @@ def _elsewhere(*operands, call):
     return _dense(call, *operands)
 
 
-for _platform, _lowered in {None: _elsewhere, "cpu": _on_cpu, "cuda": _on_gpu, "rocm": _on_gpu}.items():
-    _rule = mlir.lower_fun(_lowered, multiple_results=False)
-    mlir.register_lowering(_roi_align_p, _rule, platform=_platform)
+_WAYS = {None: _elsewhere, "cpu": _on_cpu, "cuda": _on_gpu, "rocm": _on_gpu}
+for _platform, _way in _WAYS.items():
+    _lowering = mlir.lower_fun(_way, multiple_results=False)
+    mlir.register_lowering(_roi_align_p, _lowering, platform=_platform)
 
 
 def _second_order() -> None:
