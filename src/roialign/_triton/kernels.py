@@ -511,7 +511,7 @@ def adjoint(
                 counts_y = w_y != 0
                 along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
                 if PARTS == 2:
-                    v_y = tl.load(taps_y + part + spread_y * rank, i < bins_of_y, other=0)
+                    v_y = tl.load(taps_y + spread_y * rank + part, i < bins_of_y, other=0)
                     counts_y = counts_y | (v_y != 0)
                     v_along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
                 for j in range(tl.max(bins_of_x)):
@@ -520,7 +520,7 @@ def adjoint(
                     w_x = tl.load(taps_x + spread_x * rank, j < bins_of_x, other=0)
                     counts = counts_y & (w_x != 0)
                     if PARTS == 2:
-                        v_x = tl.load(taps_x + part + spread_x * rank, j < bins_of_x, other=0)
+                        v_x = tl.load(taps_x + spread_x * rank + part, j < bins_of_x, other=0)
                         counts = counts_y & ((w_x != 0) | (v_x != 0))
                     at = rows + p * d_output_p + q * d_output_q
                     value = tl.load(at, counts & has_channel, other=0).to(REAL)

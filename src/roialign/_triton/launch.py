@@ -24,6 +24,7 @@ MAX_PROGRAMS = 2**31 - 1  # of one launch
 TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
 NO_MIN_SIZE = math.nan
+OPTIONS = {"enable_fp_fusion": False}  # coordinates are defined to the bit; sums say `fma` themselves
 
 
 class New(NamedTuple):
@@ -137,7 +138,7 @@ def _axis_taps(
         BLOCK_K=block_k,
         BLOCK_P=block_p,
         num_warps=1,
-        enable_fp_fusion=False,  # coordinates are defined to the bit
+        **OPTIONS,
     )
     return Taps(*arrays, room, spread)
 
@@ -159,7 +160,8 @@ def forward(
         call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
         double=_is_double(features), parts=parts, columns=False,
     )  # fmt: skip
-    block = _blocks((features, output), math.prod(bins))
+    share = parts if _is_double(features) else 1
+    block = _blocks((features, output), math.prod(bins), share)
     blocks = _quotient(math.prod(bins), block.others) * _quotient(channels, block.channels)
     (output,) = call(
         kernels.forward,
@@ -174,6 +176,7 @@ def forward(
         BLOCK_C=block.channels,
         BLOCK_B=block.others,
         num_warps=4,
+        **OPTIONS,
     )
     return output
 
@@ -230,6 +233,7 @@ def adjoint(
         TILE_X=TILE[1],
         BLOCK_W=block_w,
         num_warps=4,
+        **OPTIONS,
     )
     block_c = _power(channels, 16)
     (d_features,) = call(
@@ -247,6 +251,7 @@ def adjoint(
         TILE_Y=TILE[0],
         TILE_X=TILE[1],
         num_warps=4,
+        **OPTIONS,
     )
     return d_features
 
@@ -281,5 +286,6 @@ def box_gradient(
         BLOCK_C=block.channels,
         BLOCK_B=block.others,
         num_warps=4,
+        **OPTIONS,
     )
     return partial
