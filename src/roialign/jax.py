@@ -231,8 +231,8 @@ def _kernels(call: _Call, boxes: Array, index: Array, *arrays: Array) -> Array:
     triton_call = _triton_call()
 
     def run(kernel: Any, grid: tuple, inputs: tuple, outputs: tuple, **constants: Any) -> list:
-        options = {"kernel": kernel, "grid": grid, "enable_fp_fusion": False, **constants}
-        return triton_call(*inputs, out_shape=[jax.ShapeDtypeStruct(*new) for new in outputs], **options)
+        shapes = [jax.ShapeDtypeStruct(*new) for new in outputs]
+        return triton_call(*inputs, kernel=kernel, grid=grid, out_shape=shapes, **constants)
 
     result = call.result(boxes, arrays)
     if call.operation == "box_gradient":
