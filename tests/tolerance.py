@@ -24,6 +24,7 @@ TABLE = {
 }
 DTYPES = list(TABLE)
 WEIGHTS = 8
+NARROW = 6  # more, for weights in float32: those of a mean, a slope and a tangent
 
 # against other libraries, for features of size 1: (they round every operation, they round once)
 PEERS = {
@@ -41,8 +42,11 @@ def check(actual, expected, bound):
     assert np.all(excess <= 0), f"over the bound by {np.nanmax(excess)} in {np.sum(~(excess <= 0))}"
 
 
-def forward(problem, expected, tangent=None):
-    """Bound of a forward result; T is the rows and columns that one bin reads."""
+def forward(problem, expected, tangent=None, narrow=False):
+    """Bound of a forward result; T is the rows and columns that one bin reads.
+
+    narrow: weights are made in float32 too, as the kernels of matrix products do.
+    """
     features = problem.features
     terms = max(
         (y.sum(1).max() + x.sum(1).max() for _, y, x in _touched(problem, tangent)), default=0
@@ -50,23 +54,30 @@ def forward(problem, expected, tangent=None):
     magnitude, tangent = replace(problem, features=abs(features)), _abs(tangent)
     size = oracle.forward(magnitude, tangent, bound=True)  # without a tangent: at most max|F|
     terms *= 1 if tangent is None else 2
-    return _bound(problem, features, terms, size, expected, features.dtype)
+    return _bound(problem, features, terms, size, expected, features.dtype, narrow)
 
 
-def adjoint(problem, d_output, expected, tangent=None):
+def adjoint(problem, d_output, expected, tangent=None, narrow=False):
     """Bound of an adjoint result; T is the bins that one pixel is in."""
     bins = np.zeros((len(problem.features), *problem.features.shape[2:]))
     for image, y, x in _touched(problem, tangent):
         bins[image] += np.outer(y.sum(0), x.sum(0))
     terms = bins.max(initial=0) * (1 if tangent is None else 2)
     size = oracle.adjoint(problem, abs(d_output), _abs(tangent), bound=True)
-    return _bound(problem, d_output, terms, size, expected, d_output.dtype)
+    return _bound(problem, d_output, terms, size, expected, d_output.dtype, narrow)
 
 
-def box_gradient(problem, d_output, expected):
-    """Bound of a box gradient; T is the bins, pixels and slopes of its two passes."""
+def box_gradient(problem, d_output, expected, narrow=False):
+    """Bound of a box gradient; T is the bins, pixels and slopes of its two passes.
+
+    narrow: the bins, then the pixels and the channels, which may be added in any order.
+    """
     terms = 0
     for y, x in problem.axes:
+        if narrow:
+            pixels = [np.sum(a.weights.any(0) | a.slopes(bound=True).any((0, 1))) for a in (y, x)]
+            terms = max(terms, y.bins + x.bins + np.prod(pixels) + d_output.shape[1])
+            continue
         for a, b in ((y, x), (x, y)):
             pixels = np.sum(a.weights.any(0))
             runs = -(-y.bins // 7) if b is x else 1  # slopes of x are added for 7 rows of bins at a time
@@ -75,7 +86,7 @@ def box_gradient(problem, d_output, expected):
     terms += 16 + d_output.shape[1] / 8
     magnitude = replace(problem, features=abs(problem.features))
     size = oracle.box_gradient(magnitude, abs(d_output), bound=True)
-    return _bound(problem, d_output, terms, size, expected, problem.boxes.dtype)
+    return _bound(problem, d_output, terms, size, expected, problem.boxes.dtype, narrow)
 
 
 def _touched(problem, tangent):
@@ -89,13 +100,15 @@ def _abs(values):
     return None if values is None else np.abs(values)
 
 
-def _bound(problem, values, terms, size, expected, dtype):
+def _bound(problem, values, terms, size, expected, dtype, narrow):
     sums = TABLE[values.dtype][0]
     _, sums_unit, sums_step = TABLE[sums]
     _, unit, step = TABLE[dtype]
     roundings = terms + WEIGHTS
+    lengths = [len(s.lo) for pair in problem.axes for axis in pair for s in axis.samples]
     if sums == np.float64:  # there weights are summed in their own type, and the oracle's too
-        lengths = [len(s.lo) for pair in problem.axes for axis in pair for s in axis.samples]
         roundings = 2 * (roundings + 2 * max(lengths, default=0))
+    elif narrow:
+        roundings += NARROW + 2 * max(lengths, default=0)
     underflow = sums_step * max(1, np.abs(values.astype(np.float64)).max(initial=0))
     return roundings * (sums_unit * size + underflow) + unit * np.abs(expected) + step

@@ -12,6 +12,12 @@ MAX_POSITION = tl.constexpr(2.0**32)
 
 
 @triton.jit
+def exponent(number):
+    """The largest n with 2**n <= number, or one more where float32 rounds it up."""
+    return (number.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
 def divide(a, b):
     """The correctly rounded quotient: `/` of float32 is not."""
     if a.dtype == tl.float64:
@@ -57,49 +63,57 @@ def grid_of(
 
 
 @triton.jit
-def position(start, bin, samples, k, j):
-    """Equation (2), in float64, of sample j of bin k, where j counts along the axis."""
+def position(start, bin, samples, k, j, WIDE: tl.constexpr = True):
+    """Equation (2), in float64, of sample j of bin k, where j counts along the axis.
+
+    Without WIDE, for devices that have no float64, all of it is in the coordinates' own type.
+    """
     i = tl.where(bin < 0, samples - 1 - j, j)
     real: tl.constexpr = start.dtype
     samples = tl.maximum(samples, 1)
     offset = divide((i.to(real) + 0.5) * bin, samples.to(real))
-    p = (start + k.to(real) * bin + offset).to(tl.float64)
-    wide = samples > WIDE_SAMPLES
-    if tl.max(wide.to(tl.int32)) > 0:
-        step = bin.to(tl.float64)
-        exact = start.to(tl.float64) + k.to(tl.float64) * step
-        exact += (i.to(tl.float64) + 0.5) * step / samples.to(tl.float64)
-        p = tl.where(wide, exact, p)
+    p = start + k.to(real) * bin + offset
+    if WIDE:
+        p = p.to(tl.float64)
+        wide = samples > WIDE_SAMPLES
+        if tl.max(wide.to(tl.int32)) > 0:
+            step = bin.to(tl.float64)
+            exact = start.to(tl.float64) + k.to(tl.float64) * step
+            exact += (i.to(tl.float64) + 0.5) * step / samples.to(tl.float64)
+            p = tl.where(wide, exact, p)
     return p
 
 
 @triton.jit
-def limit(start, samples, size):
+def limit(start, samples, size, WIDE: tl.constexpr):
     """The last position that is inside, as positions are compared with it."""
-    rounded = size.to(start.dtype).to(tl.float64)
-    return tl.where(samples > WIDE_SAMPLES, size.to(tl.float64), rounded)
+    rounded = size.to(start.dtype)
+    if WIDE:
+        return tl.where(samples > WIDE_SAMPLES, size.to(tl.float64), rounded.to(tl.float64))
+    else:
+        return rounded
 
 
 @triton.jit
-def inside(start, bin, samples, k, size):
+def inside(start, bin, samples, k, size, WIDE: tl.constexpr = True):
     """The samples [first, end) of bin k that are inside, counted along the axis."""
-    last = limit(start, samples, size)
+    last = limit(start, samples, size, WIDE)
     zero = tl.zeros_like(samples + k)
     first, end = zero, zero + samples
     # NaN: neither reached nor passed, so nothing is inside
-    fits = (position(start, bin, samples, k, first) >= -1) & (
-        position(start, bin, samples, k, end - 1) <= last
+    fits = (position(start, bin, samples, k, first, WIDE) >= -1) & (
+        position(start, bin, samples, k, end - 1, WIDE) <= last
     )
     if tl.min((fits | (end == 0)).to(tl.int32)) == 0:
         first_high, end_low, end_high = end, first, end
-        while tl.max(tl.maximum(first_high - first, end_high - end_low)) > 0:
+        for _ in range(exponent(tl.max(end)) + 1):  # halvings; triton-ascend has no `while` of tensors
             middle = first + (first_high - first) // 2
-            reached = position(start, bin, samples, k, middle) >= -1
+            reached = position(start, bin, samples, k, middle, WIDE) >= -1
             going = first < first_high
             first_high = tl.where(going & reached, middle, first_high)
             first = tl.where(going & ~reached, middle + 1, first)
             middle = end_low + (end_high - end_low) // 2
-            passed = ~(position(start, bin, samples, k, middle) <= last)
+            passed = ~(position(start, bin, samples, k, middle, WIDE) <= last)
             going = end_low < end_high
             end_high = tl.where(going & passed, middle, end_high)
             end_low = tl.where(going & ~passed, middle + 1, end_low)
@@ -115,5 +129,14 @@ def tap(p, size):
     lo = q.to(tl.int64)
     last = lo >= size - 1
     lo = tl.where(last, size - 1, lo)
-    fraction = tl.where(last, 0.0, q - lo.to(tl.float64))
+    fraction = tl.where(last, 0.0, q - lo.to(q.dtype))
     return lo, fraction, (raw >= 0) & ~last
+
+
+@triton.jit
+def shares(bin, samples, bins, k, j, clamped, REAL: tl.constexpr):
+    """How far a sample follows the start and the end of its box, 1 - t and t of equation (6)."""
+    i = tl.where(bin < 0, samples - 1 - j, j)
+    t = k.to(REAL) + divide(i.to(REAL) + 0.5, tl.maximum(samples, 1).to(REAL))
+    t = divide(t, tl.zeros_like(t) + bins.to(REAL))
+    return tl.where(clamped, 1, 1 - t), tl.where(clamped, 0, t)

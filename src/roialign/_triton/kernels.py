@@ -21,7 +21,7 @@ A RoI of no image has no taps. Sizes are not specialised; strides are, where the
 import triton
 import triton.language as tl
 
-from roialign._triton.geometry import grid_of, inside, limit, position, tap
+from .geometry import exponent, grid_of, inside, limit, position, shares, tap
 
 ROIS_PER_WORD = tl.constexpr(32)
 
@@ -83,13 +83,25 @@ def coordinate(pointer, known, REAL: tl.constexpr):
 
 
 @triton.jit
+def image_at(index, images):
+    """The image that an index names, or -1 where there is no such image."""
+    if index.dtype.is_floating():
+        valid = (index >= 0) & (index < images) & (index == tl.floor(index))
+        image = tl.where(valid, index, 0).to(tl.int64)
+    else:
+        image = index.to(tl.int64)
+        valid = (image >= 0) & (image < images)
+    return tl.where(valid, image, -1)
+
+
+@triton.jit
 def span_of(start, bin, samples, k, bins, size):
     """The pixels [low, high] from the first sample of bin k to its last; high < low off the map.
 
     They ascend with the bins, as p(k, i) does for each i; those of the samples inside need not.
     """
     first = tl.zeros_like(samples + k)
-    last = limit(start, samples, size)
+    last = limit(start, samples, size, True)
     p_low = position(start, bin, samples, k, first)
     p_high = position(start, bin, samples, k, first + samples - 1)
     meets = (k >= 0) & (k < bins) & (samples > 0) & (p_high >= -1) & (p_low <= last)
@@ -152,13 +164,9 @@ def axis_taps(
 
     index_of = image_index + roi * index_stride
     if image_index.dtype.element_ty.is_floating():
-        index = coordinate(index_of, known, tl.float64)
-        valid = (index >= 0) & (index < images) & (index == tl.floor(index))
-        image = tl.where(valid, index, 0).to(tl.int64)
+        image = image_at(coordinate(index_of, known, tl.float64), images)
     else:
-        image = tl.load(index_of, known, other=0).to(tl.int64)
-        valid = (image >= 0) & (image < images)
-    image = tl.where(valid, image, -1)
+        image = image_at(tl.load(index_of, known, other=0), images)
     if axis == 0:
         tl.store(image_of + roi, image, known)
 
@@ -195,14 +203,12 @@ def axis_taps(
         FLOOR,
     )
     samples = tl.where(known & (image >= 0), samples, 0)
-    divisor = tl.maximum(samples, 1).to(tl.float64)
-    mean = 1 / divisor
+    mean = 1 / tl.maximum(samples, 1).to(tl.float64)
     slope_factor = mean * scale.to(REAL).to(tl.float64)
     backwards = bin < 0
 
     start, bin, samples, clamped = start[:, None], bin[:, None], samples[:, None], clamped[:, None]
     mean, slope_factor, finite = mean[:, None], slope_factor[:, None], finite[:, None]
-    divisor = divisor[:, None]
     row = roi[:, None]
     table = row * room + first_slot
     part = count * room
@@ -237,11 +243,7 @@ def axis_taps(
                 value += tl.where(take, 1 - fraction, 0)
                 next_value += tl.where(take, fraction, 0)
                 if PARTS > 1:
-                    i = tl.where(bin < 0, samples - 1 - j, j)
-                    t = k.to(tl.float64) + (i.to(tl.float64) + 0.5) / divisor
-                    t = t / bins.to(tl.float64)
-                    in_lo = tl.where(clamped, 1, 1 - t)
-                    in_hi = tl.where(clamped, 0, t)
+                    in_lo, in_hi = shares(bin, samples, bins, k, j, clamped, tl.float64)
                     counted = take & moves & finite
                     slope_lo -= tl.where(counted, in_lo, 0)
                     slope_hi -= tl.where(counted, in_hi, 0)
@@ -489,9 +491,7 @@ def adjoint(
         while rest != 0:
             lowest = rest & -rest
             rest -= lowest
-            # the exponent of a power of two
-            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            roi = word * ROIS_PER_WORD + bit
+            roi = word * ROIS_PER_WORD + exponent(lowest)
             extent = extents + roi * 6
             in_y = (y >= tl.load(extent)) & (y <= tl.load(extent + 1))
             in_x = (x >= tl.load(extent + 3)) & (x <= tl.load(extent + 4))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from roialign._triton import kernels
+from . import kernels
 
 Array = Any
 
@@ -204,6 +204,33 @@ def _blocks(arrays: tuple[Array | New, ...], others: int, share: int = 1) -> _Bl
     return _Blocks(_power(channels, block_c), _power(others, block_b // share), constants)
 
 
+def _touched(
+    call: Callable,
+    image_of: Array,
+    extents: Array,
+    map_shape: tuple[int, int, int],
+    tile: tuple[int, int],
+) -> Array:
+    """Which RoIs reach each tile: bits (tiles of all maps, words)."""
+    images, *size = map_shape
+    count = image_of.shape[0]
+    words = _quotient(count, ROIS_PER_WORD)
+    block = _power(words, 8)
+    tiles = images * math.prod(_quotient(length, side) for length, side in zip(size, tile))
+    (bits,) = call(
+        kernels.touched,
+        _programs(tiles * _quotient(words, block)),
+        (image_of, extents, count, *size, words),
+        (New((tiles, words), "int64"),),
+        TILE_Y=tile[0],
+        TILE_X=tile[1],
+        BLOCK_W=block,
+        num_warps=4,
+        **OPTIONS,
+    )
+    return bits
+
+
 def adjoint(
     call: Callable,
     d_output: Array,
@@ -221,20 +248,8 @@ def adjoint(
         call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
         double=_is_double(d_output), parts=parts, columns=True,
     )  # fmt: skip
-    words = _quotient(count, ROIS_PER_WORD)
-    block_w = _power(words, 8)
-    tiles = images * math.prod(_quotient(length, tile) for length, tile in zip(size, TILE))
-    (bits,) = call(
-        kernels.touched,
-        _programs(tiles * _quotient(words, block_w)),
-        (taps.image_of, taps.extents, count, *size, words),
-        (New((tiles, words), "int64"),),
-        TILE_Y=TILE[0],
-        TILE_X=TILE[1],
-        BLOCK_W=block_w,
-        num_warps=4,
-        **OPTIONS,
-    )
+    bits = _touched(call, taps.image_of, taps.extents, (images, *size), TILE)
+    tiles, words = bits.shape
     block_c = _power(channels, 16)
     (d_features,) = call(
         kernels.adjoint,

@@ -1,0 +1,369 @@
+"""The kernels as matrix products, for devices that gather slowly: Out = A_y . F . A_x^T, tile by tile.
+
+`axis_weights` writes the matrices A of docs/spec.md (3) as they are, zeros too: for each RoI A_y (P, H),
+then A_x (Q, W), together `room` numbers. It fills the *window*, the pixels that a RoI reaches, and leaves
+the other columns unwritten. `extents` (K, 2, 3) says the window's first and last pixel, in y and in x. The
+`weights` are in `parts` tables, one after another: value; or value and derivative along a box tangent; or
+value and slopes in the box's start and end.
+
+Coordinates, weights and sums are in float32; there is no float64. A program takes turns, so a grid may be
+smaller than the work. Sizes are not specialised; the last strides are, where they are 1.
+"""
+
+import triton
+import triton.language as tl
+
+from .geometry import exponent, grid_of, inside, position, shares, tap
+from .kernels import ROIS_PER_WORD, divided, image_at, whole
+
+
+@triton.jit
+def tile(start, row, rows, column, columns, row_step, column_step, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a matrix with so many rows and columns, those from (row, column) on, and zeros beyond."""
+    r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    c = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    at = start + r * row_step + c * column_step
+    return tl.load(at, (r < rows) & (c < columns), other=0).to(tl.float32)
+
+
+@triton.jit
+def product(a, b, total):
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+_AXIS_WEIGHTS_SIZES = [
+    "count", "images", "height", "width", "bins_y", "bins_x", "sampling_ratio",
+    "boxes_stride", "boxes_step", "index_stride",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_AXIS_WEIGHTS_SIZES)
+def axis_weights(
+    boxes,
+    image_index,
+    tangent,
+    count,
+    images,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    sampling_ratio,
+    scale_y,
+    scale_x,
+    pixel_offset,
+    input_offset,
+    end_offset,
+    min_size,
+    boxes_stride,
+    boxes_step,
+    index_stride,
+    image_of,
+    extents,
+    weights,
+    PARTS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Fills the matrices, and `image_of` and `extents` as `kernels.axis_taps`. One turn: an axis of a RoI."""
+    images, sampling_ratio = whole(images), whole(sampling_ratio)
+    height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
+    room = bins_y * height + bins_x * width
+    k = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
+    for turn in range(tl.program_id(0), 2 * count, tl.num_programs(0)):
+        axis, roi = divided(whole(turn), whole(2))  # 0: y, 1: x
+        image = image_at(tl.load(image_index + roi * index_stride), images)
+        tl.store(image_of + roi, image, axis == 0)
+        size, bins = tl.where(axis == 0, height, width), tl.where(axis == 0, bins_y, bins_x)
+        scale = tl.where(axis == 0, scale_y, scale_x)
+        matrix = weights + roi * room + axis * bins_y * height
+
+        corner = boxes + roi * boxes_stride
+        lo = tl.load(corner + (1 - axis) * boxes_step).to(tl.float32)
+        hi = tl.load(corner + (3 - axis) * boxes_step).to(tl.float32)
+        other_lo = tl.load(corner + axis * boxes_step).to(tl.float32)
+        other_hi = tl.load(corner + (2 + axis) * boxes_step).to(tl.float32)
+        # a difference of a number and itself is 0 unless it is not finite
+        finite = (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
+        start, bin, samples, clamped = grid_of(
+            tl.where(k < bins, lo, 0),  # not scalars: triton-ascend cannot divide these
+            tl.where(k < bins, hi, 0),
+            scale,
+            bins,
+            sampling_ratio,
+            pixel_offset,
+            input_offset,
+            end_offset,
+            min_size,
+            FLOOR,
+        )
+        samples = tl.where(image >= 0, samples, 0)
+        divisor = tl.maximum(samples, 1).to(tl.float32)
+        slope_scale = tl.where(finite, scale, 0)
+
+        first, end = inside(start, bin, tl.where(k < bins, samples, 0), k, size, False)
+        low, _, _ = tap(position(start, bin, samples, k, first, False), size)
+        high, _, _ = tap(position(start, bin, samples, k, end - 1, False), size)
+        lowest = tl.min(tl.where(first < end, low, size))
+        highest = tl.max(tl.where(first < end, tl.minimum(high + 1, size - 1), -1))
+        at = extents + (roi * 2 + axis) * 3
+        tl.store(at, tl.where(highest < 0, 0, lowest).to(tl.int32))
+        tl.store(at + 1, highest.to(tl.int32))
+
+        for column in range(lowest, highest + 1, SIDE):
+            pixel = (column + tl.arange(0, SIDE)).to(tl.int64)[None, :]
+            value = tl.zeros((BLOCK_P, SIDE), tl.float32)
+            slope_lo, slope_hi = value, value
+            for sample in range(tl.max(end - first)):
+                j = first + sample
+                lower, fraction, moves = tap(position(start, bin, samples, k, j, False), size)
+                here, next = (j < end) & (pixel == lower), (j < end) & (pixel == lower + 1)
+                value += tl.where(here, 1 - fraction, tl.where(next, fraction, 0))
+                if PARTS > 1:
+                    in_lo, in_hi = shares(bin, samples, bins, k, j, clamped, tl.float32)
+                    sign = tl.where(here, -1.0, 1.0)
+                    counted = (here | next) & moves
+                    slope_lo += tl.where(counted, sign * in_lo, 0)
+                    slope_hi += tl.where(counted, sign * in_hi, 0)
+            to = matrix + k * size + pixel
+            written = (k < bins) & (pixel <= highest)
+            tl.store(to, value / divisor, written)
+            slope_lo, slope_hi = slope_lo * slope_scale / divisor, slope_hi * slope_scale / divisor
+            if PARTS == 2:
+                v_lo = tl.load(tangent + roi * 4 + 1 - axis).to(tl.float32)
+                v_hi = tl.load(tangent + roi * 4 + 3 - axis).to(tl.float32)
+                sloped = (slope_lo != 0) | (slope_hi != 0)
+                moved = tl.where(sloped, slope_lo * v_lo + slope_hi * v_hi, 0)
+                tl.store(to + count * room, moved, written)
+            if PARTS == 3:
+                tl.store(to + count * room, slope_lo, written)
+                tl.store(to + 2 * count * room, slope_hi, written)
+
+
+_FORWARD_NUMBERS = [
+    "count", "channels", "height", "width", "bins_y", "bins_x",
+    "features_n", "features_c", "features_h", "output_k", "output_c", "output_p",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_FORWARD_NUMBERS)
+def forward(
+    features,
+    image_of,
+    extents,
+    weights,
+    count,
+    channels,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    features_n,
+    features_c,
+    features_h,
+    features_w,
+    output_k,
+    output_c,
+    output_p,
+    output_q,
+    output,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """docs/spec.md (4), and with PARTS 2 its derivative (8). One turn: a channel of a RoI."""
+    height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
+    room = bins_y * height + bins_x * width
+    part = count * room
+    for turn in range(tl.program_id(0), count * channels, tl.num_programs(0)):
+        c, roi = divided(whole(turn), channels)
+        image = tl.maximum(tl.load(image_of + roi), 0)
+        plane = features + image * features_n + c * features_c
+        matrix_y = weights + roi * room
+        matrix_x = matrix_y + bins_y * height
+        extent = extents + roi * 6
+        first_y, end_y = tl.load(extent), tl.load(extent + 1) + 1
+        first_x, end_x = tl.load(extent + 3), tl.load(extent + 4) + 1
+        for p in range(0, bins_y, BLOCK_P):
+            for q in range(0, bins_x, BLOCK_P):
+                total = tl.zeros((BLOCK_P, BLOCK_P), tl.float32)
+                for y in range(first_y, end_y, SIDE):
+                    along = tl.zeros((SIDE, BLOCK_P), tl.float32)
+                    v_along = along
+                    for x in range(first_x, end_x, SIDE):
+                        f = tile(plane, y, end_y, x, end_x, features_h, features_w, SIDE, SIDE)
+                        a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        along = product(f, tl.trans(a_x), along)
+                        if PARTS == 2:
+                            v_x = tile(matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                            v_along = product(f, tl.trans(v_x), v_along)
+                    a_y = tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    if PARTS == 2:
+                        v_y = tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                        total = product(a_y, v_along, product(v_y, along, total))
+                    else:
+                        total = product(a_y, along, total)
+                r = (p + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+                s = (q + tl.arange(0, BLOCK_P)).to(tl.int64)[None, :]
+                at = output + roi * output_k + c * output_c + r * output_p + s * output_q
+                tl.store(at, total.to(output.dtype.element_ty), (r < bins_y) & (s < bins_x))
+
+
+_ADJOINT_NUMBERS = [
+    "count", "channels", "images", "height", "width", "bins_y", "bins_x", "words",
+    "d_output_k", "d_output_c", "d_output_p", "d_features_n", "d_features_c", "d_features_h",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ADJOINT_NUMBERS)
+def adjoint(
+    d_output,
+    extents,
+    weights,
+    bits,
+    count,
+    channels,
+    images,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    words,
+    d_output_k,
+    d_output_c,
+    d_output_p,
+    d_output_q,
+    d_features_n,
+    d_features_c,
+    d_features_h,
+    d_features_w,
+    d_features,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """docs/spec.md (5), and with PARTS 2 its derivative (8). One turn: a channel of a tile of a map.
+
+    It adds the RoIs that reach the tile, in their order, and writes each pixel once.
+    """
+    height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
+    room = bins_y * height + bins_x * width
+    part = count * room
+    tiles_y, tiles_x = tl.cdiv(height, SIDE), tl.cdiv(width, SIDE)
+    turns = (images * tiles_y * tiles_x * channels).to(tl.int32)
+    for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
+        c, place = divided(whole(turn), channels)
+        tile_x, rest = divided(place, tiles_x)
+        tile_y, image = divided(rest, tiles_y)
+        y, x = tile_y * SIDE, tile_x * SIDE
+        row, column = y + tl.arange(0, SIDE)[:, None], x + tl.arange(0, SIDE)[None, :]
+        total = tl.zeros((SIDE, SIDE), tl.float32)
+        for word in range(words):
+            rest = tl.load(bits + place * words + word)
+            while rest != 0:
+                lowest = rest & -rest
+                rest -= lowest
+                roi = whole(word * ROIS_PER_WORD + exponent(lowest))
+                plane = d_output + roi * d_output_k + c * d_output_c
+                matrix_y = weights + roi * room
+                matrix_x = matrix_y + bins_y * height
+                added = tl.zeros((SIDE, SIDE), tl.float32)
+                for p in range(0, bins_y, BLOCK_P):
+                    a_y = tl.trans(tile(matrix_y, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
+                    if PARTS == 2:
+                        v_y = tl.trans(tile(matrix_y + part, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
+                    for q in range(0, bins_x, BLOCK_P):
+                        g = tile(plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P)
+                        a_x = tile(matrix_x, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
+                        none = tl.zeros((BLOCK_P, SIDE), tl.float32)
+                        along = product(g, a_x, none)
+                        if PARTS == 2:
+                            v_x = tile(matrix_x + part, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
+                            added = product(a_y, product(g, v_x, none), product(v_y, along, added))
+                        else:
+                            added = product(a_y, along, added)
+                extent = extents + roi * 6
+                in_y = (row >= tl.load(extent)) & (row <= tl.load(extent + 1))
+                in_x = (column >= tl.load(extent + 3)) & (column <= tl.load(extent + 4))
+                total += tl.where(in_y & in_x, added, 0)  # beyond the window are no weights
+        at = d_features + image * d_features_n + c * d_features_c + row * d_features_h + column * d_features_w
+        tl.store(at, total.to(d_features.dtype.element_ty), (row < height) & (column < width))
+
+
+_BOX_GRADIENT_NUMBERS = [
+    "count", "channels", "height", "width", "bins_y", "bins_x",
+    "d_output_k", "d_output_c", "d_output_p", "features_n", "features_c", "features_h",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_BOX_GRADIENT_NUMBERS)
+def box_gradient(
+    d_output,
+    features,
+    image_of,
+    extents,
+    weights,
+    count,
+    channels,
+    height,
+    width,
+    bins_y,
+    bins_x,
+    d_output_k,
+    d_output_c,
+    d_output_p,
+    d_output_q,
+    features_n,
+    features_c,
+    features_h,
+    features_w,
+    partial,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """docs/spec.md (7), of some channels of a RoI, as x1, y1, x2, y2 in `partial` (channel blocks, K, 4).
+
+    <G, A_y . F . A_x^T> is <A_y^T . G . A_x, F>: one turn makes the former's adjoint, tile by tile.
+    """
+    height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
+    room = bins_y * height + bins_x * width
+    part = count * room
+    for turn in range(tl.program_id(0), count * tl.cdiv(channels, BLOCK_C), tl.num_programs(0)):
+        roi, block = divided(whole(turn), count)
+        image = tl.maximum(tl.load(image_of + roi), 0)
+        matrix_y = weights + roi * room
+        matrix_x = matrix_y + bins_y * height
+        extent = extents + roi * 6
+        first_y, end_y = tl.load(extent), tl.load(extent + 1) + 1
+        first_x, end_x = tl.load(extent + 3), tl.load(extent + 4) + 1
+        none = tl.zeros((SIDE, SIDE), tl.float32)
+        x1, y1, x2, y2 = none, none, none, none
+        for y in range(first_y, end_y, SIDE):
+            for x in range(first_x, end_x, SIDE):
+                for p in range(0, bins_y, BLOCK_P):
+                    a_y = tl.trans(tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
+                    lo_y = tl.trans(tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
+                    hi_y = tl.trans(tile(matrix_y + 2 * part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
+                    for q in range(0, bins_x, BLOCK_P):
+                        a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        lo_x = tile(matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        hi_x = tile(matrix_x + 2 * part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        for turned in range(tl.minimum(BLOCK_C, channels - block * BLOCK_C)):
+                            c = block * BLOCK_C + turned
+                            plane = features + image * features_n + c * features_c
+                            g_plane = d_output + roi * d_output_k + c * d_output_c
+                            f = tile(plane, y, end_y, x, end_x, features_h, features_w, SIDE, SIDE)
+                            g = tile(g_plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P)
+                            bins = tl.zeros((BLOCK_P, SIDE), tl.float32)
+                            along = product(g, a_x, bins)
+                            x1 += f * product(a_y, product(g, lo_x, bins), none)
+                            y1 += f * product(lo_y, along, none)
+                            x2 += f * product(a_y, product(g, hi_x, bins), none)
+                            y2 += f * product(hi_y, along, none)
+        at = partial + (block * count + roi) * 4
+        tl.store(at, tl.sum(x1))
+        tl.store(at + 1, tl.sum(y1))
+        tl.store(at + 2, tl.sum(x2))
+        tl.store(at + 3, tl.sum(y2))

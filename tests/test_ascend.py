@@ -1,0 +1,158 @@
+"""The kernels of matrix products, lowered by triton-ascend as far as it goes without Ascend's compiler.
+
+In an environment of its own, because triton-ascend takes the place of Triton, and with
+``TRITON_INTERPRET=0``: what is interpreted is not compiled.
+"""
+
+import inspect
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton.backends.ascend.compiler", reason="needs triton-ascend")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton._C.libtriton import ir  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler.compiler import make_backend  # noqa: E402
+
+from roialign._triton import dense, kernels, products  # noqa: E402
+
+TARGET = GPUTarget("npu", "Ascend910B3", 0)
+POINTERS = {
+    "image_of": "*i64",
+    "extents": "*i32",
+    "bits": "*i64",
+    "source": "*i32",
+    "target": "*i32",
+    **dict.fromkeys(("boxes", "tangent", "weights", "partial"), "*fp32"),
+}
+NUMBERS = ("scale_y", "scale_x", "pixel_offset", "input_offset", "end_offset", "min_size")
+FORWARD = {"features_w": 1, "output_q": 1}
+ADJOINT = {"d_output_q": 1, "d_features_w": 1}
+BOX_GRADIENT = {"d_output_q": 1, "features_w": 1, "BLOCK_C": dense.BLOCK_C}
+
+
+@triton.jit
+def gather(source, target):
+    i = tl.arange(0, 16)
+    tl.store(target + i, tl.load(source + tl.load(source + i)))
+
+
+@triton.jit
+def scatter(source, target):
+    i = tl.arange(0, 16)
+    tl.store(target + tl.load(source + i), i)
+
+
+def lower(kernel, values="fp32", index="i64", **constants):
+    """The text of the linalg IR of a kernel, where `values` are the dtype of maps and outputs."""
+    signature = {}
+    for name in inspect.signature(kernel.fn).parameters:
+        if name in ("features", "output", "d_features", "d_output"):
+            signature[name] = f"*{values}"
+        elif name == "image_index":
+            signature[name] = f"*{index}"
+        elif name not in constants:
+            signature[name] = POINTERS.get(name, "fp32" if name in NUMBERS else "i32")
+    backend = make_backend(TARGET)
+    options = backend.parse_options({})
+    context = ir.context()
+    ir.load_dialects(context)
+    source = ASTSource(kernel, signature=signature, constants=constants)
+    functions = backend.get_codegen_implementation(), backend.get_module_map()
+    module = source.make_ir(options, *functions, context)
+    stages, metadata = {}, {"hash": kernel.cache_key, "target": TARGET, **options.__dict__}
+    backend.add_stages(stages, options)
+    for stage in ("ttir", "ttadapter"):
+        module = stages[stage](module, metadata)
+    return module
+
+
+def accesses(text):
+    """What a kernel does with memory and with matrices."""
+    found = Counter(re.findall(r"= (memref\.load|linalg\.matmul)|\b(memref\.copy)", text))
+    return {"".join(names): count for names, count in found.items()}
+
+
+def is_discrete(text):
+    """Whether there is an access element by element, in a loop that triton-ascend adds."""
+    return "DiscreteMemAccess" in text or "ExtractedLoadOrStore" in text
+
+
+def check(text):
+    assert not is_discrete(text)
+    assert not re.search(r"\bf64\b", text)  # the vector units have no such numbers
+
+
+@pytest.mark.parametrize("kernel", [gather, scatter], ids=lambda kernel: kernel.fn.__name__)
+def test_what_is_discrete_is_seen(kernel):
+    assert is_discrete(lower(kernel))
+
+
+# loads of one number: an image (or a word of bits), a window's four ends; copies of a tile: of the map or
+# output, of the matrices (with their slopes)
+@pytest.mark.parametrize("values", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(
+    "kernel, constants, expected",
+    [
+        (products.forward, {"PARTS": 1, **FORWARD}, (5, 3, 2)),
+        (products.forward, {"PARTS": 2, **FORWARD}, (5, 5, 4)),
+        (products.adjoint, {"PARTS": 1, **ADJOINT}, (5, 3, 2)),
+        (products.adjoint, {"PARTS": 2, **ADJOINT}, (5, 5, 4)),
+        (products.box_gradient, BOX_GRADIENT, (5, 8, 7)),
+    ],
+    ids=["forward", "forward-tangent", "adjoint", "adjoint-tangent", "box_gradient"],
+)
+def test_products(kernel, constants, expected, values, block):
+    text = lower(kernel, values, BLOCK_P=block, SIDE=dense.SIDE, **constants)
+    check(text)
+    loads, copies, products = expected
+    assert accesses(text) == {
+        "memref.load": loads, "memref.copy": copies, "linalg.matmul": products
+    }  # fmt: skip
+    assert text.count('input_precison = "ieee"') == products
+    rows = re.findall(r"memref\.copy .*: memref<\?x\?x\w+, strided<\[\?, 1\], offset: \?>> to", text)
+    assert len(rows) == copies  # contiguous in memory
+
+
+@pytest.mark.parametrize("parts, loads", [(1, 3), (2, 7), (3, 5)])
+@pytest.mark.parametrize("floor", [False, True])
+def test_weights(parts, loads, floor):
+    # of one number: the image, and the ends of the box (all four with slopes) and of its tangent
+    constants = {"PARTS": parts, "FLOOR": floor, "BLOCK_P": 16, "SIDE": 32, "boxes_step": 1}
+    text = lower(products.axis_weights, **constants)
+    check(text)
+    assert accesses(text) == {"memref.load": loads}
+
+
+@pytest.mark.parametrize("index", ["i32", "fp16", "fp32"])
+def test_an_index_of_another_type(index):
+    check(lower(products.axis_weights, index=index, PARTS=1, FLOOR=False, BLOCK_P=16, SIDE=32))
+
+
+@pytest.mark.parametrize("block", [32, 512])
+def test_weights_of_many_bins(block):
+    side = max(1, dense.LANES // block)
+    check(lower(products.axis_weights, PARTS=1, FLOOR=False, BLOCK_P=block, SIDE=side))
+
+
+@pytest.mark.parametrize(
+    "kernel, constants",
+    [
+        (products.forward, {"PARTS": 1}),
+        (products.adjoint, {"PARTS": 1}),
+        (products.box_gradient, {"BLOCK_C": dense.BLOCK_C}),
+    ],
+    ids=["forward", "adjoint", "box_gradient"],
+)
+def test_other_strides(kernel, constants):
+    check(lower(kernel, BLOCK_P=16, SIDE=dense.SIDE, **constants))
+
+
+def test_touched():
+    check(lower(kernels.touched, TILE_Y=dense.SIDE, TILE_X=dense.SIDE, BLOCK_W=8))
