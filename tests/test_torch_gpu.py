@@ -327,10 +327,51 @@ def test_other_devices_are_refused():
             roialign.roi_align(features, torch.zeros(1, 5), 1)
 
 
-def test_operators_are_registered_for_gpus():
+@pytest.mark.parametrize("key", ["CUDA", "PrivateUse1"])
+def test_operators_are_registered(key):
     for name in ("forward", "adjoint", "box_gradient"):
-        operator = f"roialign::{name}"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"roialign::{name}", key)
+
+
+# Ascend
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """Tensors of the CPU pass for an Ascend device's."""
+    monkeypatch.setattr(roialign.torch, "_is_on_npu", lambda tensor: not tensor.is_meta)
+    monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: False)
+
+
+def test_ascend_is_refused_by_default(npu, monkeypatch):
+    monkeypatch.delenv("ROIALIGN_NPU", raising=False)
+    with pytest.raises(TypeError, match="there use torch_npu.npu_roi_align; ROIALIGN_NPU=1 allows"):
+        roialign.roi_align(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4), 1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="an Ascend device is played by the CPU")
+def test_ascend(npu, launched, monkeypatch, make_problem):
+    monkeypatch.setenv("ROIALIGN_NPU", "1")
+    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
+    features, boxes, index = arguments(problem)
+    features, boxes = features.requires_grad_(), boxes.double().requires_grad_()
+    pool(features, boxes, index).square().sum().backward()
+    assert launched == ["axis_weights", "forward"] + ["axis_weights", "touched", "adjoint"] + [
+        "axis_weights",
+        "box_gradient",
+    ]
+    monkeypatch.setattr(roialign.torch, "_is_on_npu", lambda tensor: False)
+    same = features.detach().requires_grad_(), boxes.detach().requires_grad_()
+    pool(*same, index).square().sum().backward()
+    torch.testing.assert_close(features.grad, same[0].grad)
+    torch.testing.assert_close(boxes.grad, same[1].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_ascend_has_no_float64(npu, monkeypatch):
+    monkeypatch.setenv("ROIALIGN_NPU", "1")
+    with pytest.raises(TypeError, match="`features` must be float16, bfloat16 or float32 on"):
+        rois = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+        roialign.roi_align(torch.zeros(1, 1, 4, 4).double(), rois, 1)
 
 
 def test_the_interpreter_is_what_runs_here():

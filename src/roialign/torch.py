@@ -7,9 +7,12 @@ which eager mode and ``torch.func`` see; the choice between them; the layer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -36,8 +39,13 @@ def _is_traced() -> bool:
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
-    """Whether the Triton kernels are for it, of NVIDIA's or AMD's."""
+    """Of NVIDIA or AMD."""
     return tensor.is_cuda
+
+
+def _is_on_npu(tensor: Tensor) -> bool:
+    """On Ascend."""
+    return tensor.device.type == "npu"
 
 
 _core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
@@ -62,13 +70,22 @@ def check_array(name: str, value: object) -> None:
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"`{name}` must be a dense tensor, got {got}")
-    if not (value.is_cpu or value.is_cuda or value.is_meta):
+    if _is_on_npu(value):
+        if os.environ.get("ROIALIGN_NPU") != "1":
+            raise TypeError(
+                f"`{name}` must be on the CPU or a GPU, got device {value.device}: there use "
+                "torch_npu.npu_roi_align; ROIALIGN_NPU=1 allows experimental kernels that have run "
+                "on no device"
+            )
+    elif not (value.is_cpu or value.is_cuda or value.is_meta):
         raise TypeError(f"`{name}` must be on the CPU or a GPU, got device {value.device}")
 
 
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
     _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
+    if value.dtype is torch.float64 and _is_on_npu(value):
+        raise TypeError(f"`{name}` must be float16, bfloat16 or float32 on {value.device}, got float64")
 
 
 def _check_boxes(name: str, value: object, integers: bool) -> None:
@@ -225,7 +242,8 @@ def _run(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
         index, arrays = _stored(index), [_stored(array) for array in arrays]
     if tangent is not None:
         tangent = _stored(tangent.to(coordinate).contiguous())
-    run = _run_on_gpu if _is_on_gpu(result) else _run_core
+    on_triton = _is_on_gpu(result) or _is_on_npu(result)
+    run = _run_triton if on_triton else _run_core
     return run(name, arrays, boxes, index, tangent, rule, result)
 
 
@@ -246,29 +264,40 @@ def _run_core(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
     return result
 
 
-def _run_on_gpu(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
+def _run_triton(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
     """A RoI of no image adds nothing: an error would have to wait for the device."""
     if not all([tensor.numel() for tensor in (result, boxes, *arrays)]):
         return result.zero_()
     if index is None:
         boxes, index = _columns(boxes)
-    operation = getattr(_gpu(), name)
-    with torch.cuda.device_of(result):
+    on_npu, sums = _is_on_npu(result), torch.float64
+    if on_npu:  # it has no float64
+        boxes, sums = boxes.float(), torch.float32
+        index = index.float() if index.dtype in _FLOATS else index.long()
+    operation = getattr(_operations("dense" if on_npu else "launch"), name)
+    with _device_of(result):
         if name == "box_gradient":
             partial = operation(_launch, *arrays, boxes, index, rule)
-            return result.copy_(partial.sum(0, dtype=torch.float64))
+            return result.copy_(partial.sum(0, dtype=sums))
         return operation(_launch, *arrays, boxes, index, tangent, rule, result)
 
 
 @functools.cache
-def _gpu():
+def _operations(name: str):
+    """The module of `_triton`."""
     try:
-        from roialign._triton import launch
+        return importlib.import_module(f"roialign._triton.{name}")
     except ImportError as error:
         raise ImportError(
             "roialign needs Triton for tensors on a GPU: pip install 'roialign[gpu]'"
         ) from error
-    return launch
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """In which it is the current one."""
+    if tensor.is_cpu:  # the kernels are interpreted
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def _launch(kernel, grid, inputs, outputs, **constants) -> list[Tensor]:
@@ -534,7 +563,7 @@ def _register(name: str) -> type[Function]:
     """Defines the operator ``roialign::name``; returns the same as a `Function`."""
     operator, derivatives = f"roialign::{name}", _DERIVATIVES[name]
     torch.library.define(operator, _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(operator, ("cpu", "cuda"))(_KERNELS[name])
+    torch.library.impl(operator, ("cpu", "cuda", "privateuseone"))(_KERNELS[name])  # that is npu
     torch.library.register_fake(operator)(_FAKES[name])
     torch.library.register_vmap(operator, _VMAPS[name])
     torch.library.register_autograd(
