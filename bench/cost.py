@@ -27,7 +27,6 @@ RATES = {  # per second: assumptions
 # of the innermost loop per value that it loads, in NCHW and channels_last, as Triton 3.9.0 compiles
 # it for sm_90
 INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (21.5, 18.0)}
-RULE = (1.0, 1.0, 0, 0.0, 0.0, 0.0, 1.0, False)  # launches do not depend on it
 
 
 @dataclass
@@ -60,10 +59,12 @@ class Launches:
         )
         boxes = launch.New((workload.rois_number, 4), "float32")
         index = launch.New((workload.rois_number,), "int64")
+        # of the rule only the number of samples counts
+        rule = (1.0, 1.0, workload.sampling, 0.0, 0.0, 0.0, 1.0, False)
         arguments = {
-            "forward": (features, boxes, index, None, RULE, output),
-            "adjoint": (output, boxes, index, None, RULE, features),
-            "box_gradient": (output, features, boxes, index, RULE),
+            "forward": (features, boxes, index, None, rule, output),
+            "adjoint": (output, boxes, index, None, rule, features),
+            "box_gradient": (output, features, boxes, index, rule),
         }[operation]
         getattr(launch, operation)(self._call, *arguments)
 

@@ -350,6 +350,7 @@ def test_ascend_is_refused_by_default(npu, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="an Ascend device is played by the CPU")
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in matmul")  # beyond windows
 def test_ascend(npu, launched, monkeypatch, make_problem):
     monkeypatch.setenv("ROIALIGN_NPU", "1")
     problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
