@@ -1,0 +1,248 @@
+"""The tables of taps that a kernel makes: the core's weights, to the bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import oracle
+import roialign
+
+torch = pytest.importorskip("torch", reason="the interpreter runs on torch tensors")
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from roialign._triton import launch  # noqa: E402
+from triton_interpreter import call, rule, tensor, wide_call  # noqa: E402
+
+LENGTH = 11
+SPANS = [
+    *[(1.3, 7.9), (-2.2, 4.6), (6.1, 14.3), (-5.5, 17), (3.4, 4.1), (0.2, 10.1)],
+    *[(7.3, 2.1), (20, -9), (LENGTH, -1)],  # inverted
+    *[(-2, 4), (-1, 1), (-1, -1), (0, LENGTH), (LENGTH - 1, LENGTH + 2), (LENGTH, LENGTH + 1)],
+    *[(np.nan, 3), (3, np.nan), (np.inf, 4), (-np.inf, 5), (2, np.inf), (-np.inf, np.inf)],
+    (5, -np.inf),
+    *[(-1e9, 1e9), (-4e9, 3), (2, 4.2e6), (-9e6, 40), (-3e38, 3e38), (2.2e9, -2.2e9)],
+    *[(4.2, 4.201), (4, 4), (1e-45, 2e-45), (-0.0, 0.0), (2.9999, 3.0001), (100, 110), (-50, -40)],
+]
+
+
+def problem_of(
+    spans, length, bins, *, axis=1, dtype=np.float32, sampling=0, convention="half_pixel"
+):
+    """Boxes that have these spans on an axis; on the other a bin is the one pixel, of weight 1."""
+    other = [(0, 1)] * len(spans)
+    (x1, x2), (y1, y2) = (np.transpose(s) for s in ((spans, other) if axis else (other, spans)))
+    shape, size, scale = [1, 1], [1, 1], [2.0**-10] * 2
+    shape[axis], size[axis], scale[axis] = length, bins, 1.0
+    return oracle.Problem(
+        features=np.zeros((1, 1, *shape), dtype),
+        boxes=np.stack([x1, y1, x2, y2], 1).astype(dtype),
+        index=np.zeros(len(spans), np.int64),
+        size=tuple(size),
+        scale=tuple(scale),
+        sampling=sampling,
+        convention=roialign.conventions.get(convention, convention),
+    )
+
+
+def entries_of(problem, axis, *, columns, parts=1, call=wide_call):
+    """([n, 3]: RoI, bin, pixel, in order; [parts, n]: weights) of what a table holds on an axis."""
+    images, _, *size = problem.features.shape
+    boxes, index = map(tensor, problem.rois)
+    taps = launch._axis_taps(
+        call, boxes, index, None, (images, *size), problem.size, rule(problem),
+        double=problem.features.dtype == np.float64, parts=parts, columns=columns,
+    )  # fmt: skip
+    bins, spread = problem.size[axis], taps.spread[axis]
+    ranges, weights = taps.ranges.numpy(), taps.weights.numpy()
+    found, slots = [], []
+    for k in range(len(boxes)):
+        if columns:
+            slot = axis * (size[0] + taps.spread[0] * problem.size[0])
+            first, last, backwards = taps.extents[k, axis].tolist()
+            for pixel in range(first, last + 1):
+                low, high = ranges[k, axis * size[0] + pixel]
+                for rank in range(low, high + 1):
+                    found.append((k, bins - 1 - rank if backwards else rank, pixel))
+                    slots.append((k, slot + pixel + spread * rank))
+        else:
+            for b in range(bins):
+                first, count = ranges[k, axis * problem.size[0] + b]
+                for slot in range(first, first + count):
+                    found.append((k, b, int(taps.pixels[k, slot])))
+                    slots.append((k, slot))
+    found, slots = np.array(found, int).reshape(-1, 3), np.array(slots, int).reshape(-1, 2)
+    order, (k, slot) = np.lexsort(found.T[::-1]), slots.T
+    return found[order], weights[:, k[order], slot[order]]
+
+
+def check_values(entries, expected):
+    """Assert that the entries are these (RoI, bin, pixel) and these weights."""
+    index, weights = entries
+    held = weights[0] != 0
+    assert len(np.unique(index, axis=0)) == len(index)
+    np.testing.assert_array_equal(index[held], expected[0])
+    np.testing.assert_array_equal(weights[0, held], expected[1])
+
+
+def of_oracle(problem, axis):
+    """Float32 fractions are exact in its sums, but for their divisor."""
+    index, weights = [], []
+    for k, axes in enumerate(problem.axes):
+        rows = (axes[axis].weights * (1 / max(axes[axis].n, 1))).astype(problem.features.dtype)
+        b, pixel = rows.nonzero()
+        index.append(np.stack([np.full_like(b, k), b, pixel], 1))
+        weights.append(rows[b, pixel])
+    return np.concatenate(index), np.concatenate(weights)
+
+
+def of_core(problem, axis):
+    """Its output for a map that is 1 at one pixel in each channel."""
+    features = problem.features
+    length = features.shape[2 + axis]
+    hot = np.eye(length, dtype=features.dtype).reshape(1, length, *features.shape[2:])
+    rows = roialign.roi_align(hot, problem.rois, problem.size, **problem.options)
+    rows = rows.reshape(len(rows), length, -1).transpose(0, 2, 1)
+    return np.stack(rows.nonzero(), 1), rows[rows != 0]
+
+
+def check_slopes(problem, axis, entries):
+    index, weights = entries
+    unit = np.finfo(problem.features.dtype).eps / 2
+    for k, axes in enumerate(problem.axes):
+        a, finite = axes[axis], all(each.finite for each in axes)
+        actual = np.zeros((2, a.bins, a.length))
+        of_roi = index[:, 0] == k
+        actual[:, index[of_roi, 1], index[of_roi, 2]] = weights[1:, of_roi]
+        expected = a.slopes() / max(a.n, 1) * finite
+        # sums in float64, here and there
+        terms = 2 * max(len(s.lo) for s in a.samples) + 8
+        bound = terms * 2.0**-52 * a.slopes(bound=True) / max(a.n, 1) + unit * abs(expected)
+        assert np.all(abs(actual - expected) <= bound)
+
+
+@pytest.mark.parametrize(
+    "dtype, sampling, axis", [(np.float32, 0, 1), (np.float32, 3, 0), (np.float64, 0, 0)]
+)
+def test_any_box(convention, dtype, sampling, axis):
+    options = {"axis": axis, "dtype": dtype, "sampling": sampling, "convention": convention}
+    problem = problem_of(SPANS, LENGTH, 5, **options)
+    rows = entries_of(problem, axis, columns=False, parts=3)
+    expected = of_core(problem, axis)
+    check_values(rows, expected)
+    check_values(entries_of(problem, axis, columns=True), expected)
+    check_slopes(problem, axis, rows)
+    if dtype == np.float32:
+        check_values(rows, of_oracle(problem, axis))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_side(length, columns):
+    spans = [(-1, 1), (0, 0.5), (-3, 5), (5, -3), (1, 2), (-1, 0), (length, 4), (-1e9, 1e9)]
+    problem = problem_of(spans, length, 2, sampling=3)
+    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_many_bins(columns):
+    """More than a block of lanes, from one pixel to all of them; ranks run both ways."""
+    spans = [(4.2, 4.201), (-2, 13), (13, -2), (0, 130), (-1e6, 1e6), (3, -1e4)]
+    problem = problem_of(spans, LENGTH, 130, sampling=2)
+    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("samples", [2**22, 2**22 + 1, 2**31, 2**31 + 1])
+def test_huge_fixed_grid(samples, columns):
+    """Positions are float32, then float64, then there is no sample."""
+    extent = 12.0 * samples
+    spans = [(-extent / 3, extent * 2 / 3), (extent / 2, -extent / 2), (4, 4 + extent)]
+    problem = problem_of(spans, LENGTH, 3, sampling=samples)
+    boxes = problem.boxes.copy()
+    boxes[:, 1::2] = 1e5, 1e6  # on the other axis so many samples have no end
+    problem = replace(problem, boxes=boxes)
+    entries = entries_of(problem, 1, columns=columns)
+    check_values(entries, of_oracle(problem, 1))
+    assert entries[1].any() == (samples <= 2**31)
+
+
+@pytest.mark.parametrize("dtype, columns", [(np.float64, False), (np.float32, True)])
+def test_huge_adaptive_grid(dtype, columns):
+    spans = []
+    for samples in (2**22, 2**22 + 1, 2**31 - 2**8, 2**31, 2**31 + 2**9):
+        extent = 3.0 * samples
+        spans += [(-extent / 2, extent / 2), (-extent / 3, extent * 2 / 3), (-extent, 9)]
+    problem = problem_of(spans, LENGTH, 3, dtype=dtype)
+    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("bins, sampling", [(128, 0), (28, 4_000_000)])
+def test_bins_that_overlap(bins, sampling, columns):
+    """In float32 the ends of the bins of a huge box are off by pixels."""
+    rng = np.random.default_rng(bins)
+    length, count = 90, 25
+    bin_size = sampling * rng.uniform(4, 60, count) if sampling else rng.uniform(3e6, 4.1e6, count)
+    extent = bins * bin_size
+    start = rng.uniform(-1, length, count) - rng.integers(1, bins, count) / bins * extent
+    spans = np.stack([start, start + extent], 1)
+    problem = problem_of(spans, length, bins, sampling=sampling)
+    boxes = problem.boxes.copy()
+    if sampling:
+        boxes[:, 1::2] = 1e5, 1e6  # on the other axis so many samples have no end
+    problem = replace(problem, boxes=boxes)
+    overlaps = [
+        a.samples[k].lo.max(initial=-1) - a.samples[k + 1].lo.min(initial=length)
+        for _, a in problem.axes
+        for k in range(bins - 1)
+    ]
+    assert max(overlaps) > 3
+    check_values(entries_of(problem, 1, columns=columns), of_oracle(problem, 1))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_far_out(sampling, columns):
+    """Many bins between two positions, where float32 has a quarter of a pixel."""
+    length = 2**21
+    spans = [(2e6 + 0.5, 2e6 + 1), (2e6 + 3, 2e6 + 2.25), (length - 1.5, length + 1)]
+    problem = problem_of(spans, length, 5, sampling=sampling)
+    check_values(entries_of(problem, 1, columns=columns), of_oracle(problem, 1))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_programs_of_some_rois(columns):
+    """As they are launched: each does some of the RoIs, the last fewer."""
+    problem = problem_of(SPANS[:11], LENGTH, 5, sampling=2)
+    expected = entries_of(problem, 1, columns=columns)
+    actual = entries_of(problem, 1, columns=columns, call=call)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+INDEX = [0, -1, 2, 1, 3, 1.5, 2.0**31, 2.0**53, -(2.0**62), np.nan, np.inf, 0.999999, 1e-30]
+
+
+INTEGERS = ["int8", "uint8", "int16", "int32", "int64"]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, "float16", "bfloat16", "float32", "float64"])
+def test_image_index(dtype):
+    """Read in its own type; of three images only 0, 1 and 2 are."""
+    kind = getattr(torch, dtype)
+    if kind.is_floating_point:
+        index = torch.tensor(INDEX, dtype=torch.float64).to(kind)
+    else:
+        limits = torch.iinfo(kind)
+        index = torch.tensor([0, 1, 2, 3, limits.min, limits.max], dtype=kind)
+    numbers = index.double()
+    valid = (numbers >= 0) & (numbers < 3) & (numbers == numbers.floor())
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(index), 4)
+    numbers_of_rule = rule(problem_of(SPANS[:1], LENGTH, 1))
+    taps = launch._axis_taps(
+        wide_call, boxes, index, None, (3, 4, 4), (1, 1), numbers_of_rule,
+        double=False, parts=1, columns=False,
+    )  # fmt: skip
+    assert taps.image_of.tolist() == torch.where(valid, numbers, -1).long().tolist()
+    assert (taps.ranges[:, :, 1] > 0).all(1).tolist() == valid.tolist()
