@@ -1,7 +1,9 @@
 """What only a GPU can show: bits of its arithmetic, streams, graphs, several devices, sizes beyond 32 bits.
 
-All else of tests/test_torch_gpu.py runs on the GPU too, where there is one.
+    TRITON_INTERPRET=0 pytest tests/test_gpu.py tests/test_torch_gpu.py
 """
+
+import os
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ import roialign
 import tolerance
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
+if os.environ["TRITON_INTERPRET"] == "1" or not torch.cuda.is_available():
+    pytest.skip("needs a GPU, and TRITON_INTERPRET=0", allow_module_level=True)
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
 
 OPTIONS = {"spatial_scale": 0.25, "sampling_ratio": 2}

@@ -1,9 +1,11 @@
 """PyTorch on a GPU: the operators choose the kernels by the device, and all else stays as it is.
 
-Where there is no GPU the kernels run in Triton's interpreter, on tensors of the CPU that pass for a GPU's.
+The kernels run in Triton's interpreter, on tensors of the CPU that pass for a GPU's; with TRITON_INTERPRET=0
+on the GPU that is there.
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -22,7 +24,7 @@ from test_torch import OPTIONS, array, tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 SIZE = (2, 3)
 
 

@@ -1,6 +1,5 @@
 """The kernels of matrix products, under Triton's interpreter."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,35 +8,14 @@ import pytest
 import oracle
 import roialign
 import tolerance
-from roialign import _conventions
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 torch = pytest.importorskip("torch", reason="the kernels run on torch tensors")
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 from roialign._triton import dense, launch  # noqa: E402
+from triton_interpreter import call, rule, tensor  # noqa: E402
 
 NARROW = [dtype for dtype in tolerance.DTYPES if dtype != np.float64]
-
-
-def call(kernel, grid, inputs, outputs, **constants):
-    """Runs a kernel; what it is to make is NaN or -1 before."""
-    arrays = [_unwritten(o) if isinstance(o, launch.New) else o for o in outputs]
-    with np.errstate(all="ignore"):  # NaN and overflow are silent on a device
-        kernel[grid](*inputs, *arrays, **constants)
-    return arrays
-
-
-def _unwritten(new):
-    dtype = getattr(torch, new.dtype)
-    return torch.full(new.shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
-
-
-def tensor(array):
-    """The same memory."""
-    if array.dtype == tolerance.BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def array(tensor):
@@ -48,10 +26,6 @@ def array(tensor):
 
 def new(shape, dtype):
     return launch.New(shape, dtype.name)
-
-
-def rule(problem):
-    return _conventions.rule(**problem.options).numbers
 
 
 def arguments(problem, tangent):
@@ -81,19 +55,14 @@ def check(problem, tangent=None):
     g = problem.draw_output()
     expected = oracle.forward(problem, tangent)
     bound = tolerance.forward(problem, expected, tangent, narrow=True)
-    tolerance.check(forward(problem, tangent), expected, bound + cut(g.dtype, expected))
+    tolerance.check(forward(problem, tangent), expected, bound)
     expected = oracle.adjoint(problem, g, tangent)
     bound = tolerance.adjoint(problem, g, expected, tangent, narrow=True)
-    tolerance.check(adjoint(problem, g, tangent), expected, bound + cut(g.dtype, expected))
+    tolerance.check(adjoint(problem, g, tangent), expected, bound)
     if tangent is None:
         expected = oracle.box_gradient(problem, g)
         bound = tolerance.box_gradient(problem, g, expected, narrow=True)
         tolerance.check(box_gradient(problem, g), expected, bound)
-
-
-def cut(dtype, expected):
-    """What is lost where the interpreter does not round, but cuts: in bfloat16."""
-    return tolerance.TABLE[dtype][1] * np.abs(expected) if dtype == tolerance.BFLOAT16 else 0
 
 
 def test_conventions(make_problem, convention):

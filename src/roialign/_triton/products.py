@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .geometry import exponent, grid_of, inside, position, shares, tap
-from .kernels import ROIS_PER_WORD, divided, image_at, whole
+from .kernels import ROIS_PER_WORD, divided, image_at, rounded, whole
 
 
 @triton.jit
@@ -207,7 +207,7 @@ def forward(
                 r = (p + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
                 s = (q + tl.arange(0, BLOCK_P)).to(tl.int64)[None, :]
                 at = output + roi * output_k + c * output_c + r * output_p + s * output_q
-                tl.store(at, total.to(output.dtype.element_ty), (r < bins_y) & (s < bins_x))
+                tl.store(at, rounded(total, output.dtype.element_ty), (r < bins_y) & (s < bins_x))
 
 
 _ADJOINT_NUMBERS = [
@@ -288,7 +288,7 @@ def adjoint(
                 in_x = (column >= tl.load(extent + 3)) & (column <= tl.load(extent + 4))
                 total += tl.where(in_y & in_x, added, 0)  # beyond the window are no weights
         at = d_features + image * d_features_n + c * d_features_c + row * d_features_h + column * d_features_w
-        tl.store(at, total.to(d_features.dtype.element_ty), (row < height) & (column < width))
+        tl.store(at, rounded(total, d_features.dtype.element_ty), (row < height) & (column < width))
 
 
 _BOX_GRADIENT_NUMBERS = [
