@@ -1,0 +1,241 @@
+"""The Triton kernels compiled for GPUs that are not there, and launched on one that records."""
+
+import math
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the arrays of the GPU tests are of torch")
+triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip(
+        "interpreted kernels cannot be compiled: "
+        "TRITON_INTERPRET=0 pytest tests/test_triton_compile.py",
+        allow_module_level=True,
+    )
+
+import triton_offline as offline  # noqa: E402
+from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem  # noqa: E402
+
+from roialign._triton import launch  # noqa: E402
+
+pytestmark = pytest.mark.triton_compile
+each_target = pytest.mark.parametrize("target", TARGETS)
+each_gated = pytest.mark.parametrize("target", GATED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled(request, cache):
+    """Target -> its variants, of the targets that the chosen tests name."""
+    named = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    targets = dict.fromkeys(params["target"] for params in named if "target" in params)
+    with offline.pool() as processes:
+        jobs = {
+            target: processes.submit(
+                offline.compile_all, target, DTYPES if target in GATED else ("float32",)
+            )
+            for target in targets
+        }
+        return {target: job.result() for target, job in jobs.items()}
+
+
+# What is compiled
+
+
+@each_target
+def test_every_kernel_is_compiled(compiled, target):
+    kinds = {(v.kernel, v.constants.get("PARTS")) for v in compiled[target]}
+    assert kinds == {
+        *(("axis_taps", parts) for parts in (1, 2, 3)),
+        *((name, parts) for name in ("forward", "adjoint") for parts in (1, 2)),
+        ("touched", None),
+        ("box_gradient", None),
+    }
+
+
+@each_gated
+def test_every_dtype_and_layout_is_compiled(compiled, target):
+    for kernel in ("forward", "adjoint", "box_gradient"):
+        variants = [v for v in compiled[target] if v.kernel == kernel]
+        kinds = {(v.dtype, v.constants["INNERMOST"], v.constants["ALIGNED"]) for v in variants}
+        layouts = [(False, False), (True, False), (True, True)]
+        dtypes = ("fp16", "bf16", "fp32", "fp64")
+        assert kinds == {(dtype, *layout) for dtype in dtypes for layout in layouts}
+
+
+@each_target
+def test_no_registers_are_spilled(compiled, target):
+    assert not [(*v.row, v.registers, v.memory) for v in compiled[target] if v.memory]
+
+
+@each_target
+def test_no_atomics(compiled, target):
+    atomic = re.compile(r"\b(atom|red)\.|_atomic_")
+    assert not [v.row for v in compiled[target] if atomic.search(v.code)]
+
+
+@each_target
+def test_no_matrix_units(compiled, target):
+    # their float32 is TF32
+    matrix = re.compile(r"\b(mma|wmma|wgmma|tcgen05)\.|tf32|v_(mfma|wmma)_")
+    assert not [v.row for v in compiled[target] if matrix.search(v.code)]
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm_")])
+def test_coordinates_are_not_contracted(compiled, target):
+    taps = [v for v in compiled[target] if v.kernel == "axis_taps"]
+    assert all("div.rn.f" in v.code for v in taps)
+    assert not [v.row for v in taps if re.search(r"\bfma\.", v.code)]
+
+
+@each_gated
+def test_aligned_channels_are_read_16_bytes_at_once(compiled, target):
+    wide = re.compile(r"\bld\.global\S*\.(v4\.b32|v2\.b64)|\b(global|buffer)_load_dwordx4")
+    for v in compiled[target]:
+        if v.kernel == "forward" and v.constants["INNERMOST"]:
+            assert bool(wide.search(v.code)) == v.constants["ALIGNED"], v.row
+
+
+@each_gated
+def test_the_recorded_table_has_every_row(compiled, target):
+    lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines()]
+    rows = {tuple(line[:4]): line[4:] for line in lines if len(line) == 4 + len(GATED)}
+    titles = rows.pop(("kernel", "dtype", "parts", "layout"))
+    assert titles == list(GATED)
+    assert set(rows) == {v.row for v in compiled[target]}
+    assert all(re.fullmatch(r"\d+ / \d+", cell) for cells in rows.values() for cell in cells)
+
+
+# What is launched
+
+
+@pytest.fixture
+def device():
+    return Device(GATED["sm_90"])
+
+
+def test_grids(device):
+    Problem(bins=(7, 7), count=20, channels=250, size=(50, 76), images=2).run(device)
+    tiles = 2 * math.ceil(50 / 8) * math.ceil(76 / 16)
+    grids = {}
+    for one in device.launches:
+        grids.setdefault(one.kernel, []).append(one.grid)
+    assert grids == {
+        "axis_taps": 5 * [(2 * math.ceil(20 / 4), 1, 1)],
+        "touched": 2 * [(tiles, 1, 1)],
+        "forward": 2 * [(20 * math.ceil(49 / 64) * math.ceil(250 / 16), 1, 1)],
+        "adjoint": 2 * [(tiles * math.ceil(250 / 16), 1, 1)],
+        "box_gradient": [(20 * math.ceil(250 / 16), 1, 1)],
+    }
+
+
+def test_a_grid_that_no_device_takes():
+    device = Device(GATED["sm_90"])
+    with pytest.raises(ValueError, match="at most 2147483647 programs in a launch"):
+        Problem(count=2**31, bins=(64, 64)).run(device)
+    assert not device.launches
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_arguments(device, last):
+    problem = Problem(last=last, boxes="float32")
+    problem.run(device)
+    features, output, boxes, index, _ = problem.arrays()
+
+    def strides(prefix, array, axes):
+        return {f"{prefix}_{axis}": step for axis, step in zip(axes, array.stride(), strict=True)}
+
+    sizes = {"count": 20, "channels": 256, "bins_y": 7, "bins_x": 7}
+    room = 50 + 76 + 2 * 7 * 3
+    map_ = {"height": 50, "width": 76, "spread_y": 3, "spread_x": 3}
+    expected = {
+        "axis_taps": {
+            **map_, "count": 20, "images": 2, "bins_y": 7, "bins_x": 7, "sampling_ratio": 2,
+            "scale_y": 0.25, "scale_x": 0.5, "pixel_offset": 0.5, "input_offset": 0.0,
+            "end_offset": 1.0, "boxes_stride": 5, "boxes_step": 1, "index_stride": 5,
+        },
+        "touched": {"count": 20, "height": 50, "width": 76, "words": 1},
+        "forward": {
+            **sizes, "room": room,
+            **strides("features", features, "nchw"), **strides("output", output, "kcpq"),
+        },
+        "adjoint": {
+            **sizes, **map_, "words": 1,
+            **strides("d_output", output, "kcpq"), **strides("d_features", features, "nchw"),
+        },
+        "box_gradient": {
+            **sizes, "room": room,
+            **strides("d_output", output, "kcpq"), **strides("features", features, "nchw"),
+        },
+    }  # fmt: skip
+    for one in device.launches:
+        numbers = {
+            name: value
+            for name, value in one.arguments.items()
+            if name.islower() and not isinstance(value, torch.Tensor)
+        }
+        if one.kernel == "axis_taps":
+            assert math.isnan(numbers.pop("min_size"))
+        assert numbers == expected[one.kernel], one.kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_of_arrays(device, dtype):
+    Problem(dtype).run(device)
+    coordinate = "float64" if dtype == "float64" else "float32"
+    expected = {
+        **dict.fromkeys(["features", "output", "d_output", "d_features"], dtype),
+        **dict.fromkeys(["boxes", "tangent", "weights", "partial"], coordinate),
+        **dict.fromkeys(["image_index", "image_of", "rows", "bits"], "int64"),
+        **dict.fromkeys(["extents", "columns", "pixels"], "int32"),
+    }
+    for one in device.launches:
+        columns = one.arguments.get("COLUMNS")
+        for name, value in one.arguments.items():
+            if isinstance(value, torch.Tensor):
+                ranges = "int32" if columns else "int64"
+                wanted = ranges if name == "ranges" else expected[name]
+                assert value.dtype == getattr(torch, wanted), (one.kernel, name)
+
+
+def test_types_of_numbers(device):
+    Problem().run(device)
+    reals = ["scale_y", "scale_x", "pixel_offset", "input_offset", "end_offset", "min_size"]
+    for compiled in device.compiled.values():
+        for name, kind in compiled.src.signature.items():
+            if kind != "constexpr" and not kind.startswith("*"):
+                assert kind == ("fp64" if name in reals else "i32"), name
+
+
+def test_no_kernel_contracts_by_itself(device):
+    Problem().run(device)
+    assert launch.OPTIONS == {"enable_fp_fusion": False}
+    assert not any(one.metadata.enable_fp_fusion for one in device.compiled.values())
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_sizes_compile_nothing(target):
+    device = Device(GATED[target])
+    Problem().run(device)
+    before = set(device.compiled)
+    launches = len(device.launches)
+    Problem(images=1, channels=17, size=(1, 1), bins=(5, 8), count=1).run(device)
+    Problem(images=16, channels=1000, size=(32, 160), bins=(8, 8), count=32).run(device)
+    assert len(device.launches) == 3 * launches
+    assert set(device.compiled) == before
+
+
+def test_strides_beyond_32_bits_compile_a_kernel_once(device):
+    Problem(channels=16).run(device)
+    few = len(device.compiled)
+    for channels in (2**11, 2**12):
+        Problem(channels=channels, size=(2**10, 2**11)).run(device)
+    # what sees strides of features: `forward` and `adjoint`, with a tangent too, and `box_gradient`
+    assert len(device.compiled) == few + 5

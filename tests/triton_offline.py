@@ -1,0 +1,258 @@
+"""The Triton kernels where there is no GPU: compiled as `launch` would run them, and what they need.
+
+    TRITON_INTERPRET=0 python tests/triton_offline.py
+
+writes the table of docs/kernels.md, with the Triton that is installed.
+"""
+
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from roialign._triton import launch
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+GATED = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TARGETS = GATED | {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+    "gfx1201": GPUTarget("hip", "gfx1201", 32),
+}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as the device sees it."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: dict  # by the names of the kernel's parameters
+
+
+class Device:
+    """Triton's driver of a device that is not there: it records what it is to run, and runs nothing.
+
+    Its arrays are torch's meta tensors.
+    """
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+        self.launches: list[Launch] = []
+        self.compiled = {}  # hash -> what Triton compiled
+        self.utils = self
+
+    def call(self, kernel, grid, inputs, outputs, **constants):
+        """That of `launch`."""
+        driver.set_active(self)
+        results = [
+            empty(output.shape, output.dtype) if isinstance(output, launch.New) else output
+            for output in outputs
+        ]
+        compiled = kernel[grid](*inputs, *results, **constants)
+        self.compiled[compiled.hash] = compiled
+        return results
+
+    # what Triton asks a driver for, and its `utils`
+
+    def get_current_device(self):
+        return self  # so that no two share compiled kernels
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 48 << 10}  # what every one has
+
+    def load_binary(self, name, binary, shared, device):
+        module, function, registers, spills, threads = None, None, 0, 0, 1024
+        return module, function, registers, spills, threads
+
+    def launcher_cls(self, source, metadata):
+        def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+            named = dict(zip(source.fn.arg_names, arguments))
+            self.launches.append(Launch(source.fn.__name__, (x, y, z), named))
+
+        return run
+
+
+def empty(shape, dtype):
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arrays of a call."""
+
+    dtype: str = "float32"
+    boxes: str | None = None  # a dtype: boxes and image indices are columns of one array
+    last: bool = False  # channels
+    images: int = 2
+    channels: int = 256
+    size: tuple[int, int] = (50, 76)
+    bins: tuple[int, int] = (7, 7)
+    count: int = 20
+    rule: tuple = (0.25, 0.5, 2, 0.5, 0.0, 1.0, None, False)
+
+    def arrays(self):
+        """features, output, boxes, image_index, tangent"""
+        order = torch.channels_last if self.last else torch.contiguous_format
+        features = empty((self.images, self.channels, *self.size), self.dtype)
+        output = empty((self.count, self.channels, *self.bins), self.dtype)
+        coordinate = "float64" if self.dtype == "float64" else "float32"
+        if self.boxes is None:
+            boxes, index = empty((self.count, 4), coordinate), empty((self.count,), "int64")
+        else:
+            rois = empty((self.count, 5), self.boxes)
+            boxes, index = rois[:, 1:], rois[:, 0]
+        tangent = empty((self.count, 4), coordinate)
+        return features.to(memory_format=order), output.to(memory_format=order), boxes, index, tangent
+
+    def run(self, device: Device):
+        """All operations, with a tangent too."""
+        features, output, boxes, index, tangent = self.arrays()
+        for along in (None, tangent):
+            launch.forward(device.call, features, boxes, index, along, self.rule, output)
+            launch.adjoint(device.call, output, boxes, index, along, self.rule, features)
+        launch.box_gradient(device.call, output, features, boxes, index, self.rule)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A compiled kernel."""
+
+    kernel: str
+    dtype: str  # Triton's name; of `axis_taps`, that of the coordinates
+    constants: dict
+    code: str  # PTX, or AMD's assembly
+    registers: int
+    memory: int  # what is spilled of them, in bytes or registers
+    shared: int  # bytes
+
+    @property
+    def row(self):
+        """The row of the table that it belongs to."""
+        values = self.constants
+        layout = "-"
+        if "COLUMNS" in values:
+            layout = "columns" if values["COLUMNS"] else "rows"
+        elif "INNERMOST" in values:
+            layout = "channels last" if values["INNERMOST"] else "channels first"
+            layout += ", 16" if values["ALIGNED"] else ""
+        return self.kernel, self.dtype, str(values.get("PARTS", "-")), layout
+
+
+def problems(dtypes):
+    """What takes all paths of all kernels, with the largest blocks that they are given."""
+    for dtype in dtypes:
+        yield Problem(dtype)
+        yield Problem(dtype, last=True)
+        yield Problem(dtype, last=True, channels=250)
+        yield Problem(dtype, images=2000)  # 32 bits do not address it
+        if dtype in ("float16", "float64"):
+            floor = (0.25, 0.5, 0, 0.0, 0.0, 1.0, 1.0, True)
+            yield Problem(dtype, boxes=dtype, bins=(64, 64), rule=floor)
+
+
+def compile_all(name, dtypes):
+    """Every kernel for a target: list of `Variant`."""
+    device = Device(TARGETS[name])
+    for problem in problems(dtypes):
+        problem.run(device)
+    return [_variant(compiled) for compiled in device.compiled.values()]
+
+
+def _variant(compiled):
+    source, metadata = compiled.src, compiled.metadata
+    names = source.fn.arg_names
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    constants.pop("REAL", None)
+    signature = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
+    dtypes = [signature.get(name) for name in ("weights", "d_output", "features")]
+    if source.fn.__name__ != "axis_taps":
+        dtypes.reverse()
+    nvidia = metadata.target.backend == "cuda"
+    registers, memory, shared = (_nvidia if nvidia else _amd)(compiled.asm)
+    return Variant(
+        kernel=source.fn.__name__,
+        dtype=next((kind.lstrip("*") for kind in dtypes if kind), "-"),
+        constants=constants,
+        code=compiled.asm["ptx" if nvidia else "amdgcn"],
+        registers=registers,
+        memory=memory,
+        shared=shared,
+    )
+
+
+def _nvidia(asm):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
+
+
+def _amd(asm):
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[1])
+
+    return number("vgpr_count"), number("vgpr_spill_count"), number("group_segment_fixed_size")
+
+
+def pool():
+    """Processes that compile; the kernels of this one stay as they are."""
+    return ProcessPoolExecutor(mp_context=get_context("spawn"))
+
+
+def table(variants):
+    """Lines of Markdown: target -> its variants, the most that those of a row need."""
+    needs = {}
+    for target, compiled in variants.items():
+        for variant in compiled:
+            most = needs.setdefault(variant.row, {}).get(target, (0, 0))
+            needs[variant.row][target] = (
+                max(most[0], variant.registers),
+                max(most[1], variant.shared),
+            )
+    titles = ["kernel", "dtype", "parts", "layout", *variants]
+    yield "| " + " | ".join(titles) + " |"
+    yield "|---" * len(titles) + "|"
+    for row in sorted(needs):
+        cells = ["{} / {}".format(*needs[row][target]) for target in variants]
+        yield "| " + " | ".join([*row, *cells]) + " |"
+
+
+def main():
+    with pool() as processes:
+        jobs = {target: processes.submit(compile_all, target, DTYPES) for target in GATED}
+        variants = {target: job.result() for target, job in jobs.items()}
+    heading = "## The table\n"
+    before, _, _ = PAGE.read_text(encoding="utf-8").partition(heading)
+    lines = [f"Triton {triton.__version__}.", "", *table(variants), ""]
+    PAGE.write_text(before + heading + "\n" + "\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
