@@ -1,6 +1,6 @@
 """What only a GPU can show: bits of its arithmetic, streams, graphs, several devices, sizes beyond 32 bits.
 
-    TRITON_INTERPRET=0 pytest tests/test_gpu.py tests/test_torch_gpu.py
+    TRITON_INTERPRET=0 pytest tests/test_gpu_*.py
 """
 
 import os
