@@ -70,7 +70,7 @@ def test_every_dtype_and_layout_is_compiled(compiled, target):
         assert kinds == {(dtype, *layout) for dtype in dtypes for layout in layouts}
 
 
-@each_target
+@each_gated
 def test_no_registers_are_spilled(compiled, target):
     assert not [(*v.row, v.registers, v.memory) for v in compiled[target] if v.memory]
 
@@ -99,7 +99,9 @@ def test_coordinates_are_not_contracted(compiled, target):
 def test_aligned_channels_are_read_16_bytes_at_once(compiled, target):
     wide = re.compile(r"\bld\.global\S*\.(v4\.b32|v2\.b64)|\b(global|buffer)_load_dwordx4")
     for v in compiled[target]:
-        if v.kernel == "forward" and v.constants["INNERMOST"]:
+        # AMD has twice the lanes: 8 bytes of float16 for each
+        enough = target.startswith("sm_") or v.dtype in ("fp32", "fp64")
+        if v.kernel == "forward" and v.constants["INNERMOST"] and enough:
             assert bool(wide.search(v.code)) == v.constants["ALIGNED"], v.row
 
 
