@@ -1,4 +1,4 @@
-"""The Triton kernels where there is no GPU: compiled as `launch` would run them, and what they need.
+"""The Triton kernels where there is no GPU: compiled as `launch` runs them, and what they need.
 
     TRITON_INTERPRET=0 python tests/triton_offline.py
 
@@ -48,7 +48,7 @@ class Launch:
 
 
 class Device:
-    """Triton's driver of a device that is not there: it records what it is to run, and runs nothing.
+    """Triton's driver of no device: it records what it is to run, and runs nothing.
 
     Its arrays are torch's meta tensors.
     """
@@ -126,7 +126,8 @@ class Problem:
             rois = empty((self.count, 5), self.boxes)
             boxes, index = rois[:, 1:], rois[:, 0]
         tangent = empty((self.count, 4), coordinate)
-        return features.to(memory_format=order), output.to(memory_format=order), boxes, index, tangent
+        features, output = (array.to(memory_format=order) for array in (features, output))
+        return features, output, boxes, index, tangent
 
     def run(self, device: Device):
         """All operations, with a tangent too."""
@@ -184,23 +185,21 @@ def compile_all(name, dtypes):
 
 def _variant(compiled):
     source, metadata = compiled.src, compiled.metadata
-    names = source.fn.arg_names
+    kernel, names = source.fn.__name__, source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
-    constants.pop("REAL", None)
-    signature = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
-    dtypes = [signature.get(name) for name in ("weights", "d_output", "features")]
-    if source.fn.__name__ != "axis_taps":
-        dtypes.reverse()
+    constants.pop("REAL", None)  # an object of Triton's; `weights` have that type
+    typed = ["weights"] if kernel == "axis_taps" else ["d_output", "features"]
+    kinds = [source.signature[name] for name in typed if name in source.signature]
     nvidia = metadata.target.backend == "cuda"
-    registers, memory, shared = (_nvidia if nvidia else _amd)(compiled.asm)
+    registers, memory = (_nvidia if nvidia else _amd)(compiled.asm)
     return Variant(
-        kernel=source.fn.__name__,
-        dtype=next((kind.lstrip("*") for kind in dtypes if kind), "-"),
+        kernel=kernel,
+        dtype=kinds[0].lstrip("*") if kinds else "-",
         constants=constants,
         code=compiled.asm["ptx" if nvidia else "amdgcn"],
         registers=registers,
         memory=memory,
-        shared=shared,
+        shared=metadata.shared,
     )
 
 
@@ -211,14 +210,14 @@ def _nvidia(asm):
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
+    return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 def _amd(asm):
     def number(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[1])
 
-    return number("vgpr_count"), number("vgpr_spill_count"), number("group_segment_fixed_size")
+    return number("vgpr_count"), number("vgpr_spill_count")
 
 
 def pool():
