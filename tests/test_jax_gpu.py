@@ -58,6 +58,7 @@ def leaves(problem):
 # Programs for GPUs, which jax-triton compiles. It needs JAX's plugin, and asks for the GPU's kind.
 
 compiled = needs("jax_triton", "triton", "jax_cuda12_plugin")
+COMPILER = {"TRITON_INTERPRET": "0"}
 
 
 def pretend_gpu():
@@ -132,7 +133,7 @@ def check_kernels():
 
 @compiled
 def test_kernels():
-    isolated(check_kernels, timeout=300)
+    isolated(check_kernels, env=COMPILER, timeout=300)
 
 
 def check_platforms():
@@ -157,7 +158,7 @@ def check_platforms():
 
 @compiled
 def test_platforms():
-    isolated(check_platforms, timeout=300)
+    isolated(check_platforms, env=COMPILER, timeout=300)
 
 
 def check_devices():
@@ -193,7 +194,7 @@ def check_devices():
 
 @compiled
 def test_devices():
-    isolated(check_devices, env=FOUR, timeout=300)
+    isolated(check_devices, env=COMPILER | FOUR, timeout=300)
 
 
 def check_dense():
@@ -219,7 +220,7 @@ def check_dense():
 
 @compiled
 def test_dense():
-    isolated(check_dense, timeout=300)
+    isolated(check_dense, env=COMPILER, timeout=300)
 
 
 def jax_triton(version, triton_call=None):
