@@ -1,4 +1,4 @@
-"""The CuPy adapter: for the length of a call arrays are PyTorch's tensors, without a copy, on CuPy's stream."""
+"""The CuPy adapter: arrays are PyTorch's tensors for the length of a call, on CuPy's stream."""
 
 from __future__ import annotations
 
