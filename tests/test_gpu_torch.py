@@ -335,6 +335,36 @@ def test_operators_are_registered(key):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"roialign::{name}", key)
 
 
+@pytest.mark.parametrize("wrong", ["features", "boxes", "index", "tangent", "output", "dtype"])
+def test_what_does_not_fit_is_refused(problem, launched, wrong):
+    """The operators take any tensors; the kernels read what the shapes say."""
+    features, boxes, index = arguments(problem)
+    given = {
+        "output": torch.ones(3, 3, *SIZE, dtype=features.dtype, device=DEVICE),
+        "features": features,
+        "boxes": boxes,
+        "index": index,
+        "tangent": torch.ones_like(boxes),
+    }
+    if wrong == "dtype":
+        given |= {"features": features.int(), "output": given["output"].float()}
+    else:
+        given[wrong] = given[wrong][:, 1:] if wrong == "features" else given[wrong][1:]
+    output, features, boxes, index, tangent = given.values()
+    rois, rule = (boxes, index), (0.5, 0.4, 2, 0.5, 0.0, 0.0, None, False)
+    error = TypeError if wrong == "dtype" else ValueError
+    operators = torch.ops.roialign
+    if wrong == "tangent":
+        with pytest.raises(error):
+            operators.forward(features, *rois, tangent, SIZE, *rule)
+        with pytest.raises(error):
+            operators.adjoint(output, *rois, tangent, problem.features.shape, *rule)
+    else:
+        with pytest.raises(error):
+            operators.box_gradient(output, features, *rois, *rule)
+    assert launched == []
+
+
 # Ascend
 
 

@@ -345,6 +345,35 @@ _KERNELS = {
 }
 
 
+def _operator_kernel(name: str) -> Callable:
+    """An operator takes any tensors; the core refuses what does not fit, kernels of a GPU cannot."""
+
+    def kernel(*args):
+        if _is_on_gpu(args[0]) or _is_on_npu(args[0]):
+            _check_fit(name, *args)
+        return _KERNELS[name](*args)
+
+    return kernel
+
+
+def _check_fit(name, array, *args) -> None:
+    if name == "box_gradient":
+        features, boxes, index, *_ = args
+        arrays, tangent = [array, features], None
+        fit = array.dim() == features.dim() == 4 and array.shape[1] == features.shape[1]
+    else:
+        boxes, index, tangent, size, *_ = args
+        arrays, fit = [array], array.dim() == 4 and len(size) == (2 if name == "forward" else 4)
+    count = (boxes if name == "forward" else array).shape[:1]
+    rois = [boxes, index] if tangent is None else [boxes, index, tangent]
+    if not fit or index.shape != count or any([t.shape != (*count, 4) for t in rois[::2]]):
+        raise ValueError(f"roialign::{name}: the map, the boxes and the pooled array do not fit")
+    if array.dtype not in _FLOATS or arrays[-1].dtype != array.dtype:
+        raise TypeError(f"roialign::{name}: arrays must be of one float dtype")
+    if any([t.device != array.device for t in (*arrays, *rois) if t.numel()]):
+        raise TypeError(f"roialign::{name}: tensors must be on one device")
+
+
 # Derivatives, the same for the operators and the functions below. An operation is linear in all that is
 # no box; with a tangent it is linear in the tangent too. Each rule takes what its operation took.
 
@@ -563,7 +592,9 @@ def _register(name: str) -> type[Function]:
     """Defines the operator ``roialign::name``; returns the same as a `Function`."""
     operator, derivatives = f"roialign::{name}", _DERIVATIVES[name]
     torch.library.define(operator, _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(operator, ("cpu", "cuda", "privateuseone"))(_KERNELS[name])  # that is npu
+    torch.library.impl(operator, ("cpu", "cuda", "privateuseone"))(  # the last is npu
+        _operator_kernel(name)
+    )
     torch.library.register_fake(operator)(_FAKES[name])
     torch.library.register_vmap(operator, _VMAPS[name])
     torch.library.register_autograd(
