@@ -103,6 +103,16 @@ def test_layouts(operation, channels, channels_last, innermost, aligned):
     assert (last.constants["INNERMOST"], last.constants["ALIGNED"]) == (innermost, aligned)
 
 
+@pytest.mark.parametrize("operation", [launch.forward, launch.adjoint, launch.box_gradient])
+def test_one_kernel_for_all_maps_and_numbers_of_rois(operation):
+    """Another constant is another compilation, which a graph cannot capture."""
+
+    def constants(shape, count):
+        return [each.constants for each in launches(operation, shape, (count, 20, 7, 7))]
+
+    assert constants((1, 20, 5, 6), 1) == constants((9, 20, 300, 400), 5000)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_types(dtype):
     real = "float64" if dtype == "float64" else "float32"

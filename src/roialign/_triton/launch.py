@@ -22,6 +22,7 @@ Array = Any
 
 MAX_PROGRAMS = 2**31 - 1  # of one launch
 TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
+WORDS = 8  # of a tile, that one program writes
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
 NO_MIN_SIZE = math.nan
 OPTIONS = {"enable_fp_fusion": False}  # coordinates are defined to the bit; sums say `fma` themselves
@@ -215,16 +216,15 @@ def _touched(
     images, *size = map_shape
     count = image_of.shape[0]
     words = _quotient(count, ROIS_PER_WORD)
-    block = _power(words, 8)
     tiles = images * math.prod(_quotient(length, side) for length, side in zip(size, tile))
     (bits,) = call(
         kernels.touched,
-        _programs(tiles * _quotient(words, block)),
+        _programs(tiles * _quotient(words, WORDS)),
         (image_of, extents, count, *size, words),
         (New((tiles, words), "int64"),),
         TILE_Y=tile[0],
         TILE_X=tile[1],
-        BLOCK_W=block,
+        BLOCK_W=WORDS,
         num_warps=4,
         **OPTIONS,
     )
