@@ -47,6 +47,17 @@ def test_weights_are_the_bits_of_the_core(convention, sampling, dtype):
     assert torch.equal(output.cpu(), expected)
 
 
+def test_a_subnormal_size_is_a_size():
+    """An adaptive box that is smaller than any normal number has its one sample."""
+    features = torch.full((1, 1, 4, 4), 3.0)
+    rois = torch.tensor([[0, 0, 0, 1e-39, 1e-39], [0, 0, 0, 1e-44, 1e-44], [0, 0, 0, 0, 0]])
+    corner = roialign.Convention(pixel_offset=0, end_offset=0, min_size=None, adaptive="ceil")
+    expected = roialign.roi_align(features, rois, 1, convention=corner)
+    assert expected.flatten().tolist() == [3, 3, 0]
+    output = roialign.roi_align(features.cuda(), rois.cuda(), 1, convention=corner)
+    assert torch.equal(output.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("sampling", [0, 2])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 import oracle
+import roialign
 import tolerance
 from roialign import _conventions
 from roialign import numpy as adapter
@@ -14,6 +15,8 @@ from test_properties import problems
 
 pytest.importorskip("torch", reason="the interpreter runs on torch tensors")
 pytest.importorskip("triton", reason="the kernels need Triton")
+
+from triton.runtime import interpreter  # noqa: E402
 
 from roialign._triton import launch  # noqa: E402
 from triton_interpreter import adjoint, box_gradient, call, forward, wide_call  # noqa: E402
@@ -186,6 +189,26 @@ def test_tangents_that_are_not_finite(sloped):
     core = adapter.forward(sloped.features, *sloped.rois, sloped.size, rule, tangent=v)
     assert np.isfinite(core).all()
     np.testing.assert_array_equal(forward(sloped, v), expected)
+
+
+def test_subnormal_sizes(make_problem, monkeypatch):
+    """NVIDIA's `ceil` takes a subnormal number for 0; that of the rule is 1."""
+    builder, given = interpreter.InterpreterBuilder, []
+
+    def flushed(self, number):
+        given.append(number.data)
+        data = np.where(abs(number.data) < np.finfo(np.float32).tiny, 0, number.data)
+        return ceil(self, interpreter.TensorHandle(data.astype(np.float32), number.dtype))
+
+    ceil = builder.create_ceil
+    monkeypatch.setattr(builder, "create_ceil", flushed)
+    corner = roialign.Convention(pixel_offset=0, end_offset=0, min_size=None, adaptive="ceil")
+    problem = make_problem(count=3, size=(1, 1), sampling=0, scale=(1, 1), convention=corner)
+    boxes = np.float32([[0, 0, 1e-39, 1e-39], [0, 0, 1e-44, 1], [0, 0, 0, 1]])
+    problem = replace(problem, boxes=boxes)
+    assert oracle.forward(problem)[:2].all() and not oracle.forward(problem)[2].any()
+    check_forward(problem)
+    assert given
 
 
 # Laws

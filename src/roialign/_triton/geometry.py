@@ -55,6 +55,7 @@ def grid_of(
         wanted = tl.where(wanted > 1, wanted, 1)
     else:
         wanted = tl.ceil(bin)
+        wanted = tl.where((bin > 0) & (wanted < 1), 1, wanted)  # NVIDIA's takes subnormals for 0
     counted = (size > 0) & (wanted <= MAX_SAMPLES)
     wanted = tl.where(counted, wanted, 0).to(tl.int64)
     samples = tl.where(sampling_ratio > 0, sampling_ratio, wanted)
