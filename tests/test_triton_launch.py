@@ -140,3 +140,4 @@ def test_spread(size, double):
     assert launch._spread(size, 7, 2, double) == min(size, 3 if double else 3 + size // 2**20)
     assert launch._spread(size, 7, 0, True) == min(size, 3)
     assert launch._spread(size, 7, 2**21, False) == size
+    assert launch._spread(size, 2**20, 2**31, True) == size

@@ -78,16 +78,15 @@ def _programs(count: int) -> tuple[int]:
 def _spread(size: int, bins: int, sampling_ratio: int, double: bool) -> int:
     """How many pixels consecutive bins may share, and one: 2, and what rounding moves positions.
 
-    In float64 that is nothing. In float32 two ends of a box of B feature pixels are off by at most
-    B / 2^23, and by 2^-22 of the map. A box has at most 2^22 samples a bin, or positions are float64:
-    so an adaptive one, with a sample in every pixel, has B <= 2^22 bins, and in a fixed one bins stay
-    apart where they have less than 2^22 samples together.
+    In float32 two ends of a box of B feature pixels are off by at most B / 2^23, and by 2^-22 of the
+    map. A box has at most 2^22 samples a bin, or positions are float64: so an adaptive one, with a
+    sample in every pixel, has B <= 2^22 bins, and in a fixed one bins stay apart where they have less
+    than 2^22 samples together. In float64 that is nothing, short of 2^51 samples together.
     """
-    if double:
-        return min(size, 3)
-    if sampling_ratio * (bins + 1) > 2**22:
+    if sampling_ratio * (bins + 1) > (2**51 if double else 2**22):
         return size
-    return min(size, 3 + (size >> 20) + (bins // 2 if sampling_ratio <= 0 else 0))
+    moved = 0 if double else (size >> 20) + (bins // 2 if sampling_ratio <= 0 else 0)
+    return min(size, 3 + moved)
 
 
 def _axis_taps(
