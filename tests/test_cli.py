@@ -42,13 +42,15 @@ def test_info():
     assert all(isa in shown["ISA"] for isa in _core.compiled_isas)
     assert shown["threads"].split()[0] == "3"
     assert np.__version__ in shown["numpy"] and "yes" in shown["numpy"]
-    for library in ("torch", "jax", "mindspore"):
+    for library in ("torch", "jax", "mindspore", "cupy"):
         assert shown[library].strip().startswith(("yes", "no"))
+    triton = find_spec("triton")
+    assert shown["gpu"].split()[1:3] == (["yes", "(triton"] if triton else ["no", "(needs"])
 
 
 def test_info_marks_what_is_not_installed():
     shown = lines(run("info").stdout)
-    for library in ("torch", "jax", "mindspore"):
+    for library in ("torch", "jax", "mindspore", "cupy"):
         if find_spec(library) is None:
             assert shown[library].strip().startswith("no") and "not installed" in shown[library]
 

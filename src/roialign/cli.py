@@ -10,7 +10,7 @@ from pathlib import Path
 
 from roialign import __version__, _core, get_num_threads
 
-LIBRARIES = ("numpy", "torch", "jax", "mindspore")  # the adapter of each: roialign.<library>
+LIBRARIES = ("numpy", "torch", "jax", "mindspore", "cupy")  # the adapter of each: roialign.<library>
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -46,7 +46,7 @@ def info():
         for isa in _core.compiled_isas
     )
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("ROIALIGN_")]
-    bfloat16 = installed("ml_dtypes")
+    bfloat16, triton = installed("ml_dtypes"), installed("triton")
     rows = {
         "roialign": __version__,
         "python": f"{platform.python_version()}, {platform.platform()}",
@@ -55,6 +55,7 @@ def info():
         "huge pages": huge_pages(),
         "environment": " ".join(settings) or "no ROIALIGN_ variable set",
         **{library: library_status(library) for library in LIBRARIES},
+        "gpu kernels": f"yes (triton {triton})" if triton else "no (needs triton)",
         "bfloat16": f"yes (ml_dtypes {bfloat16})" if bfloat16 else "no (needs ml_dtypes)",
     }
     return "\n".join(f"{name:13} {value}" for name, value in rows.items())

@@ -39,7 +39,7 @@ def _is_traced() -> bool:
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
-    """Of NVIDIA or AMD."""
+    """Of NVIDIA or AMD, which torch calls CUDA both."""
     return tensor.is_cuda
 
 
@@ -294,7 +294,7 @@ def _operations(name: str):
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """In which it is the current one."""
+    """Makes the tensor's device the current one, on which kernels are launched."""
     if tensor.is_cpu:  # the kernels are interpreted
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
@@ -365,12 +365,12 @@ def _check_fit(name, array, *args) -> None:
         boxes, index, tangent, size, *_ = args
         arrays, fit = [array], array.dim() == 4 and len(size) == (2 if name == "forward" else 4)
     count = (boxes if name == "forward" else array).shape[:1]
-    rois = [boxes, index] if tangent is None else [boxes, index, tangent]
-    if not fit or index.shape != count or any([t.shape != (*count, 4) for t in rois[::2]]):
+    vectors = [boxes] if tangent is None else [boxes, tangent]
+    if not fit or index.shape != count or any([t.shape != (*count, 4) for t in vectors]):
         raise ValueError(f"roialign::{name}: the map, the boxes and the pooled array do not fit")
     if array.dtype not in _FLOATS or arrays[-1].dtype != array.dtype:
         raise TypeError(f"roialign::{name}: arrays must be of one float dtype")
-    if any([t.device != array.device for t in (*arrays, *rois) if t.numel()]):
+    if any([t.device != array.device for t in (*arrays, index, *vectors) if t.numel()]):
         raise TypeError(f"roialign::{name}: tensors must be on one device")
 
 

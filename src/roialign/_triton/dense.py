@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import products
-from .launch import NO_MIN_SIZE, Array, New, _power, _programs, _quotient, _strides, _touched
+from .launch import Array, New, _numbers, _power, _programs, _quotient, _strides, _touched
 
 MAX_PROGRAMS = 65535  # of a launch that takes turns: no more than an Ascend device takes
 SIDE = 32  # of a tile of a map
@@ -41,7 +41,6 @@ def _axis_weights(
 ) -> _Weights:
     images, *size = map_shape
     count = boxes.shape[0]
-    scale_y, scale_x, sampling_ratio, *offsets, min_size, floor = rule
     room = sum(length * b for length, b in zip(size, bins))
     block = max(LEAST_BINS, _power(max(bins), 2**31))
     arrays = call(
@@ -51,11 +50,8 @@ def _axis_weights(
             boxes,
             image_index,
             boxes if tangent is None else tangent,
-            *(count, images, *size, *bins, sampling_ratio),
-            *(float(scale_y), float(scale_x), *map(float, offsets)),
-            NO_MIN_SIZE if min_size is None else float(min_size),
-            *_strides(boxes),
-            *_strides(image_index),
+            *(count, images, *size, *bins, *_numbers(rule)),
+            *(*_strides(boxes), *_strides(image_index)),
         ),
         (
             New((count,), "int64"),
@@ -63,7 +59,7 @@ def _axis_weights(
             New((parts, count, room), "float32"),
         ),
         PARTS=parts,
-        FLOOR=bool(floor),
+        FLOOR=bool(rule[-1]),
         BLOCK_P=block,
         SIDE=max(1, LANES // block),
     )

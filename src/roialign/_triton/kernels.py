@@ -15,7 +15,8 @@ a table is as long as the map's sides and the bins.
 The weights of an entry are in `parts` tables, one after another: value; or value and derivative along a
 box tangent; or value and slopes in the box's start and end.
 
-A RoI of no image has no taps. Sizes are not specialised; strides are, where they are 1.
+A RoI of no image has no taps. No size and no stride is specialised: INNERMOST and ALIGNED say what a
+compiler is to know of strides.
 """
 
 import triton

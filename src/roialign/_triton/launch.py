@@ -24,7 +24,6 @@ MAX_PROGRAMS = 2**31 - 1  # of one launch
 TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
 WORDS = 8  # of a tile, that one program writes
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
-NO_MIN_SIZE = math.nan
 OPTIONS = {"enable_fp_fusion": False}  # coordinates are defined to the bit; sums say `fma` themselves
 
 
@@ -89,6 +88,13 @@ def _spread(size: int, bins: int, sampling_ratio: int, double: bool) -> int:
     return min(size, 3 + moved)
 
 
+def _numbers(rule: tuple) -> tuple[float, ...]:
+    """Of the rule, from the samples on, as kernels take them: all but how adaptive sampling rounds."""
+    scale_y, scale_x, sampling_ratio, *offsets, min_size, _ = rule
+    real = scale_y, scale_x, *offsets, math.nan if min_size is None else min_size
+    return (sampling_ratio, *map(float, real))
+
+
 def _axis_taps(
     call: Callable,
     boxes: Array,
@@ -104,7 +110,7 @@ def _axis_taps(
 ) -> Taps:
     images, *size = map_shape
     count = boxes.shape[0]
-    scale_y, scale_x, sampling_ratio, *offsets, min_size, floor = rule
+    sampling_ratio, *_ = numbers = _numbers(rule)
     spread = tuple(_spread(length, b, sampling_ratio, double) for length, b in zip(size, bins))
     room = sum(length + s * b for length, s, b in zip(size, spread, bins))
     block_p = _power(max(bins), 64)
@@ -118,11 +124,8 @@ def _axis_taps(
             boxes,
             image_index,
             boxes if tangent is None else tangent,
-            *(count, images, *size, *bins, *spread, sampling_ratio),
-            *(float(scale_y), float(scale_x), *map(float, offsets)),
-            NO_MIN_SIZE if min_size is None else float(min_size),
-            *_strides(boxes),
-            *_strides(image_index),
+            *(count, images, *size, *bins, *spread, *numbers),
+            *(*_strides(boxes), *_strides(image_index)),
         ),
         (
             New((count,), "int64"),
@@ -134,7 +137,7 @@ def _axis_taps(
         REAL=tl.float64 if double else tl.float32,
         PARTS=parts,
         COLUMNS=columns,
-        FLOOR=bool(floor),
+        FLOOR=bool(rule[-1]),
         BLOCK_K=block_k,
         BLOCK_P=block_p,
         num_warps=1,
