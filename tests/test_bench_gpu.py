@@ -368,11 +368,11 @@ def test_what_is_measured_are_the_kernels_of_the_gpu(monkeypatch):
 
     def by_the_core(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: False)
+            patch.setattr(roialign.torch, "_triton_module", lambda tensor: None)
             return expected(*arguments)
 
     monkeypatch.setattr(gpu.Arrays, "expected", by_the_core)
-    monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: "launch")
     monkeypatch.setattr(roialign.torch, "_launch", spy)
     for name in ("VARIED", "SMALL"):
         monkeypatch.setattr(gpu, name, ())

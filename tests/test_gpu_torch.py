@@ -36,6 +36,11 @@ def on_host(tensor):
     return array(tensor.cpu())
 
 
+def module_of(tensor):
+    """A tensor of the CPU passes for one of a GPU."""
+    return None if tensor.is_meta else "launch"
+
+
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """The names of the kernels that ran."""
@@ -46,7 +51,7 @@ def launched(monkeypatch):
         return launch(kernel, grid, inputs, outputs, **constants)
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: not tensor.is_meta)
+        monkeypatch.setattr(roialign.torch, "_triton_module", module_of)
     monkeypatch.setattr(roialign.torch, "_launch", spy)
     return names
 
@@ -55,7 +60,7 @@ def launched(monkeypatch):
 def core():
     """On tensors of the CPU the core again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: tensor.is_cuda)
+        patch.setattr(roialign.torch, "_triton_module", lambda t: "launch" if t.is_cuda else None)
         yield
 
 
@@ -315,7 +320,7 @@ def test_the_cpu_needs_no_triton():
 def test_a_gpu_without_triton_is_a_clear_error():
     code = (
         "import sys; sys.modules['triton'] = None; import torch, roialign.torch;"
-        "roialign.torch._is_on_gpu = lambda tensor: True;"
+        "roialign.torch._triton_module = lambda tensor: 'launch';"
         "roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -371,8 +376,7 @@ def test_what_does_not_fit_is_refused(problem, launched, wrong):
 @pytest.fixture
 def npu(monkeypatch):
     """Tensors of the CPU pass for an Ascend device's."""
-    monkeypatch.setattr(roialign.torch, "_is_on_npu", lambda tensor: not tensor.is_meta)
-    monkeypatch.setattr(roialign.torch, "_is_on_gpu", lambda tensor: False)
+    monkeypatch.setattr(roialign.torch, "_triton_module", lambda t: module_of(t) and "dense")
 
 
 def test_ascend_is_refused_by_default(npu, monkeypatch):
@@ -393,7 +397,7 @@ def test_ascend(npu, launched, monkeypatch, make_problem):
         "axis_weights",
         "box_gradient",
     ]
-    monkeypatch.setattr(roialign.torch, "_is_on_npu", lambda tensor: False)
+    monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: None)
     same = features.detach().requires_grad_(), boxes.detach().requires_grad_()
     pool(*same, index).square().sum().backward()
     torch.testing.assert_close(features.grad, same[0].grad)

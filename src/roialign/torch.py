@@ -38,14 +38,13 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def _is_on_gpu(tensor: Tensor) -> bool:
-    """Of NVIDIA or AMD, which torch calls CUDA both."""
-    return tensor.is_cuda
-
-
-def _is_on_npu(tensor: Tensor) -> bool:
-    """On Ascend."""
-    return tensor.device.type == "npu"
+def _triton_module(tensor: Tensor) -> str | None:
+    """Whose kernels are for the tensor's device: None on the CPU, which has the core."""
+    if tensor.is_cpu:
+        return None
+    if tensor.is_cuda:  # of NVIDIA or AMD
+        return "launch"
+    return "dense" if tensor.device.type == "npu" else None  # on Ascend
 
 
 _core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
@@ -70,7 +69,7 @@ def check_array(name: str, value: object) -> None:
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"`{name}` must be a dense tensor, got {got}")
-    if _is_on_npu(value):
+    if _triton_module(value) == "dense":
         if os.environ.get("ROIALIGN_NPU") != "1":
             raise TypeError(
                 f"`{name}` must be on the CPU or a GPU, got device {value.device}: there use "
@@ -84,7 +83,7 @@ def check_array(name: str, value: object) -> None:
 def check_features(name: str, value: object) -> None:
     check_array(name, value)
     _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
-    if value.dtype is torch.float64 and _is_on_npu(value):
+    if value.dtype is torch.float64 and _triton_module(value) == "dense":
         raise TypeError(f"`{name}` must be float16, bfloat16 or float32 on {value.device}, got float64")
 
 
@@ -235,23 +234,20 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _run(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
-    """Writes ``result`` by the kernels of its device."""
+    """Writes ``result`` by the kernels of its device; on the CPU raises where they refuse an index."""
     coordinate = torch.float64 if arrays[0].dtype is torch.float64 else torch.float32
     if index is not None:
         boxes = _stored(boxes) if boxes.dtype in _FLOATS else boxes.to(coordinate)
         index, arrays = _stored(index), [_stored(array) for array in arrays]
     if tangent is not None:
         tangent = _stored(tangent.to(coordinate).contiguous())
-    on_triton = _is_on_gpu(result) or _is_on_npu(result)
-    run = _run_triton if on_triton else _run_core
-    return run(name, arrays, boxes, index, tangent, rule, result)
-
-
-def _run_core(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
-    """Raises where the core refuses an image index."""
-    if index is not None and index.dtype not in _FLOATS:
-        index = index.to(torch.int64)
-    rois = boxes if index is None else (boxes, index)
+    module = _triton_module(result)
+    if module is not None:
+        return _run_triton(module, name, arrays, boxes, index, tangent, rule, result)
+    if index is None:
+        rois = boxes
+    else:
+        rois = boxes, index if index.dtype in _FLOATS else index.to(torch.int64)
     tangents = () if name == "box_gradient" else (tangent,)
     threads = min(_threads.get_num_threads(), torch.get_num_threads())
     bad = getattr(_core, name)(*arrays, rois, *tangents, rule, result, threads)
@@ -264,17 +260,17 @@ def _run_core(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
     return result
 
 
-def _run_triton(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
+def _run_triton(module, name, arrays, boxes, index, tangent, rule, result) -> Tensor:
     """A RoI of no image adds nothing: an error would have to wait for the device."""
     if not all([tensor.numel() for tensor in (result, boxes, *arrays)]):
         return result.zero_()
     if index is None:
         boxes, index = _columns(boxes)
-    on_npu, sums = _is_on_npu(result), torch.float64
-    if on_npu:  # it has no float64
+    sums = torch.float64
+    if module == "dense":  # for devices without float64
         boxes, sums = boxes.float(), torch.float32
         index = index.float() if index.dtype in _FLOATS else index.long()
-    operation = getattr(_operations("dense" if on_npu else "launch"), name)
+    operation = getattr(_operations(module), name)
     with _device_of(result):
         if name == "box_gradient":
             partial = operation(_launch, *arrays, boxes, index, rule)
@@ -349,7 +345,7 @@ def _operator_kernel(name: str) -> Callable:
     """An operator takes any tensors; the core refuses what does not fit, kernels of a GPU cannot."""
 
     def kernel(*args):
-        if _is_on_gpu(args[0]) or _is_on_npu(args[0]):
+        if _triton_module(args[0]) is not None:
             _check_fit(name, *args)
         return _KERNELS[name](*args)
 
