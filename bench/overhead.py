@@ -37,7 +37,9 @@ def calls():
     compiled(features), empty(features)
     return {
         "kernel": lambda: roialign._core.forward(features, rois, None, rule, out, 1),
-        "NumPy, out=": lambda: roialign.roi_align(in_numpy, rois_in_numpy, 1, **options, out=result),
+        "NumPy, out=": lambda: roialign.roi_align(
+            in_numpy, rois_in_numpy, 1, **options, out=result
+        ),
         "torch": lambda: pool(features),
         "torch, a gradient needed": lambda: pool(learned),
         "torch, with its backward": lambda: pool(learned).backward(d_output),

@@ -52,7 +52,9 @@ def calls():
         "a jitted sum": lambda: least(features, (boxes, index)).block_until_ready(),
         "jitted": lambda: pair(features, (boxes, index)).block_until_ready(),
         "jitted, rois (K, 5)": lambda: array(features, rois).block_until_ready(),
-        "jitted, with its backward": lambda: jax.block_until_ready(both(features, boxes, index, d_output)),
+        "jitted, with its backward": lambda: jax.block_until_ready(
+            both(features, boxes, index, d_output)
+        ),
         "eager": lambda: pool(features, (boxes, index)).block_until_ready(),
     }
 

@@ -5,7 +5,10 @@
 
 namespace roialign {
 
-#define ROIALIGN_DECLARE(isa) namespace isa { extern const Engine engine; }
+#define ROIALIGN_DECLARE(isa) \
+  namespace isa {             \
+  extern const Engine engine; \
+  }
 #if defined(ROIALIGN_HAVE_v2)
 ROIALIGN_DECLARE(v2)
 #endif
@@ -30,16 +33,18 @@ struct Candidate {
 std::vector<Candidate> candidates() {
   std::vector<Candidate> result;
 #if defined(ROIALIGN_HAVE_v2)
-  result.push_back({&v2::engine, __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt")});
+  result.push_back(
+      {&v2::engine, __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt")});
 #endif
 #if defined(ROIALIGN_HAVE_v3)
   result.push_back({&v3::engine, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                                     __builtin_cpu_supports("f16c") &&
+                                     __builtin_cpu_supports("bmi") &&
                                      __builtin_cpu_supports("bmi2")});
 #endif
 #if defined(ROIALIGN_HAVE_v4)
-  result.push_back({&v4::engine,
-                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  result.push_back(
+      {&v4::engine, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl")});
 #endif
@@ -85,8 +90,8 @@ const Engine& choose() {
     throw std::runtime_error("roialign needs a CPU with one of the instruction sets " +
                              joined(compiled_isas()));
   }
-  throw std::runtime_error("ROIALIGN_ISA must be one of " + joined(usable_isas()) + ", got '" + wanted +
-                           "'");
+  throw std::runtime_error("ROIALIGN_ISA must be one of " + joined(usable_isas()) + ", got '" +
+                           wanted + "'");
 }
 
 }  // namespace

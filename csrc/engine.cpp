@@ -1,5 +1,6 @@
-// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats or 8
-// doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few blocks.
+// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats
+// or 8 doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few
+// blocks.
 //
 //   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W];
 //                 for every row p of bins: strip = Ay[p] F, a line per column of the window; then
@@ -9,8 +10,8 @@
 //   box_gradient  for every p the same strips, and dot products with the slopes.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
-// instantiate anything with external linkage that another file instantiates too (no std:: containers
-// or algorithms): the linker could keep the copy with the wrong instructions.
+// instantiate anything with external linkage that another file instantiates too (no std::
+// containers or algorithms): the linker could keep the copy with the wrong instructions.
 #include "engine.hpp"
 
 #include "memory.hpp"
@@ -25,26 +26,41 @@ namespace {
 #define ROIALIGN_INLINE inline __attribute__((always_inline))
 #define ROIALIGN_LAMBDA __attribute__((always_inline))
 #define ROIALIGN_NOINLINE __attribute__((noinline))
-constexpr int kTaps = 8;                              // rows read or added to at a time
-constexpr int kDots = 4;                              // dot products held in registers
-constexpr int64_t kAhead = 12;                        // groups of pixels asked for ahead
-constexpr int64_t kRows = 7;                          // bins of y whose strips are made at a time
-constexpr int64_t kUnpacked = 8;                      // groups of pixels that leave together
-constexpr int64_t kNearPixels = 16384;                // of a map of which four blocks stay in the caches
-constexpr int64_t kStreamBytes = int64_t{2} << 20;    // larger results bypass the caches
-constexpr int64_t kSerialWork = int64_t{1} << 17;     // fewer line operations: one thread
+constexpr int kTaps = 8;                // rows read or added to at a time
+constexpr int kDots = 4;                // dot products held in registers
+constexpr int64_t kAhead = 12;          // groups of pixels asked for ahead
+constexpr int64_t kRows = 7;            // bins of y whose strips are made at a time
+constexpr int64_t kUnpacked = 8;        // groups of pixels that leave together
+constexpr int64_t kNearPixels = 16384;  // of a map of which four blocks stay in the caches
+constexpr int64_t kStreamBytes = int64_t{2} << 20;  // larger results bypass the caches
+constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations: one thread
 
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
-template <class T> struct AccumulatorOf<const T> : AccumulatorOf<T> {};
-template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+struct AccumulatorOf<const T> : AccumulatorOf<T> {};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
 
-template <class T> constexpr T least_of(T a, T b) { return b < a ? b : a; }
-template <class T> constexpr T most_of(T a, T b) { return a < b ? b : a; }
+template <class T>
+constexpr T least_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T most_of(T a, T b) {
+  return a < b ? b : a;
+}
 
-// --- Kernels over lines ---------------------------------------------------------------------------
-// A strip holds a line for each column of a window, a run of strips is for a run of bins of y. How many
-// taps a kernel adds at a time is a constant of its instantiation: all entries of a row from `first` on.
+// --- Kernels over lines
+// --------------------------------------------------------------------------- A strip holds a line
+// for each column of a window, a run of strips is for a run of bins of y. How many taps a kernel
+// adds at a time is a constant of its instantiation: all entries of a row from `first` on.
 
 template <int n>
 struct Count {
@@ -56,14 +72,29 @@ template <int most = kTaps, class Body>
 ROIALIGN_INLINE void for_taps(int64_t all, const Body& body) {
   for (int64_t first = 0; first < all; first += most) {
     switch (least_of<int64_t>(most, all - first)) {
-      case 1: body(Count<1>{}, first); break;
-      case 2: body(Count<2>{}, first); break;
-      case 3: body(Count<3>{}, first); break;
-      case 4: body(Count<4>{}, first); break;
-      case 5: body(Count<least_of(5, most)>{}, first); break;
-      case 6: body(Count<least_of(6, most)>{}, first); break;
-      case 7: body(Count<least_of(7, most)>{}, first); break;
-      default: body(Count<most>{}, first);
+      case 1:
+        body(Count<1>{}, first);
+        break;
+      case 2:
+        body(Count<2>{}, first);
+        break;
+      case 3:
+        body(Count<3>{}, first);
+        break;
+      case 4:
+        body(Count<4>{}, first);
+        break;
+      case 5:
+        body(Count<least_of(5, most)>{}, first);
+        break;
+      case 6:
+        body(Count<least_of(6, most)>{}, first);
+        break;
+      case 7:
+        body(Count<least_of(7, most)>{}, first);
+        break;
+      default:
+        body(Count<most>{}, first);
     }
   }
 }
@@ -78,7 +109,9 @@ template <class Real>
 struct Map {
   Real* lines;
   int64_t row_step;
-  Real* row(const Axis<Real>& y, int64_t entry) const { return lines + y.pixels[y.index[entry]] * row_step; }
+  Real* row(const Axis<Real>& y, int64_t entry) const {
+    return lines + y.pixels[y.index[entry]] * row_step;
+  }
 };
 
 // strips[p][j] (+)= sum over t of y[p][t] * map[row t][column j], for bins p of y.
@@ -138,11 +171,11 @@ ROIALIGN_NOINLINE void scatter(const Axis<Real>& y, Range p, int64_t first, Map<
   }
 }
 
-// out[k][i] (+)= sum over t of x[i][t] * in[k][index[i][t]], for rows i of x and `count` lines k, which
-// are `in_step` and `out_step` apart.
+// out[k][i] (+)= sum over t of x[i][t] * in[k][index[i][t]], for rows i of x and `count` lines k,
+// which are `in_step` and `out_step` apart.
 template <int taps, bool accumulate, class Real>
-ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int64_t count, const Real* in,
-                               int64_t in_step, Real* out, int64_t out_step) {
+ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int64_t count,
+                               const Real* in, int64_t in_step, Real* out, int64_t out_step) {
   for (; i.begin < i.end; ++i.begin) {
     const int64_t at = i.begin * x.taps + first;
     Vector<Real> w[taps];
@@ -169,8 +202,8 @@ ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int6
 // Both products in one, for bins of x that share few columns: no strips.
 //   out[p][q] = sum over c of x[q][c] * sum over t of y[p][t] * map[row t][column c]
 template <int y_taps, int x_taps, class Real>
-ROIALIGN_NOINLINE void pool(const Axis<Real>& y, Range p, Map<Real> map, const Axis<Real>& x, int64_t bins,
-                            Real* out) {
+ROIALIGN_NOINLINE void pool(const Axis<Real>& y, Range p, Map<Real> map, const Axis<Real>& x,
+                            int64_t bins, Real* out) {
   for (; p.begin < p.end; ++p.begin) {
     if (!y.entries[p.begin]) {
       std::memset(out, 0, size_t(bins * kLineBytes));
@@ -215,16 +248,18 @@ ROIALIGN_NOINLINE void dot(const Axis<Real>& y, int64_t at, Map<Real> map, const
   for (int64_t j = 0; j < x.pixel_count; ++j) {
     const Line<Real> line = load(strip + j * kLanes<Real>);
 #pragma GCC unroll 8
-    for (int t = 0; t < taps; ++t) multiply_add(sum[t], line, load(row[t] + int64_t(x.pixels[j]) * kLanes<Real>));
+    for (int t = 0; t < taps; ++t)
+      multiply_add(sum[t], line, load(row[t] + int64_t(x.pixels[j]) * kLanes<Real>));
   }
   for (int t = 0; t < taps; ++t) sums[t] = sum[t];
 }
 
-// sums[t] = sum over p of d_out[p] * strips[p][index[t]]: of one bin of x, entries from `at` on. A bin of
-// y without entries has no samples: its d_out is not read.
+// sums[t] = sum over p of d_out[p] * strips[p][index[t]]: of one bin of x, entries from `at` on. A
+// bin of y without entries has no samples: its d_out is not read.
 template <int taps, class Real>
 ROIALIGN_NOINLINE void dot_bins(const Axis<Real>& x, int64_t at, const int32_t* y_entries, Range p,
-                                const Real* strips, const Real* d_out, int64_t bins, Line<Real>* sums) {
+                                const Real* strips, const Real* d_out, int64_t bins,
+                                Line<Real>* sums) {
   Line<Real> sum[taps] = {};
   const Real* in[taps];
   for (int t = 0; t < taps; ++t) in[t] = strips + int64_t(x.index[at + t]) * kLanes<Real>;
@@ -238,40 +273,47 @@ ROIALIGN_NOINLINE void dot_bins(const Axis<Real>& x, int64_t at, const int32_t* 
   for (int t = 0; t < taps; ++t) sums[t] = sum[t];
 }
 
-// --- Products of them -----------------------------------------------------------------------------
+// --- Products of them
+// -----------------------------------------------------------------------------
 
 // strips = Ay F.
 template <class Real>
 void pool_columns(const Term<Real>& term, Range p, Map<Real> map, Real* strips) {
   for_taps(term.y.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
     constexpr int n = decltype(taps)::value;
-    if (first) gather<n, true>(term.y, p, first, map, term.x, strips);
-    else gather<n, false>(term.y, p, first, map, term.x, strips);
+    if (first)
+      gather<n, true>(term.y, p, first, map, term.x, strips);
+    else
+      gather<n, false>(term.y, p, first, map, term.x, strips);
   });
 }
 
 // out (+)= in x^T for `count` lines, x with `rows` rows.
 template <class Real>
-void multiply(const Axis<Real>& x, int64_t rows, int64_t count, const Real* in, int64_t in_step, Real* out,
-              int64_t out_step, bool accumulate) {
+void multiply(const Axis<Real>& x, int64_t rows, int64_t count, const Real* in, int64_t in_step,
+              Real* out, int64_t out_step, bool accumulate) {
   if (x.singles) {
     const Range all{0, x.singles};
-    if (accumulate) combine<1, true>(x, all, 0, count, in, in_step, out, out_step);
-    else combine<1, false>(x, all, 0, count, in, in_step, out, out_step);
+    if (accumulate)
+      combine<1, true>(x, all, 0, count, in, in_step, out, out_step);
+    else
+      combine<1, false>(x, all, 0, count, in, in_step, out, out_step);
   }
   if (x.singles == rows) return;
   for_taps(x.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
     constexpr int n = decltype(taps)::value;
     const Range rest{x.singles, rows};
-    if (accumulate || first) combine<n, true>(x, rest, first, count, in, in_step, out, out_step);
-    else combine<n, false>(x, rest, first, count, in, in_step, out, out_step);
+    if (accumulate || first)
+      combine<n, true>(x, rest, first, count, in, in_step, out, out_step);
+    else
+      combine<n, false>(x, rest, first, count, in, in_step, out, out_step);
   });
 }
 
 // out (+)= Ay F Ax^T, for bins p of y and all `bins` of x.
 template <class Real>
-void pool_bins(const Term<Real>& term, Range p, int64_t bins, Map<Real> map, Real* strips, Real* out,
-               bool accumulate) {
+void pool_bins(const Term<Real>& term, Range p, int64_t bins, Map<Real> map, Real* strips,
+               Real* out, bool accumulate) {
   const Axis<Real>&y = term.y, &x = term.x;
   if (!y.taps || !x.taps) {
     if (!accumulate) std::memset(out, 0, size_t(p.count() * bins * kLineBytes));
@@ -290,8 +332,10 @@ void pool_bins(const Term<Real>& term, Range p, int64_t bins, Map<Real> map, Rea
 
 // strips = d_out Ax, lines d_out of `bins` bins.
 template <class Real>
-void pull_columns(const Axis<Real>& x, int64_t count, const Real* d_out, int64_t bins, Real* strips) {
-  multiply(x, x.pixel_count, count, d_out, bins * kLanes<Real>, strips, x.pixel_count * kLanes<Real>, false);
+void pull_columns(const Axis<Real>& x, int64_t count, const Real* d_out, int64_t bins,
+                  Real* strips) {
+  multiply(x, x.pixel_count, count, d_out, bins * kLanes<Real>, strips,
+           x.pixel_count * kLanes<Real>, false);
 }
 
 // The map += Ay^T strips.
@@ -304,7 +348,8 @@ void spread_columns(const Term<Real>& term, Range p, const Real* strips, Map<Rea
 
 // d[e] += slope_e * line for the box's start and end e. A slope of zero multiplies nothing.
 template <class Real>
-inline void add_slopes(const Axis<Real>& slopes, int64_t at, const Line<Real>& line, Line<Real> d[2]) {
+inline void add_slopes(const Axis<Real>& slopes, int64_t at, const Line<Real>& line,
+                       Line<Real> d[2]) {
   for (int e = 0; e < 2; ++e) {
     if (slopes.weight[e][at] != 0) multiply_add(d[e], broadcast(slopes.weight[e][at]), line);
   }
@@ -312,7 +357,8 @@ inline void add_slopes(const Axis<Real>& slopes, int64_t at, const Line<Real>& l
 
 // d[e] += <strips, Ay_e F>, Ay_e the slopes of y.
 template <class Real>
-void dot_y_slopes(const Term<Real>& term, Range p, Map<Real> map, const Real* strips, Line<Real> d[2]) {
+void dot_y_slopes(const Term<Real>& term, Range p, Map<Real> map, const Real* strips,
+                  Line<Real> d[2]) {
   for (; p.begin < p.end; ++p.begin, strips += term.x.pixel_count * kLanes<Real>) {
     const int64_t begin = p.begin * term.y.taps;
     for_taps<kDots>(term.y.entries[p.begin], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
@@ -326,8 +372,8 @@ void dot_y_slopes(const Term<Real>& term, Range p, Map<Real> map, const Real* st
 
 // d[e] += <d_out, strips Ax_e^T>, Ax_e the slopes of x.
 template <class Real>
-void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* strips, const Real* d_out,
-                  Line<Real> d[2]) {
+void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* strips,
+                  const Real* d_out, Line<Real> d[2]) {
   const Axis<Real>& x = term.x;
   for (int64_t q = 0; q < bins; ++q, d_out += kLanes<Real>) {
     for_taps<kDots>(x.entries[q], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
@@ -339,20 +385,23 @@ void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* str
   }
 }
 
-// --- Between arrays and lines ---------------------------------------------------------------------
+// --- Between arrays and lines
+// ---------------------------------------------------------------------
 
-// How the channels of a map are cut into parts, one for each task: so many blocks that what a task reads
-// and writes at a time are whole cache lines, and with channels innermost longer runs.
+// How the channels of a map are cut into parts, one for each task: so many blocks that what a task
+// reads and writes at a time are whole cache lines, and with channels innermost longer runs.
 struct Parts {
   int64_t channels, blocks, size, shift;
 
-  // `target` gets the result. Where its channels are innermost, and every pixel lies alike in its cache
-  // lines, the cuts are between those.
+  // `target` gets the result. Where its channels are innermost, and every pixel lies alike in its
+  // cache lines, the cuts are between those.
   template <class T>
   static Parts of(const Tensor& map, const Tensor* target, T) {
     const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
     const bool near = map.shape[2] * map.shape[3] <= kNearPixels;
-    const int64_t blocks = channels_last ? (near ? 4 : 2) : sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
+    const int64_t blocks = channels_last                        ? (near ? 4 : 2)
+                           : sizeof(T) < sizeof(Accumulator<T>) ? 2
+                                                                : 1;
     Parts parts{map.shape[1], blocks, blocks * kLanes<Accumulator<T>>, 0};
     if (channels_last && target && target->stride[1] == 1 && parts.channels > parts.size) {
       constexpr int64_t line = kLineBytes / int64_t(sizeof(T));
@@ -364,7 +413,8 @@ struct Parts {
   }
   int64_t count() const { return (channels + shift + size - 1) / size; }
   Range operator[](int64_t part) const {
-    return {most_of<int64_t>(part * size - shift, 0), least_of((part + 1) * size - shift, channels)};
+    return {most_of<int64_t>(part * size - shift, 0),
+            least_of((part + 1) * size - shift, channels)};
   }
 };
 
@@ -376,8 +426,12 @@ struct Plane {
   int64_t channel_stride, row_stride, pixel_stride;
   int64_t channels;
 
-  int64_t blocks() const { return (channels + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>; }
-  bool even() const { return row_stride == width * pixel_stride; }  // between pixels, across rows too
+  int64_t blocks() const {
+    return (channels + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>;
+  }
+  bool even() const {
+    return row_stride == width * pixel_stride;
+  }  // between pixels, across rows too
 };
 
 // Channels of image or RoI n.
@@ -407,8 +461,8 @@ void for_runs(const Plane<T>& plane, int64_t first, int64_t count, Body body) {
   }
 }
 
-// Calls body(at, pixels) for the tiles of `lanes` pixels in a run; the last one reaches back so as to be
-// whole, if the run is long enough.
+// Calls body(at, pixels) for the tiles of `lanes` pixels in a run; the last one reaches back so as
+// to be whole, if the run is long enough.
 template <int lanes, class Body>
 inline void for_tiles(int64_t run, Body body) {
   for (int64_t i = 0; i < run; i += lanes) {
@@ -417,8 +471,14 @@ inline void for_tiles(int64_t run, Body body) {
   }
 }
 
-template <class T> inline bool same(const T*, const T*) { return true; }
-template <class T, class Real> inline bool same(const T*, const Real*) { return false; }
+template <class T>
+inline bool same(const T*, const T*) {
+  return true;
+}
+template <class T, class Real>
+inline bool same(const T*, const Real*) {
+  return false;
+}
 
 // Pixels [first, first + count) of the plane as lines, block after block `block_step` apart; absent
 // channels are 0.
@@ -436,7 +496,8 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
         for (int64_t i = 0; i < run; ++i) {
           T line[lanes] = {};
           const T* from = p + i * i_step;
-          if (channels < lanes) from = static_cast<T*>(std::memcpy(line, from, channels * sizeof(T)));
+          if (channels < lanes)
+            from = static_cast<T*>(std::memcpy(line, from, channels * sizeof(T)));
           widen_line(from, to + i * lanes);
         }
         continue;
@@ -455,7 +516,8 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
             continue;
           }
           for (int i = 0; i < lanes; ++i) {
-            rows[c * lanes + i] = c < channels && i < pixels ? widen(from[c * c_step + i * i_step]) : 0;
+            rows[c * lanes + i] =
+                c < channels && i < pixels ? widen(from[c * c_step + i * i_step]) : 0;
           }
         }
         if (pixels == lanes) {
@@ -477,8 +539,8 @@ struct Copy {
   bool streamed = false;  // past the caches
   int64_t done = 0;       // bytes of the run at `to`
 
-  // Joins runs that touch. Asks for the lines of which a streamed run writes only a part: stores wait in
-  // line for them.
+  // Joins runs that touch. Asks for the lines of which a streamed run writes only a part: stores
+  // wait in line for them.
   void prepare() {
     if (run == step) {
       run *= runs;
@@ -501,8 +563,10 @@ struct Copy {
         end += -(reinterpret_cast<intptr_t>(to) + end) & (kLineBytes - 1);
         end = least_of(end, run);
       }
-      if (streamed) stream(to + done, from + done, size_t(end - done));
-      else std::memcpy(to + done, from + done, size_t(end - done));
+      if (streamed)
+        stream(to + done, from + done, size_t(end - done));
+      else
+        std::memcpy(to + done, from + done, size_t(end - done));
       bytes -= end - done;
       done = end;
       if (done < run) continue;
@@ -515,8 +579,8 @@ struct Copy {
   void finish() { advance(run * runs); }
 };
 
-// Lines to pixels [first, first + count) of the plane, through `stage`, where they are in the array's
-// dtype and its order of memory. What is returned remains to be copied.
+// Lines to pixels [first, first + count) of the plane, through `stage`, where they are in the
+// array's dtype and its order of memory. What is returned remains to be copied.
 template <class T, class Real>
 Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real* lines,
                  int64_t block_step, T* stage, bool streamed) {
@@ -558,8 +622,10 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
         transpose(tile, lanes, rows, lanes);
       }
       for (int c = 0; c < channels; ++c) {
-        if (pixels == lanes) narrow_line(rows + c * lanes, to + c * count);
-        else for (int i = 0; i < pixels; ++i) narrow(rows[c * lanes + i], to[c * count + i]);
+        if (pixels == lanes)
+          narrow_line(rows + c * lanes, to + c * count);
+        else
+          for (int i = 0; i < pixels; ++i) narrow(rows[c * lanes + i], to[c * count + i]);
       }
     });
   }
@@ -576,7 +642,8 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
   return copy;
 }
 
-// --- Scratch --------------------------------------------------------------------------------------
+// --- Scratch
+// --------------------------------------------------------------------------------------
 
 // What a task works in, cut from the thread's scratch. Every part starts on a line.
 template <class T, class Real>
@@ -586,19 +653,21 @@ struct Workspace {
   Real* tile;    // [blocks][P][Q] lines
   T* stage;      // a finished tile, or pixels of the map, in the array's dtype and order
 
-  int64_t map_step;   // from one block to the next
+  int64_t map_step;  // from one block to the next
   int64_t tile_step;
-  int64_t row_step;   // from one row of the map to the next
+  int64_t row_step;  // from one row of the map to the next
 
   Workspace(const Tensor& features, int64_t max_columns, const int64_t bins[2], int64_t blocks)
       : map_step((features.shape[2] * features.shape[3] + kGroup) * kLanes<Real>),
         tile_step(bins[0] * bins[1] * kLanes<Real>),
         row_step(features.shape[3] * kLanes<Real>) {
     const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
-    const int64_t sizes[] = {blocks * map_step * int64_t(sizeof(Real)), kRows * max_columns * kLineBytes,
-                             blocks * tile_step * int64_t(sizeof(Real)), staged * int64_t(sizeof(T))};
+    const int64_t sizes[] = {
+        blocks * map_step * int64_t(sizeof(Real)), kRows * max_columns * kLineBytes,
+        blocks * tile_step * int64_t(sizeof(Real)), staged * int64_t(sizeof(T))};
     int64_t at[5] = {0};
-    for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
+    for (int i = 0; i < 4; ++i)
+      at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
     char* base = static_cast<char*>(thread_scratch(size_t(at[4])));
     map = reinterpret_cast<Real*>(base);
     strips = reinterpret_cast<Real*>(base + at[1]);
@@ -611,7 +680,8 @@ struct Workspace {
   Workspace& operator=(const Workspace&) = delete;
 };
 
-// --- The operations -------------------------------------------------------------------------------
+// --- The operations
+// -------------------------------------------------------------------------------
 
 // Asks for a run of pixels that will be loaded soon.
 template <class T>
@@ -633,8 +703,8 @@ void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, 
   for (int64_t g = 0; g < groups.count; ++g) {
     if (g + kAhead < groups.count) prefetch_pixels(plane, groups.at[g + kAhead] * kGroup, kGroup);
     const int64_t first = groups.at[g] * kGroup;
-    load_lines(plane, first, least_of(kGroup, plane.pixels - first), work.map + first * kLanes<Real>,
-               work.map_step);
+    load_lines(plane, first, least_of(kGroup, plane.pixels - first),
+               work.map + first * kLanes<Real>, work.map_step);
   }
 }
 
@@ -642,9 +712,8 @@ void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, 
 template <class Real, class Body>
 void for_tasks(const Windows<Real>& windows, const Parts& parts, int threads, Body body) {
   const int64_t count = parts.count(), work = windows.work * count * parts.blocks;
-  parallel_for(windows.visit_count * count, work < kSerialWork ? 1 : threads, [&](int64_t task) {
-    body(windows.visits[task / count], task % count);
-  });
+  parallel_for(windows.visit_count * count, work < kSerialWork ? 1 : threads,
+               [&](int64_t task) { body(windows.visits[task / count], task % count); });
 }
 
 // Calls enter(band), body(window, the next one or null) for its windows, and leave(band).
@@ -666,13 +735,17 @@ void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
 }
 
 // Calls body(range) for runs of at most kRows bins of y, ranges_of(bins) times.
-inline int64_t ranges_of(int64_t bins) { return (bins + kRows - 1) / kRows; }
+inline int64_t ranges_of(int64_t bins) {
+  return (bins + kRows - 1) / kRows;
+}
 template <class Body>
 inline void for_rows(int64_t bins, Body body) {
   for (int64_t p = 0; p < bins; p += kRows) body(Range{p, least_of(p + kRows, bins)});
 }
 
-int64_t count_of(const Tensor& t) { return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3]; }
+int64_t count_of(const Tensor& t) {
+  return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3];
+}
 
 template <class T>
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
@@ -704,16 +777,16 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
         });
       }
       leaving.finish();
-      leaving = store_lines(plane_of<T>(output, window.roi, parts[part]), 0,
-                            bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
+      leaving = store_lines(plane_of<T>(output, window.roi, parts[part]), 0, bins[0] * bins[1],
+                            work.tile, work.tile_step, work.stage, streamed);
     });
     leaving.finish();
     if (streamed) stream_fence();
   });
 }
 
-// The part of d_output that comes next. It is asked for in `pieces`, while the one before is worked on:
-// the memory system takes only so many requests at a time.
+// The part of d_output that comes next. It is asked for in `pieces`, while the one before is worked
+// on: the memory system takes only so many requests at a time.
 template <class T>
 class Upcoming {
  public:
@@ -766,8 +839,8 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                     size_t(count * kGroup * kLineBytes));
       }
     };
-    // Groups that follow each other leave together, where pixels do too cut between cache lines. The
-    // lines of pixel i are at i * step.
+    // Groups that follow each other leave together, where pixels do too cut between cache lines.
+    // The lines of pixel i are at i * step.
     const bool runs = plane.even() && plane.pixel_stride == 1;
     const auto unpack = [&](const Groups& groups, int64_t step) {
       for (int64_t g = 0; g < groups.count;) {
@@ -778,7 +851,8 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
           if (runs && to < end) {
             to -= int64_t(reinterpret_cast<uintptr_t>(plane.data + to) % kLineBytes / sizeof(T));
           }
-          store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage, streamed)
+          store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage,
+                      streamed)
               .finish();
           from = to;
         }
@@ -788,23 +862,26 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
       for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g], 1);
     };
     const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
-    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      Upcoming<T> upcoming(d_output, following, parts[part],
-                           2 * plane.blocks() * ranges_of(bins[0]));
-      if (window.term_count) load_tile(d_output, window, parts[part], work);
-      for (int64_t b = 0; b < plane.blocks(); ++b) {
-        for_rows(bins[0], [&](Range p) {
-          const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * line;
-          for (int s = 0; s < window.term_count; ++s) {
-            const Term<Real>& term = window.term[s];
-            upcoming.ask();
-            pull_columns(term.x, p.count(), d_out, bins[1], work.strips);
-            upcoming.ask();
-            spread_columns(term, p, work.strips, work.map_of(b));
+    for_windows(
+        visit, enter,
+        [&](const Window<Real>& window, const Window<Real>* following) {
+          Upcoming<T> upcoming(d_output, following, parts[part],
+                               2 * plane.blocks() * ranges_of(bins[0]));
+          if (window.term_count) load_tile(d_output, window, parts[part], work);
+          for (int64_t b = 0; b < plane.blocks(); ++b) {
+            for_rows(bins[0], [&](Range p) {
+              const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * line;
+              for (int s = 0; s < window.term_count; ++s) {
+                const Term<Real>& term = window.term[s];
+                upcoming.ask();
+                pull_columns(term.x, p.count(), d_out, bins[1], work.strips);
+                upcoming.ask();
+                spread_columns(term, p, work.strips, work.map_of(b));
+              }
+            });
           }
-        });
-      }
-    }, leave);
+        },
+        leave);
     zero(0, least_of(kUnpacked, (plane.pixels + kGroup - 1) / kGroup));
     unpack(visit.untouched, 0);
     if (streamed) stream_fence();
@@ -825,9 +902,8 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
   using Real = Accumulator<T>;
   const int64_t* bins = d_output.shape + 2;
   const Parts parts = Parts::of(features, nullptr, T{});
-  const Windows<Real> windows =
-      build_windows<Real>(Operation::box_gradient, rois, nullptr, params, features.shape, bins,
-                          parts.count(), threads);
+  const Windows<Real> windows = build_windows<Real>(Operation::box_gradient, rois, nullptr, params,
+                                                    features.shape, bins, parts.count(), threads);
   // A row of sums per block of channels, added in order: the same bits for any threads and layout.
   const int64_t count = rois.count * 4, sums = parts.count() * parts.blocks;
   const size_t bytes = size_t(most_of<int64_t>(1, sums * count)) * sizeof(Real);
@@ -842,13 +918,14 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
     const Workspace<T, Real> work(features, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      Upcoming<T> upcoming(d_output, following, parts[part], 4 * plane.blocks() * ranges_of(bins[0]));
+      Upcoming<T> upcoming(d_output, following, parts[part],
+                           4 * plane.blocks() * ranges_of(bins[0]));
       if (window.term_count) load_tile(d_output, window, parts[part], work);
       for (int64_t b = 0; b < parts.blocks; ++b) {
         Line<Real> d_x[2] = {}, d_y[2] = {};
         if (window.term_count && b < plane.blocks()) {
-          // d_output pulled back to the map's columns, against the slopes of y; and the features pooled
-          // to the columns, against the slopes of x.
+          // d_output pulled back to the map's columns, against the slopes of y; and the features
+          // pooled to the columns, against the slopes of x.
           const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
           for_rows(bins[0], [&](Range p) {
             const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
@@ -881,22 +958,25 @@ void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& ro
 template <class Run>
 void by_dtype(DType dtype, Run run) {
   switch (dtype) {
-    case DType::float16: return run(half{});
-    case DType::bfloat16: return run(bfloat16{});
-    case DType::float32: return run(float{});
-    default: return run(double{});
+    case DType::float16:
+      return run(half{});
+    case DType::bfloat16:
+      return run(bfloat16{});
+    case DType::float32:
+      return run(float{});
+    default:
+      return run(double{});
   }
 }
 
-void forward_any(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
-                 const Tensor& output, int threads) {
-  by_dtype(features.dtype, [&](auto t) {
-    forward<decltype(t)>(features, rois, tangent, params, output, threads);
-  });
+void forward_any(const Tensor& features, const Rois& rois, const void* tangent,
+                 const Params& params, const Tensor& output, int threads) {
+  by_dtype(features.dtype,
+           [&](auto t) { forward<decltype(t)>(features, rois, tangent, params, output, threads); });
 }
 
-void adjoint_any(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
-                 const Tensor& d_features, int threads) {
+void adjoint_any(const Tensor& d_output, const Rois& rois, const void* tangent,
+                 const Params& params, const Tensor& d_features, int threads) {
   by_dtype(d_output.dtype, [&](auto t) {
     adjoint<decltype(t)>(d_output, rois, tangent, params, d_features, threads);
   });

@@ -42,7 +42,8 @@ Grid<Real> grid_of(Real lo, Real hi, const Convention& c, int64_t bins, int64_t 
 template <class Real>
 class Positions {
  public:
-  Positions(Real start, Real bin, int64_t samples) : start_(start), bin_(bin), samples_(Real(samples)) {
+  Positions(Real start, Real bin, int64_t samples)
+      : start_(start), bin_(bin), samples_(Real(samples)) {
     for (; known_ < kKnown && known_ < samples; ++known_) offsets_[known_] = offset(known_);
   }
   Real operator()(int64_t k, int64_t i) const {
@@ -64,7 +65,10 @@ int64_t least(int64_t n, Predicate reached) {
   int64_t low = 0, high = n;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (reached(middle)) high = middle; else low = middle + 1;
+    if (reached(middle))
+      high = middle;
+    else
+      low = middle + 1;
   }
   return low;
 }
@@ -101,7 +105,8 @@ Sums open_bin(Taps& taps, int64_t entries) {
   return {taps.index.data(), {taps.weight[0].data(), taps.weight[1].data()}, begin, begin};
 }
 
-// Scales the bin's sums and drops entries that are zero in Real: a pixel without weight is not read.
+// Scales the bin's sums and drops entries that are zero in Real: a pixel without weight is not
+// read.
 template <class Real>
 void close_bin(Taps& taps, const Sums& sums, double scale) {
   int64_t kept = sums.begin;
@@ -129,7 +134,8 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
     from = least(n, [&](int64_t j) { return at(j) >= -1; });
     to = least(n, [&](int64_t j) { return !(at(j) <= Position(size)); });
   }
-  const int64_t entries = std::min(2 * (to - from), size);  // positions ascend: no pixel comes twice
+  const int64_t entries =
+      std::min(2 * (to - from), size);  // positions ascend: no pixel comes twice
   Sums value = open_bin(values, entries), slope = slopes ? open_bin(*slopes, entries) : value;
   for (int64_t j = from; j < to; ++j) {
     const Position raw = at(j), p = raw < 0 ? 0 : raw;
@@ -162,10 +168,13 @@ void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int
   values.first.assign(1, 0);
   if (slopes) slopes->first.assign(1, 0);
   const auto add_bins = [&](const auto& position) {
-    for (int64_t k = 0; k < bins; ++k) add_bin(position, k, grid, bins, size, double(scale), values, slopes);
+    for (int64_t k = 0; k < bins; ++k)
+      add_bin(position, k, grid, bins, size, double(scale), values, slopes);
   };
-  if (grid.samples > kWideSamples) add_bins(Positions<double>(grid.start, grid.bin, grid.samples));
-  else add_bins(Positions<Real>(grid.start, grid.bin, grid.samples));
+  if (grid.samples > kWideSamples)
+    add_bins(Positions<double>(grid.start, grid.bin, grid.samples));
+  else
+    add_bins(Positions<Real>(grid.start, grid.bin, grid.samples));
 }
 
 template void axis_taps(float, float, const Convention&, int64_t, int64_t, int64_t, float, Taps&,

@@ -8,8 +8,9 @@
 
 namespace roialign {
 
-// A sparse matrix of `bins` rows: the entries of bin k are [first[k], first[k + 1]); what lies beyond
-// the last is room. `weight[0]` alone holds values; slopes use both: in the box's start and in its end.
+// A sparse matrix of `bins` rows: the entries of bin k are [first[k], first[k + 1]); what lies
+// beyond the last is room. `weight[0]` alone holds values; slopes use both: in the box's start and
+// in its end.
 struct Taps {
   std::vector<int64_t> first, index;
   std::vector<double> weight[2];
@@ -18,8 +19,8 @@ struct Taps {
   int64_t count() const { return first.back(); }
 };
 
-// The taps of one box on one axis of `size` pixels: row k of `values` averages the samples of bin k;
-// `slopes` (may be null) is its derivative in `lo` and in `hi`. Real is the coordinate type.
+// The taps of one box on one axis of `size` pixels: row k of `values` averages the samples of bin
+// k; `slopes` (may be null) is its derivative in `lo` and in `hi`. Real is the coordinate type.
 template <class Real>
 void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
                int64_t size, Real scale, Taps& values, Taps* slopes);

@@ -17,7 +17,9 @@ namespace {
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kKeptScratch = std::size_t{64} << 20;
 
-std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 // Freed buffers, oldest first. A spin lock guards it: the critical sections are a few instructions,
 // and a forked child starts with an empty cache because the lock may have been held.
@@ -37,9 +39,12 @@ Cache cache;
 std::atomic_flag cache_lock = ATOMIC_FLAG_INIT;
 
 void lock_cache() {
-  while (cache_lock.test_and_set(std::memory_order_acquire)) {}
+  while (cache_lock.test_and_set(std::memory_order_acquire)) {
+  }
 }
-void unlock_cache() { cache_lock.clear(std::memory_order_release); }
+void unlock_cache() {
+  cache_lock.clear(std::memory_order_release);
+}
 
 #if !defined(_WIN32)
 const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
@@ -88,7 +93,8 @@ void* map_memory(std::size_t bytes, [[maybe_unused]] bool sparse) {
   void* memory = mmap(nullptr, whole, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   char* begin = static_cast<char*>(memory);
-  char* aligned = reinterpret_cast<char*>(round_up(reinterpret_cast<std::size_t>(begin), kHugePage));
+  char* aligned =
+      reinterpret_cast<char*>(round_up(reinterpret_cast<std::size_t>(begin), kHugePage));
   if (aligned != begin) munmap(begin, std::size_t(aligned - begin));
   const std::size_t tail = std::size_t(begin + whole - (aligned + size));
   if (tail) munmap(aligned + size, tail);
@@ -103,8 +109,10 @@ void unmap_memory(void* memory, std::size_t bytes) {
 #if defined(_WIN32)
   _aligned_free(memory);
 #else
-  if (bytes < kHugePage) std::free(memory);
-  else munmap(memory, round_up(bytes, kHugePage));
+  if (bytes < kHugePage)
+    std::free(memory);
+  else
+    munmap(memory, round_up(bytes, kHugePage));
 #endif
 }
 

@@ -1,4 +1,5 @@
-// Large buffers on huge pages, and a small cache of freed ones: fresh pages cost more than the kernel.
+// Large buffers on huge pages, and a small cache of freed ones: fresh pages cost more than the
+// kernel.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +8,8 @@ namespace roialign {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
-// Memory aligned to 64 bytes; from kHugePage on, its own huge-page-advised mapping. With `sparse` the
-// system does not count it before it is touched: for scratch of which little may be used.
+// Memory aligned to 64 bytes; from kHugePage on, its own huge-page-advised mapping. With `sparse`
+// the system does not count it before it is touched: for scratch of which little may be used.
 // Throws std::bad_alloc.
 void* map_memory(std::size_t bytes, bool sparse = false);
 void unmap_memory(void* memory, std::size_t bytes);

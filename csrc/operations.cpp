@@ -12,8 +12,8 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-// A map that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins of a
-// RoI in 32 bits.
+// A map that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins
+// of a RoI in 32 bits.
 void require_pixels(const Tensor& map, const Tensor& pooled) {
   for (const int axis : {2, 3}) {
     require(map.shape[axis] > 0 && map.shape[axis] <= INT32_MAX, "roialign: no map to be sampled");
@@ -23,8 +23,9 @@ void require_pixels(const Tensor& map, const Tensor& pooled) {
 }
 
 void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled) {
-  require(pooled.shape[0] == rois.count && pooled.shape[1] == map.shape[1] && pooled.dtype == map.dtype,
-          "roialign: the map, the boxes and the pooled array do not fit");
+  require(
+      pooled.shape[0] == rois.count && pooled.shape[1] == map.shape[1] && pooled.dtype == map.dtype,
+      "roialign: the map, the boxes and the pooled array do not fit");
   require(map.dtype != DType::int64 && rois.boxes_dtype != DType::int64,
           "roialign: maps and boxes must be of a float type");
 }

@@ -1,13 +1,15 @@
 // The three operations as bindings call them: shapes and dtypes that do not fit throw
-// std::invalid_argument before any memory is touched, and every element of a result is written. A RoI
-// whose image index is bad pools to 0 and has gradient 0; bad_image_index (windows.hpp) finds it.
+// std::invalid_argument before any memory is touched, and every element of a result is written. A
+// RoI whose image index is bad pools to 0 and has gradient 0; bad_image_index (windows.hpp) finds
+// it.
 #pragma once
 
 #include "params.hpp"
 
 namespace roialign {
 
-// `tangent`, and `d_boxes` below: (K, 4) contiguous, of coordinate_type(the map); a null one means none.
+// `tangent`, and `d_boxes` below: (K, 4) contiguous, of coordinate_type(the map); a null one means
+// none.
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& output, int threads);
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,

@@ -86,7 +86,8 @@ class Pool {
   int threads_ = 0, wanted_ = 0, running_ = 0;
 };
 
-// Never destroyed: its threads may outlive main. A forked child, which has none of them, forgets it.
+// Never destroyed: its threads may outlive main. A forked child, which has none of them, forgets
+// it.
 Pool* pool = nullptr;
 std::atomic_flag pool_busy = ATOMIC_FLAG_INIT;
 
@@ -102,7 +103,8 @@ int quota_cpus(int otherwise) {
   long long quota = -1, period = -1;
   char first[32] = "";
   if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {  // version 2
-    if (std::fscanf(file, "%31s %lld", first, &period) == 2 && std::sscanf(first, "%lld", &quota) != 1) {
+    if (std::fscanf(file, "%31s %lld", first, &period) == 2 &&
+        std::sscanf(first, "%lld", &quota) != 1) {
       quota = -1;
     }
     std::fclose(file);

@@ -15,8 +15,9 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_
 
 template <class Body>
 void parallel_for(int64_t tasks, int threads, Body&& body) {
-  parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); },
-               static_cast<void*>(&body));
+  parallel_for(
+      tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); },
+      static_cast<void*>(&body));
 }
 
 }  // namespace roialign

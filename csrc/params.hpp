@@ -16,11 +16,11 @@ struct Tensor {
 };
 
 struct Rois {
-  int64_t count;             // K
-  const void* boxes;         // (K, 4): x1, y1, x2, y2 in image pixels, any float dtype
+  int64_t count;      // K
+  const void* boxes;  // (K, 4): x1, y1, x2, y2 in image pixels, any float dtype
   DType boxes_dtype;
   int64_t boxes_stride[2];
-  const void* image_index;   // (K,): int64 or any float dtype
+  const void* image_index;  // (K,): int64 or any float dtype
   DType index_dtype;
   int64_t index_stride;
 };
@@ -36,8 +36,8 @@ struct Convention {
 };
 
 struct Params {
-  double scale[2];           // y, x: feature pixels per image pixel
-  int64_t sampling_ratio;    // samples per bin and axis; <= 0 adapts to the box
+  double scale[2];         // y, x: feature pixels per image pixel
+  int64_t sampling_ratio;  // samples per bin and axis; <= 0 adapts to the box
   Convention convention;
 };
 

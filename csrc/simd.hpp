@@ -22,8 +22,8 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kLineBytes = 64;                      // one pixel of one block of channels
-constexpr int kParts = kLineBytes / kVectorBytes;   // vectors of a line
+constexpr int kLineBytes = 64;                     // one pixel of one block of channels
+constexpr int kParts = kLineBytes / kVectorBytes;  // vectors of a line
 
 #define ROIALIGN_UNROLL _Pragma("GCC unroll 4")
 
@@ -75,7 +75,8 @@ inline void multiply_add(Line<Real>& acc, const Line<Real>& a, const Line<Real>&
   ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += a.part[v] * b.part[v];
 }
 
-// --- Transposition --------------------------------------------------------------------------------
+// --- Transposition
+// --------------------------------------------------------------------------------
 
 // Lanes<0, ..., n - 1>, as the base of LanesOf<n>.
 template <int... lane>
@@ -111,8 +112,8 @@ inline void transpose_vectors(V (&v)[n]) {
   }
 }
 
-// A square of as many elements as a line has, from rows `in_step` apart to columns `out_step` apart.
-// Vectors of at most 32 bytes: those are faster here than longer ones.
+// A square of as many elements as a line has, from rows `in_step` apart to columns `out_step`
+// apart. Vectors of at most 32 bytes: those are faster here than longer ones.
 template <class Real>
 inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
   constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
@@ -122,7 +123,8 @@ inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_st
     for (int x = 0; x < kLanes<Real>; x += n) {
       Square v[n];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) v[i] = *reinterpret_cast<const Anywhere*>(in + (y + i) * in_step + x);
+      for (int i = 0; i < n; ++i)
+        v[i] = *reinterpret_cast<const Anywhere*>(in + (y + i) * in_step + x);
       transpose_vectors<1>(v);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) *reinterpret_cast<Anywhere*>(out + (x + i) * out_step + y) = v[i];
@@ -130,10 +132,15 @@ inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_st
   }
 }
 
-// --- 16-bit floats --------------------------------------------------------------------------------
+// --- 16-bit floats
+// --------------------------------------------------------------------------------
 
-struct half { uint16_t bits; };
-struct bfloat16 { uint16_t bits; };
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -146,20 +153,34 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
-inline float widen(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+  return float_of(uint32_t(x.bits) << 16);
+}
+inline float widen(float x) {
+  return x;
+}
+inline double widen(double x) {
+  return x;
+}
 
 inline void narrow(float x, bfloat16& result) {  // to nearest even; a NaN stays one
   const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   result.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
-inline void narrow(float x, float& result) { result = x; }
-inline void narrow(double x, double& result) { result = x; }
+inline void narrow(float x, float& result) {
+  result = x;
+}
+inline void narrow(double x, double& result) {
+  result = x;
+}
 
 #if defined(__F16C__)
-inline float widen(half x) { return _cvtsh_ss(x.bits); }
-inline void narrow(float x, half& result) { result.bits = uint16_t(_cvtss_sh(x, 0)); }
+inline float widen(half x) {
+  return _cvtsh_ss(x.bits);
+}
+inline void narrow(float x, half& result) {
+  result.bits = uint16_t(_cvtss_sh(x, 0));
+}
 #else
 inline float widen(half x) {
   // Scaling by 2^112 moves the exponent's bias, and makes subnormals normal.
@@ -189,8 +210,12 @@ template <class To, class Real>
 inline void narrow_line(const Real* from, To* to) {
   for (int c = 0; c < kLanes<Real>; ++c) narrow(from[c], to[c]);
 }
-inline void widen_line(const float* from, float* to) { store(to, load(from)); }
-inline void narrow_line(const float* from, float* to) { store(to, load(from)); }
+inline void widen_line(const float* from, float* to) {
+  store(to, load(from));
+}
+inline void narrow_line(const float* from, float* to) {
+  store(to, load(from));
+}
 #if defined(__AVX512F__)
 inline void widen_line(const half* from, float* to) {
   _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
@@ -215,20 +240,23 @@ inline void narrow_line(const float* from, bfloat16* to) {
 #elif defined(__F16C__)
 inline void widen_line(const half* from, float* to) {
   for (int i = 0; i < 16; i += 8) {
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    _mm256_storeu_ps(to + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
 }
 inline void narrow_line(const float* from, half* to) {
   for (int i = 0; i < 16; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
   }
 }
 #endif
 
-// --- Memory ---------------------------------------------------------------------------------------
+// --- Memory
+// ---------------------------------------------------------------------------------------
 
-// Into the second cache. The empty statement has effects, as a prefetch has not: compilers drop calls
-// of functions that do nothing else.
+// Into the second cache. The empty statement has effects, as a prefetch has not: compilers drop
+// calls of functions that do nothing else.
 inline void prefetch(const void* p, int64_t bytes) {
   const char* end = static_cast<const char*>(p) + bytes;
   const char* line = static_cast<const char*>(p) - reinterpret_cast<uintptr_t>(p) % kLineBytes;

@@ -15,11 +15,11 @@
 namespace roialign {
 namespace {
 
-constexpr int64_t kChunk = 64;             // RoIs whose taps one task builds
-constexpr int64_t kBandBytes = 2 << 20;    // of lines: the rows of a band, for one block of channels
-constexpr int64_t kSerialRois = 256;       // fewer: one thread builds all taps
-constexpr int64_t kMinTasks = 16;          // cut visits until there are as many tasks ...
-constexpr int64_t kMinVisit = 64;          // ... but not below this many RoIs
+constexpr int64_t kChunk = 64;           // RoIs whose taps one task builds
+constexpr int64_t kBandBytes = 2 << 20;  // of lines: the rows of a band, for one block of channels
+constexpr int64_t kSerialRois = 256;     // fewer: one thread builds all taps
+constexpr int64_t kMinTasks = 16;        // cut visits until there are as many tasks ...
+constexpr int64_t kMinVisit = 64;        // ... but not below this many RoIs
 
 // Hands out memory that lives until `clear`; keeps it for the next call.
 class Arena {
@@ -55,9 +55,12 @@ float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16;
   const int exponent = (bits >> 10) & 0x1f, mantissa = bits & 0x3ff;
   float value;
-  if (exponent == 31) value = mantissa ? NAN : INFINITY;
-  else if (exponent == 0) value = std::ldexp(float(mantissa), -24);
-  else value = std::ldexp(float(mantissa + 1024), exponent - 25);
+  if (exponent == 31)
+    value = mantissa ? NAN : INFINITY;
+  else if (exponent == 0)
+    value = std::ldexp(float(mantissa), -24);
+  else
+    value = std::ldexp(float(mantissa + 1024), exponent - 25);
   return sign ? -value : value;
 }
 
@@ -70,15 +73,18 @@ T element(const void* data, int64_t i) {
 
 double read_float(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::float16: return half_to_float(element<uint16_t>(data, i));
+    case DType::float16:
+      return half_to_float(element<uint16_t>(data, i));
     case DType::bfloat16: {
       const uint32_t bits = uint32_t(element<uint16_t>(data, i)) << 16;
       float value;
       std::memcpy(&value, &bits, sizeof value);
       return value;
     }
-    case DType::float32: return element<float>(data, i);
-    default: return element<double>(data, i);
+    case DType::float32:
+      return element<float>(data, i);
+    default:
+      return element<double>(data, i);
   }
 }
 
@@ -176,7 +182,7 @@ void contract_slopes(Taps& slopes, double v_lo, double v_hi) {
 
 // The order of windows: bands from top to bottom, even ones from left to right and odd ones back.
 struct Key {
-  int64_t index;              // of the image, or -1
+  int64_t index;  // of the image, or -1
   int64_t image, band, place, roi;
   bool operator<(const Key& other) const {
     return std::tie(image, band, place, roi) <
@@ -227,8 +233,8 @@ struct Builder {
       // min_size can make a size of -inf finite; the gradient is still 0
       for (Taps& slopes : work.slopes) std::fill(slopes.first.begin(), slopes.first.end(), 0);
     }
-    // What pulls d_output back to the columns of the map walks them: the x of the adjoint, and of the
-    // box gradient's first term.
+    // What pulls d_output back to the columns of the map walks them: the x of the adjoint, and of
+    // the box gradient's first term.
     const auto values = [&](int axis) {
       const bool transposed = axis == 1 && operation != Operation::forward;
       return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
@@ -257,7 +263,8 @@ struct Builder {
     const std::array<Real, 4> box = this->box(k);
     int64_t centre[2];
     for (int axis = 0; axis < 2; ++axis) {
-      const double c = (double(box[size_t(1 - axis)]) + double(box[size_t(3 - axis)])) * params.scale[axis] / 2;
+      const double c =
+          (double(box[size_t(1 - axis)]) + double(box[size_t(3 - axis)])) * params.scale[axis] / 2;
       centre[axis] = c > 0 ? int64_t(std::min(c, double(size(axis)))) : 0;
     }
     const int64_t rows = std::max<int64_t>(1, kBandBytes / (64 * std::max<int64_t>(1, size(1))));
@@ -344,8 +351,8 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
     for (int64_t i = chunk * kChunk; i < std::min(count, (chunk + 1) * kChunk); ++i) {
       const Key& key = s.keys[size_t(i)];
       s.windows[size_t(i)] = key.index < 0
-          ? Window<Real>{key.roi, nullptr, 0}
-          : builder.window(key.roi, of_this_thread<Workspace>(), arena);
+                                 ? Window<Real>{key.roi, nullptr, 0}
+                                 : builder.window(key.roi, of_this_thread<Workspace>(), arena);
     }
   });
 
@@ -360,8 +367,8 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
     }
   }
 
-  // One visit per image, or more where there would be too few tasks. The adjoint sums into a map, so
-  // its images stay whole, and images without RoIs are visited too.
+  // One visit per image, or more where there would be too few tasks. The adjoint sums into a map,
+  // so its images stay whole, and images without RoIs are visited too.
   const bool adjoint = operation == Operation::adjoint;
   const int64_t tasks = std::max<int64_t>(1, images * tasks_per_visit);
   const int64_t pieces = adjoint ? 1 : (kMinTasks + tasks - 1) / tasks;
@@ -376,7 +383,8 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
   for (int64_t image = 0, from = 0; image < images; ++image) {
     int64_t end = from;
     while (end < count && s.keys[size_t(end)].image == image) ++end;
-    const int64_t piece = adjoint ? end - from : std::max(kMinVisit, (end - from + pieces - 1) / pieces);
+    const int64_t piece =
+        adjoint ? end - from : std::max(kMinVisit, (end - from + pieces - 1) / pieces);
     for (bool once = adjoint; from < end || once; once = false) {
       const int64_t visit_end = std::min(end, from + piece);
       Visit<Real> visit{image, nullptr, 0, {nullptr, 0}};
@@ -388,13 +396,16 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
         for (; from < visit_end && s.keys[size_t(from)].band == band; ++from) {
           builder.for_groups(s.windows[size_t(from)], [&](int64_t first, int64_t last) {
             touched.insert(first, last);
-            if (adjoint) std::fill(&last_band[size_t(first)], &last_band[size_t(last - 1)] + 1, visit.count);
+            if (adjoint)
+              std::fill(&last_band[size_t(first)], &last_band[size_t(last - 1)] + 1, visit.count);
           });
         }
         const size_t known = s.first.size();
         touched.append_new(seen, s.first);
-        s.bands.push_back({s.windows.data() + begin, from - begin,
-                           {nullptr, int64_t(s.first.size() - known)}, {nullptr, 0}});
+        s.bands.push_back({s.windows.data() + begin,
+                           from - begin,
+                           {nullptr, int64_t(s.first.size() - known)},
+                           {nullptr, 0}});
         ++visit.count;
       }
       if (adjoint) {  // groups by their last band: a counting sort
@@ -410,8 +421,10 @@ Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* t
         s.last.resize(known + size_t(sum));
         for (int64_t group = 0; group < groups; ++group) {
           const int64_t band = last_band[size_t(group)];
-          if (band < 0) s.untouched.push_back(group);
-          else s.last[known + size_t(in_band[size_t(band + 1)]++)] = group;
+          if (band < 0)
+            s.untouched.push_back(group);
+          else
+            s.last[known + size_t(in_band[size_t(band + 1)]++)] = group;
         }
       }
       s.visits.push_back(visit);

@@ -1,5 +1,6 @@
-// All taps of one call, built once before the engine runs: one window per RoI, in the order in which
-// the engine visits them, and the pixels that each band of windows is the first or the last to touch.
+// All taps of one call, built once before the engine runs: one window per RoI, in the order in
+// which the engine visits them, and the pixels that each band of windows is the first or the last
+// to touch.
 #pragma once
 
 #include <cstdint>
@@ -15,23 +16,23 @@ constexpr int64_t kGroup = 16;
 constexpr int kSeparateTaps = 4;
 
 // One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
-// entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]. An entry's
-// `index` counts along `pixels` where rows are bins, and along the bins where the matrix is transposed
-// and its rows are `pixels`; those with a single entry come first.
+// entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]. An
+// entry's `index` counts along `pixels` where rows are bins, and along the bins where the matrix is
+// transposed and its rows are `pixels`; those with a single entry come first.
 template <class Real>
 struct Axis {
-  const int32_t* pixels;     // the distinct rows (columns) of the map that have weight
+  const int32_t* pixels;  // the distinct rows (columns) of the map that have weight
   int32_t pixel_count;
   int32_t taps;
-  int32_t singles;           // rows with one entry at the start of a transposed matrix
-  bool separate;             // bins have few taps and share few pixels
-  const int32_t* entries;    // of a row, without the padding
+  int32_t singles;         // rows with one entry at the start of a transposed matrix
+  bool separate;           // bins have few taps and share few pixels
+  const int32_t* entries;  // of a row, without the padding
   const int32_t* index;
-  const Real* weight[2];     // values: [0]; slopes: in the box's start, in its end
+  const Real* weight[2];  // values: [0]; slopes: in the box's start, in its end
 };
 
-// One product y . F . x^T of sparse matrices. The plain operations have one term; with a box tangent
-// there are two, and the box gradient's two give the boxes' y and x.
+// One product y . F . x^T of sparse matrices. The plain operations have one term; with a box
+// tangent there are two, and the box gradient's two give the boxes' y and x.
 template <class Real>
 struct Term {
   Axis<Real> y, x;
@@ -40,13 +41,14 @@ struct Term {
 template <class Real>
 struct Window {
   int64_t roi;
-  const Term<Real>* term;    // next to what its axes point to: a window is read as one run of memory
-  int term_count;            // 0: the image index is bad
+  const Term<Real>* term;  // next to what its axes point to: a window is read as one run of memory
+  int term_count;          // 0: the image index is bad
 };
 
 enum class Operation { forward, adjoint, box_gradient };
 
-// A list of groups of pixels, in the order of their addresses: memory is read and written in streams.
+// A list of groups of pixels, in the order of their addresses: memory is read and written in
+// streams.
 struct Groups {
   const int64_t* at;
   int64_t count;
@@ -74,8 +76,8 @@ template <class Real>
 struct Windows {
   const Visit<Real>* visits;
   int64_t visit_count;
-  int64_t max_columns;       // the most pixel columns of a term
-  int64_t work;              // multiply-adds per channel
+  int64_t max_columns;  // the most pixel columns of a term
+  int64_t work;         // multiply-adds per channel
 };
 
 // The first RoI whose image index is not an integer in [0, images), or -1.

@@ -101,7 +101,10 @@ def make_parameters(key):
             layer(keys[2], CHANNELS, CHANNELS, 3, 3),
         ],
         "judge": [layer(keys[3], 96, crops), layer(keys[4], len(CLASSES) + 1, 96)],
-        "refine": [layer(keys[5], 96, crops), (jnp.zeros((4, 96)), jnp.zeros(4))],  # moves nothing yet
+        "refine": [
+            layer(keys[5], 96, crops),
+            (jnp.zeros((4, 96)), jnp.zeros(4)),
+        ],  # moves nothing yet
     }
 
 

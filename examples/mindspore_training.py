@@ -1,8 +1,8 @@
 """A head on pooled features learns to name shapes in MindSpore, with our ROIAlign or its own.
 
-    python examples/mindspore_training.py              # roialign.ROIAlign
-    python examples/mindspore_training.py --theirs     # mindspore.ops.ROIAlign: the same losses
-    python examples/mindspore_training.py --graph      # compiled
+python examples/mindspore_training.py              # roialign.ROIAlign
+python examples/mindspore_training.py --theirs     # mindspore.ops.ROIAlign: the same losses
+python examples/mindspore_training.py --graph      # compiled
 """
 
 import argparse
@@ -45,7 +45,10 @@ class Model(nn.Cell):
     def __init__(self, pool):
         super().__init__()
         self.features = nn.SequentialCell(
-            nn.Conv2d(1, CHANNELS, 3, STRIDE), nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3), nn.ReLU()
+            nn.Conv2d(1, CHANNELS, 3, STRIDE),
+            nn.ReLU(),
+            nn.Conv2d(CHANNELS, CHANNELS, 3),
+            nn.ReLU(),
         )
         self.pool = pool
         self.head = nn.SequentialCell(nn.Flatten(), nn.Dense(CHANNELS * BINS * BINS, KINDS))

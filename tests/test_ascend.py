@@ -116,7 +116,9 @@ def test_products(kernel, constants, expected, values, block):
         "memref.load": loads, "memref.copy": copies, "linalg.matmul": products
     }  # fmt: skip
     assert text.count('input_precison = "ieee"') == products
-    rows = re.findall(r"memref\.copy .*: memref<\?x\?x\w+, strided<\[\?, 1\], offset: \?>> to", text)
+    rows = re.findall(
+        r"memref\.copy .*: memref<\?x\?x\w+, strided<\[\?, 1\], offset: \?>> to", text
+    )
     assert len(rows) == copies  # contiguous in memory
 
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: bits of its arithmetic, streams, graphs, several devices, sizes beyond 32 bits.
 
-    TRITON_INTERPRET=0 pytest tests/test_gpu_*.py
+TRITON_INTERPRET=0 pytest tests/test_gpu_*.py
 """
 
 import os
@@ -58,7 +58,9 @@ def test_a_subnormal_size_is_a_size():
     assert torch.equal(output.cpu(), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("sampling", [0, 2])
 def test_parity_with_the_core(features, dtype, layout, sampling):
@@ -170,7 +172,9 @@ def test_offsets_beyond_32_bits():
 def test_error_bounds(make_problem):
     problem = make_problem(shape=(2, 32, 40, 50), count=40, size=(7, 7), sampling=0)
     g = problem.draw_output()
-    given = [torch.from_numpy(a).cuda() for a in (g, problem.features, problem.boxes, problem.index)]
+    given = [
+        torch.from_numpy(a).cuda() for a in (g, problem.features, problem.boxes, problem.index)
+    ]
     d_output, features, boxes, index = given
     rois = boxes, index
     d_features = roialign.roi_align_adjoint(d_output, rois, features.shape, **problem.options)

@@ -22,7 +22,9 @@ import roialign.torch  # noqa: E402
 from roialign._triton import kernels  # noqa: E402
 from test_torch import OPTIONS, array, tensor  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*deprecated:FutureWarning"
+)  # torch's own
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 SIZE = (2, 3)
@@ -313,7 +315,9 @@ def test_the_cpu_needs_no_triton():
         "import sys; sys.modules['triton'] = None; import torch, roialign;"
         "print(roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1).shape)"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert output.stdout.split() == ["torch.Size([1,", "1,", "1,", "1])"]
 
 
@@ -330,7 +334,9 @@ def test_a_gpu_without_triton_is_a_clear_error():
 def test_other_devices_are_refused():
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         features = torch.empty(1, 1, 4, 4, device="mps")
-        with pytest.raises(TypeError, match="`features` must be on the CPU or a GPU, got device mps"):
+        with pytest.raises(
+            TypeError, match="`features` must be on the CPU or a GPU, got device mps"
+        ):
             roialign.roi_align(features, torch.zeros(1, 5), 1)
 
 
@@ -386,7 +392,9 @@ def test_ascend_is_refused_by_default(npu, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="an Ascend device is played by the CPU")
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in matmul")  # beyond windows
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered in matmul"
+)  # beyond windows
 def test_ascend(npu, launched, monkeypatch, make_problem):
     monkeypatch.setenv("ROIALIGN_NPU", "1")
     problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)

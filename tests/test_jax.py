@@ -75,7 +75,9 @@ def all_three(problem, g):
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
 @pytest.mark.parametrize("sampling", [0, 2])
 def test_oracle(make_problem, convention, dtype, sampling):
-    problem = make_problem(convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7))
+    problem = make_problem(
+        convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7)
+    )
     g = problem.draw_output()
     output, d_features, d_boxes = all_three(problem, g)
     assert output.dtype == d_features.dtype == dtype and d_boxes.dtype == problem.boxes.dtype
@@ -120,7 +122,9 @@ def test_golden_gradient(golden_gradient):
 def test_golden_seed(golden_mindspore):
     names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
     layer = roialign.ROIAlign(*(golden_mindspore.parameter(name) for name in names))
-    output = jax.jit(layer)(jnp.asarray(golden_mindspore.features), jnp.asarray(golden_mindspore.rois))
+    output = jax.jit(layer)(
+        jnp.asarray(golden_mindspore.features), jnp.asarray(golden_mindspore.rois)
+    )
     golden_mindspore.check_forward(np.asarray(output))
 
 
@@ -195,7 +199,11 @@ def test_no_rois(way, request):
         request.getfixturevalue("dense")
     for shape in ((2, 3, 4, 5), (2, 0, 4, 5), (0, 3, 4, 5), (2, 3, 0, 5)):
         features = jnp.ones(shape)
-        forms = [jnp.zeros((0, 5)), (jnp.zeros((0, 4)), jnp.zeros(0, int)), [jnp.zeros((0, 4))] * shape[0]]
+        forms = [
+            jnp.zeros((0, 5)),
+            (jnp.zeros((0, 4)), jnp.zeros(0, int)),
+            [jnp.zeros((0, 4))] * shape[0],
+        ]
         for rois in forms:
             output, pull = jax.vjp(lambda f: roialign.roi_align(f, rois, 2), features)
             assert output.shape == (0, shape[1], 2, 2)
@@ -240,7 +248,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_errors(changed, error, message):
     arguments = {"features": FEATURES, "rois": ROIS, "output_size": 2} | changed
     with pytest.raises(error, match=message):
@@ -410,7 +420,10 @@ def test_hessian_in_features(problem):
     product = jax.jvp(jax.grad(loss), (small,), (u,))[1]
     dims = tuple(range(4))
     close(jnp.tensordot(hessian, u, (dims, dims)), product)
-    close(product, 2 * jax.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u))
+    close(
+        product,
+        2 * jax.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u),
+    )
 
 
 # Transforms
@@ -425,7 +438,9 @@ def test_vmap(problem, batched, way, request):
             for t, d in zip(leaves(problem), batched, strict=True)]  # fmt: skip
 
     def row(i):
-        return [jnp.take(t, i, d) if d is not None else t for t, d in zip(rows, batched, strict=True)]
+        return [
+            jnp.take(t, i, d) if d is not None else t for t, d in zip(rows, batched, strict=True)
+        ]
 
     def gradients(f, b):
         return jax.grad(lambda f, b: (pool(problem, f, b) ** 2).sum(), argnums=(0, 1))(f, b)
@@ -458,7 +473,9 @@ def test_vmap_of_tangents(problem):
     reverse = jax.jacrev(lambda b: pool(problem, features, b))(boxes)
     close(reverse, jax.jacfwd(lambda b: pool(problem, features, b))(boxes))
     tangents = jnp.stack([jnp.cos(boxes), jnp.sin(boxes)])
-    along = jax.vmap(lambda v: jax.jvp(lambda b: pool(problem, features, b), (boxes,), (v,))[1])(tangents)
+    along = jax.vmap(lambda v: jax.jvp(lambda b: pool(problem, features, b), (boxes,), (v,))[1])(
+        tangents
+    )
     close(along, jnp.einsum("kcpqje,bje->bkcpq", reverse, tangents))
 
 
@@ -477,7 +494,9 @@ def test_checkpoint(problem):
         return (pool(problem, f, b) ** 2).sum()
 
     kept = jax.grad(jax.checkpoint(loss), argnums=(0, 1))(*leaves(problem))
-    for actual, expected in zip(kept, jax.grad(loss, argnums=(0, 1))(*leaves(problem)), strict=True):
+    for actual, expected in zip(
+        kept, jax.grad(loss, argnums=(0, 1))(*leaves(problem)), strict=True
+    ):
         same(actual, expected)
 
 
@@ -501,7 +520,9 @@ def test_scan(problem):
 
 def test_control_flow(problem):
     features, boxes = leaves(problem)
-    chosen = jax.jit(lambda c, f: jax.lax.cond(c, lambda f: pool(problem, f), lambda f: pool(problem, 2 * f), f))
+    chosen = jax.jit(
+        lambda c, f: jax.lax.cond(c, lambda f: pool(problem, f), lambda f: pool(problem, 2 * f), f)
+    )
     close(chosen(True, features), pool(problem))
     close(chosen(False, features), 2 * pool(problem))
 
@@ -568,14 +589,19 @@ def test_export(make_problem):
         jax.ShapeDtypeStruct((k,), index.dtype),
     )
     for count in (1, 4):
-        same(any_number.call(features, boxes[:count], index[:count]), f(features, boxes[:count], index[:count]))
+        same(
+            any_number.call(features, boxes[:count], index[:count]),
+            f(features, boxes[:count], index[:count]),
+        )
 
 
 def test_each_platform_has_its_own_way(make_problem):
     problem = make_problem()
     features, boxes = leaves(problem)
     traced = jax.jit(lambda *x: pool(problem, *x)).trace(features, boxes)
-    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
+    texts = {
+        name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")
+    }
     assert "roialign_forward" in texts["cpu"]
     for name in ("tpu", "cuda"):
         assert "roialign_forward" not in texts[name] and "dot_general" in texts[name]
@@ -592,7 +618,9 @@ def test_without_64_bits(make_problem):
         output = roialign.roi_align(features, rois, problem.size, **problem.options)
         same(output, expected)
         d_boxes = jax.grad(lambda b: pool(problem, features, b).sum())(rois[0])
-        explicit = roialign.roi_align_box_gradient(jnp.ones_like(output), features, rois, **problem.options)
+        explicit = roialign.roi_align_box_gradient(
+            jnp.ones_like(output), features, rois, **problem.options
+        )
         same(d_boxes, explicit)
 
 
@@ -654,7 +682,9 @@ def check_dense(problem, g=None):
 
 @pytest.mark.parametrize("sampling", [0, 3])
 def test_dense_oracle(dense, make_problem, convention, sampling):
-    check_dense(make_problem(shape=(2, 5, 9, 7), count=12, convention=convention, sampling=sampling))
+    check_dense(
+        make_problem(shape=(2, 5, 9, 7), count=12, convention=convention, sampling=sampling)
+    )
 
 
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
@@ -683,7 +713,10 @@ def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):
                                scale=(1.0, 1.0), convention=convention)  # fmt: skip
         problem = replace(problem, boxes=boxes.astype(np.float32))
         expected = oracle.forward(problem)
-        bound = 2 * tolerance.forward(problem, expected) + 8 * moved(problem) * np.abs(problem.features).max()
+        bound = (
+            2 * tolerance.forward(problem, expected)
+            + 8 * moved(problem) * np.abs(problem.features).max()
+        )
         tolerance.check(pool(problem), expected, bound)
 
 

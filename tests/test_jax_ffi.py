@@ -4,7 +4,17 @@ import ctypes
 import os
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +120,15 @@ def test_layouts(tmp_path):
     source.write_text("\n".join(lines) + "\n")
     include = Path(jaxlib.__file__).parent / "include"
     ran = subprocess.run(
-        [*compiler.split(), "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-I", include, source],
+        [
+            *compiler.split(),
+            "-std=c++17",
+            "-fsyntax-only",
+            "-Wno-invalid-offsetof",
+            "-I",
+            include,
+            source,
+        ],
         capture_output=True,
         text=True,
     )
@@ -128,11 +146,22 @@ HEAD = (("size", c_size_t), ("extensions", c_void_p))
 Extension = structure("Extension", ("size", c_size_t), ("type", c_int32), ("next", c_void_p))
 ApiVersion = structure("ApiVersion", *HEAD, ("major", c_int32), ("minor", c_int32))
 Metadata = structure(
-    "Metadata", ("size", c_size_t), ("api_version", ApiVersion), ("traits", c_int32), ("state", c_int64)
+    "Metadata",
+    ("size", c_size_t),
+    ("api_version", ApiVersion),
+    ("traits", c_int32),
+    ("state", c_int64),
 )
-MetadataExtension = structure("MetadataExtension", ("base", Extension), ("metadata", POINTER(Metadata)))
+MetadataExtension = structure(
+    "MetadataExtension", ("base", Extension), ("metadata", POINTER(Metadata))
+)
 Buffer = structure(
-    "Buffer", *HEAD, ("dtype", c_int32), ("data", c_void_p), ("rank", c_int64), ("dims", POINTER(c_int64))
+    "Buffer",
+    *HEAD,
+    ("dtype", c_int32),
+    ("data", c_void_p),
+    ("rank", c_int64),
+    ("dims", POINTER(c_int64)),
 )
 Buffers = structure(
     "Buffers", *HEAD, ("count", c_int64), ("types", POINTER(c_int32)), ("items", POINTER(c_void_p))
@@ -177,7 +206,9 @@ class Call:
             return 1
 
         self.api = Api(ctypes.sizeof(Api), None, ApiVersion(), None, create_error)
-        self.frame = CallFrame(CallFrame.future.offset, None, ctypes.pointer(self.api), None, EXECUTE)
+        self.frame = CallFrame(
+            CallFrame.future.offset, None, ctypes.pointer(self.api), None, EXECUTE
+        )
         self.frame.arguments = self.buffers(arguments)
         self.frame.results = self.buffers(results)
         count = len(rule)
@@ -196,7 +227,14 @@ class Call:
         for array in arrays:
             dims = (c_int64 * max(1, array.ndim))(*array.shape)
             items.append(
-                Buffer(ctypes.sizeof(Buffer), None, DTYPES[array.dtype.name], array.ctypes.data, array.ndim, dims)
+                Buffer(
+                    ctypes.sizeof(Buffer),
+                    None,
+                    DTYPES[array.dtype.name],
+                    array.ctypes.data,
+                    array.ndim,
+                    dims,
+                )
             )
         self.kept += [arrays, items]
         pointers = (c_void_p * max(1, len(items)))(*[ctypes.addressof(b) for b in items])
@@ -241,7 +279,9 @@ def test_forward(make_problem, dtype):
 
 def test_metadata():
     metadata = Metadata(ctypes.sizeof(Metadata), state=7)
-    extension = MetadataExtension(Extension(ctypes.sizeof(MetadataExtension), 1, None), ctypes.pointer(metadata))
+    extension = MetadataExtension(
+        Extension(ctypes.sizeof(MetadataExtension), 1, None), ctypes.pointer(metadata)
+    )
     call = Call([], [], {})
     call.frame.extensions = ctypes.addressof(extension)
     assert not call.run("forward")
@@ -259,7 +299,9 @@ SPOILT = {
     "boxes of rank 3": lambda a, r, n: a.__setitem__(0, a[0][None]),
     "boxes (K, 5)": lambda a, r, n: a.__setitem__(0, np.zeros((7, 5), np.float32)),
     "fewer boxes": lambda a, r, n: a.__setitem__(0, a[0][:3].copy()),
-    "more boxes": lambda a, r, n: a.__setitem__(slice(2), [np.tile(a[0], (9, 1)), np.tile(a[1], 9)]),
+    "more boxes": lambda a, r, n: a.__setitem__(
+        slice(2), [np.tile(a[0], (9, 1)), np.tile(a[1], 9)]
+    ),
     "integer boxes": lambda a, r, n: a.__setitem__(0, a[0].astype(np.int32)),
     "int64 image index": lambda a, r, n: a.__setitem__(1, a[1].astype(np.int64)),
     "float image index": lambda a, r, n: a.__setitem__(1, a[1].astype(np.float32)),

@@ -347,7 +347,10 @@ def check_transforms():
     indices = jnp.array([[0, 1], [1, -1]])
     cases = (
         (results, (features, boxes, index)),
-        (jax.vmap(results), (jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), indices)),
+        (
+            jax.vmap(results),
+            (jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), indices),
+        ),
         (mapped, (features[:, :2], boxes, index)),
     )
     expected = [jax.jit(function)(*arguments) for function, arguments in cases]

@@ -76,7 +76,9 @@ def put(mesh, arrays, cut):
 def moved_features(compiled, features):
     """Collectives that give an array of the features' pixels."""
     pixels = ",".join(map(str, features.shape[2:]))
-    return re.findall(rf"\[\d+,\d+,{pixels}\][^=\n]* (?:all-gather|all-to-all|collective-permute)", compiled)
+    return re.findall(
+        rf"\[\d+,\d+,{pixels}\][^=\n]* (?:all-gather|all-to-all|collective-permute)", compiled
+    )
 
 
 def check_jit(names):
@@ -122,12 +124,16 @@ def check_other_numbers():
     for dtype in (jnp.bfloat16, jnp.float16):
         low = features.astype(dtype), boxes, index, d_output.astype(dtype)
         right = differentiated(pool, *low)
-        results = jax.jit(functools.partial(differentiated, pool))(*put(mesh, low, CUT["RoIs and channels"]))
+        results = jax.jit(functools.partial(differentiated, pool))(
+            *put(mesh, low, CUT["RoIs and channels"])
+        )
         np.testing.assert_array_equal(results[0], right[0])
         bound = 16 * float(jnp.finfo(dtype).eps)
         for actual, wanted in zip(results[1:], right[1:], strict=True):
             wanted = np.asarray(wanted, np.float32)
-            np.testing.assert_allclose(np.asarray(actual, np.float32), wanted, rtol=bound, atol=bound)
+            np.testing.assert_allclose(
+                np.asarray(actual, np.float32), wanted, rtol=bound, atol=bound
+            )
 
     many = jnp.stack([features, 2 * features, -features, features])
     cut = jax.device_put(many, NamedSharding(mesh, P("y")))
@@ -180,7 +186,9 @@ def check_shard_map(dense):
                 ins = features, rois, rois
                 cut = mapped(shard_map, mesh, checked, pool, ins, d_output)
                 check(jax.jit(functools.partial(differentiated, cut))(*arrays), expected)
-                assert not re.search("all-|collective", jax.jit(cut).lower(*arrays[:3]).compile().as_text())
+                assert not re.search(
+                    "all-|collective", jax.jit(cut).lower(*arrays[:3]).compile().as_text()
+                )
 
                 def inside(*arrays):
                     output, d_features, d_boxes = differentiated(pool, *arrays)
@@ -188,15 +196,25 @@ def check_shard_map(dense):
                         return output, d_features, d_boxes
                     return output, jax.lax.psum(d_features, sums[0]), jax.lax.psum(d_boxes, sums[1])
 
-                used = [[a for s in spec for a in (s if isinstance(s, tuple) else (s,)) if a] for spec in CUT[name]]
+                used = [
+                    [a for s in spec for a in (s if isinstance(s, tuple) else (s,)) if a]
+                    for spec in CUT[name]
+                ]
                 sums = tuple(a for a in used[1]), tuple(a for a in used[0])
-                inner = mapped(shard_map, mesh, checked, inside, (*ins, d_output), (d_output, features, rois))
+                inner = mapped(
+                    shard_map, mesh, checked, inside, (*ins, d_output), (d_output, features, rois)
+                )
                 check(jax.jit(inner)(*arrays), expected)
 
             # data parallel: each device has its images and their RoIs, and counts them from 0
             own = jnp.arange(24, dtype=jnp.int32) // 3
             local = mapped(
-                shard_map, mesh, checked, lambda f, b, i: pool(f, b, i % 4), (P("x"), P("x"), P("x")), P("x")
+                shard_map,
+                mesh,
+                checked,
+                lambda f, b, i: pool(f, b, i % 4),
+                (P("x"), P("x"), P("x")),
+                P("x"),
             )
             parallel = functools.partial(differentiated, local)
             check(
@@ -226,7 +244,13 @@ def check_explicit():
     arrays = arguments()
     right = pool(*arrays[:3]), *jax.grad(loss, argnums=(0, 1))(*arrays)
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
-    for name in ("RoIs", "channels", "RoIs and channels", "images and RoIs", "images and RoIs over one axis"):
+    for name in (
+        "RoIs",
+        "channels",
+        "RoIs and channels",
+        "images and RoIs",
+        "images and RoIs over one axis",
+    ):
         with jax.set_mesh(mesh):
             cut = put(mesh, arrays, CUT[name])
             output = jax.jit(pool)(*cut[:3])

@@ -277,7 +277,9 @@ def test_mixed_dtypes(mode, make_problem, dtype, boxes_dtype):
 # The forms of rois
 
 
-@pytest.mark.parametrize("index_dtype", [mindspore.uint8, mindspore.int32, mindspore.int64], ids=str)
+@pytest.mark.parametrize(
+    "index_dtype", [mindspore.uint8, mindspore.int32, mindspore.int64], ids=str
+)
 def test_forms_of_rois(mode, make_problem, index_dtype):
     problem = make_problem(count=6)
     index = np.sort(problem.index)
@@ -765,7 +767,9 @@ def test_calls_of_one_graph_are_kept_apart(mode):
 
     for _ in range(2):
         expected = calls(features, rois)
-        for actual, wanted in zip(Net(calls)(Tensor(features), Tensor(rois)), expected, strict=True):
+        for actual, wanted in zip(
+            Net(calls)(Tensor(features), Tensor(rois)), expected, strict=True
+        ):
             assert same(actual, wanted)
 
 

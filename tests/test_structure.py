@@ -19,7 +19,10 @@ ADAPTER = {"_core", "_checks", "_conventions", "_threads"}
 ALLOWED = {
     "__init__": ({"_api", "_conventions"}, set()),
     "__main__": ({"cli"}, set()),
-    "_api": ({"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore", "cupy"}, set()),
+    "_api": (
+        {"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore", "cupy"},
+        set(),
+    ),
     "_checks": ({"_conventions"}, set()),
     "_conventions": (set(), set()),
     "_threads": ({"_checks", "_core"}, set()),
@@ -92,9 +95,7 @@ def test_a_module_imports_what_its_place_allows(path):
     assert outer <= outer_allowed
 
 
-@pytest.mark.parametrize(
-    "path", sorted((PACKAGE / "_triton").glob("*.py")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "_triton").glob("*.py")), ids=lambda p: p.stem)
 def test_a_module_of_kernels_imports_triton_alone(path):
     assert path.stem in KERNELS, f"{path.name} has no place in the tree: give it one here"
     inner, outer = imports(ast.parse(path.read_text(encoding="utf-8")), "_triton", path.parent)

@@ -17,7 +17,9 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 import roialign.torch  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*deprecated:FutureWarning"
+)  # torch's own
 
 OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 LAYOUTS = {
@@ -72,12 +74,16 @@ def differentiable(problem):
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
 @pytest.mark.parametrize("sampling", [0, 2])
 def test_oracle(make_problem, convention, dtype, sampling):
-    problem = make_problem(convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7))
+    problem = make_problem(
+        convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7)
+    )
     expected = oracle.forward(problem)
     tolerance.check(array(pool(problem)), expected, tolerance.forward(problem, expected))
     g = problem.draw_output()
     shape = problem.features.shape
-    d_features = roialign.roi_align_adjoint(tensor(g), torch_rois(problem), shape, **problem.options)
+    d_features = roialign.roi_align_adjoint(
+        tensor(g), torch_rois(problem), shape, **problem.options
+    )
     expected = oracle.adjoint(problem, g)
     tolerance.check(array(d_features), expected, tolerance.adjoint(problem, g, expected))
     d_boxes = roialign.roi_align_box_gradient(
@@ -126,7 +132,9 @@ def test_golden_seed(golden_mindspore):
     golden_mindspore.check_forward(array(output))
 
 
-@pytest.mark.parametrize("boxes_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "boxes_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_mixed_dtypes(make_problem, dtype, boxes_dtype):
     problem = make_problem()
@@ -172,14 +180,22 @@ def test_integer_boxes(make_problem):
     problem = make_problem()
     boxes, index = torch_rois(problem)
     whole = roialign.roi_align(tensor(problem.features), (boxes.long(), index), 2)
-    assert torch.equal(whole, roialign.roi_align(tensor(problem.features), (boxes.long().float(), index), 2))
-    d_boxes = roialign.roi_align_box_gradient(whole, tensor(problem.features), (boxes.long(), index))
+    assert torch.equal(
+        whole, roialign.roi_align(tensor(problem.features), (boxes.long().float(), index), 2)
+    )
+    d_boxes = roialign.roi_align_box_gradient(
+        whole, tensor(problem.features), (boxes.long(), index)
+    )
     assert d_boxes.dtype is torch.float32
 
 
 def test_no_rois():
     features = torch.ones(2, 3, 4, 5, requires_grad=True)
-    for rois in (torch.zeros(0, 5), (torch.zeros(0, 4), torch.zeros(0, dtype=int)), [torch.zeros(0, 4)] * 2):
+    for rois in (
+        torch.zeros(0, 5),
+        (torch.zeros(0, 4), torch.zeros(0, dtype=int)),
+        [torch.zeros(0, 4)] * 2,
+    ):
         output = roialign.roi_align(features, rois, 2)
         assert output.shape == (0, 3, 2, 2)
         assert not torch.autograd.grad(output.sum(), features)[0].any()
@@ -195,9 +211,12 @@ def test_out(make_problem, layout):
     result = roialign.roi_align(features, (boxes, index), problem.size, **problem.options, out=out)
     assert result is out and torch.equal(out, expected)
     d_features = torch.full_like(features, torch.nan)
-    roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options, out=d_features)
+    roialign.roi_align_adjoint(
+        expected, (boxes, index), features.shape, **problem.options, out=d_features
+    )
     assert torch.equal(
-        d_features, roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options)
+        d_features,
+        roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options),
     )
 
 
@@ -234,7 +253,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "changed, error, message", ERRORS, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_errors(changed, error, message):
     arguments = {"features": FEATURES, "rois": ROIS, "output_size": 2} | changed
     with pytest.raises(error, match=message):
@@ -301,7 +322,9 @@ def test_second_order_in_boxes_raises(problem, differentiable):
     with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
         gradient.sum().backward()
     with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
-        torch.func.hessian(lambda b: pool(problem, features.detach(), b).pow(2).sum())(boxes.detach())
+        torch.func.hessian(lambda b: pool(problem, features.detach(), b).pow(2).sum())(
+            boxes.detach()
+        )
 
 
 def test_torch_func(problem, differentiable):
@@ -347,9 +370,13 @@ def test_hessian_in_features(problem, differentiable):
     small = features[:, :1, :4, :5]
     hessian = torch.func.hessian(lambda f: pool(problem, f, boxes).pow(2).sum())(small)
     u = torch.randn_like(small)
-    expected = 2 * torch.func.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u)
+    expected = 2 * torch.func.grad(
+        lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum()
+    )(u)
     dims = tuple(range(4))
-    torch.testing.assert_close(torch.tensordot(hessian, u, (dims, dims)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensordot(hessian, u, (dims, dims)), expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
@@ -382,7 +409,9 @@ def test_vmap_over_image_index(problem):
     outputs = torch.func.vmap(f)(indices)
     assert torch.equal(outputs, torch.stack([f(i) for i in indices]))
     with pytest.raises(IndexError, match="`image_index` of RoI"):  # not another batch's image
-        torch.func.vmap(lambda f: roialign.roi_align(f, (boxes, index + 1), 2))(features[None].repeat(3, 1, 1, 1, 1))
+        torch.func.vmap(lambda f: roialign.roi_align(f, (boxes, index + 1), 2))(
+            features[None].repeat(3, 1, 1, 1, 1)
+        )
 
 
 def test_checkpoint(problem, differentiable):
@@ -447,7 +476,9 @@ def test_compile(make_problem, backend):
 
 
 def test_compile_raises_index_errors():
-    compiled = torch.compile(lambda f, r: roialign.roi_align(f, r, 2), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda f, r: roialign.roi_align(f, r, 2), backend="aot_eager", fullgraph=True
+    )
     with pytest.raises(IndexError, match="RoI 1 .*got 7"):
         compiled(FEATURES, ROIS + torch.tensor([[0.0] * 5, [6.0, 0, 0, 0, 0]]))
     torch._dynamo.reset()
@@ -477,8 +508,12 @@ def test_export():
 def test_aot_inductor(tmp_path):
     features = torch.rand(2, 3, 8, 9)
     exported = torch.export.export(Head(), (features, ROIS))
-    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "head.pt2"))
-    assert torch.equal(torch._inductor.aoti_load_package(path)(features, ROIS), Head()(features, ROIS))
+    path = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "head.pt2")
+    )
+    assert torch.equal(
+        torch._inductor.aoti_load_package(path)(features, ROIS), Head()(features, ROIS)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace.*deprecated:DeprecationWarning")
@@ -496,7 +531,11 @@ def test_meta_and_fake_tensors(layout):
     features = LAYOUTS[layout](torch.rand(2, 3, 8, 9))
     output = roialign.roi_align(features, ROIS, 2)
     on_meta = roialign.roi_align(features.to("meta"), ROIS.to("meta"), 2)
-    assert (on_meta.shape, on_meta.stride(), on_meta.device.type) == (output.shape, output.stride(), "meta")
+    assert (on_meta.shape, on_meta.stride(), on_meta.device.type) == (
+        output.shape,
+        output.stride(),
+        "meta",
+    )
     with FakeTensorMode() as mode:
         fake = roialign.roi_align(mode.from_tensor(features), mode.from_tensor(ROIS), 2)
     assert (fake.shape, fake.stride(), fake.dtype) == (output.shape, output.stride(), output.dtype)
@@ -615,7 +654,9 @@ assert torch.equal(compiled(features, rois), expected)
 @pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_are_functorch_transforms_active"])
 def test_without_what_is_private_to_torch(name):
     """It only makes calls shorter."""
-    done = subprocess.run([sys.executable, "-c", PUBLIC.format(name=name)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLIC.format(name=name)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

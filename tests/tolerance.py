@@ -80,7 +80,9 @@ def box_gradient(problem, d_output, expected, narrow=False):
             continue
         for a, b in ((y, x), (x, y)):
             pixels = np.sum(a.weights.any(0))
-            runs = -(-y.bins // 7) if b is x else 1  # slopes of x are added for 7 rows of bins at a time
+            runs = (
+                -(-y.bins // 7) if b is x else 1
+            )  # slopes of x are added for 7 rows of bins at a time
             slopes = np.sum(b.slopes(bound=True).any(0))
             terms = max(terms, a.bins + pixels + runs * slopes)
     terms += 16 + d_output.shape[1] / 8

@@ -1,6 +1,6 @@
 // The C entries that mindspore.ops.Custom finds in this library by name. Each gets the addresses,
-// shapes and dtypes of its inputs and then of its result, all contiguous, and returns 0 or a code with
-// which MindSpore raises. A RoI whose image index is bad pools to 0 and has gradient 0.
+// shapes and dtypes of its inputs and then of its result, all contiguous, and returns 0 or a code
+// with which MindSpore raises. A RoI whose image index is bad pools to 0 and has gradient 0.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -20,8 +20,8 @@ namespace {
 
 enum Code { done, refused, failed, second_derivative };
 
-// (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or NaN, floor,
-// threads), float64
+// (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or NaN,
+// floor, threads), float64
 constexpr int64_t kRule = 9;
 
 struct Call {
@@ -68,8 +68,9 @@ Rois rois(const Call& call, int i) {
   require(call.ndims[i] == 2 && call.ndims[i + 1] == 1);
   const int64_t count = call.shapes[i][0];
   require(is_boxes(call, i, count) && call.shapes[i + 1][0] == count);
-  return {count, call.data[i], dtype_of(call.dtypes[i]), {4, 1},
-          call.data[i + 1], dtype_of(call.dtypes[i + 1]), 1};
+  return {count,  call.data[i],     dtype_of(call.dtypes[i]),
+          {4, 1}, call.data[i + 1], dtype_of(call.dtypes[i + 1]),
+          1};
 }
 
 // A box tangent, or box gradient: of the coordinate type.
@@ -94,8 +95,8 @@ Rule rule(const Call& call, int i) {
           threads};
 }
 
-// forward and adjoint: (array, boxes, image_index, tangent, rule) -> result. A tangent of one dimension
-// is none.
+// forward and adjoint: (array, boxes, image_index, tangent, rule) -> result. A tangent of one
+// dimension is none.
 template <class Operation>
 void pooled(const Call& call, const Operation& operation) {
   require(call.count == 6);

@@ -1,5 +1,6 @@
-// The Python module roialign._core: NumPy's buffers and torch's tensors as pointers, shapes and strides. The
-// adapters check everything that a user can get wrong; what is checked here keeps memory safe.
+// The Python module roialign._core: NumPy's buffers and torch's tensors as pointers, shapes and
+// strides. The adapters check everything that a user can get wrong; what is checked here keeps
+// memory safe.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -29,7 +30,8 @@ namespace nb = nanobind;
 namespace roialign::python {
 namespace {
 
-// What a library of tensors offers by DLPack in C (its version 1.2): reading one makes no Python object.
+// What a library of tensors offers by DLPack in C (its version 1.2): reading one makes no Python
+// object.
 struct Exchange {
   uint32_t major, minor;
   Exchange* older;
@@ -53,8 +55,8 @@ void accept(const nb::type_object& type) {
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
 }
 
-// An array of at most four dimensions, as long as its object lives: of NumPy (bfloat16 as uint16, a view
-// that every NumPy can export), or a tensor.
+// An array of at most four dimensions, as long as its object lives: of NumPy (bfloat16 as uint16, a
+// view that every NumPy can export), or a tensor.
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -69,12 +71,18 @@ bool take_dtype(const nb::dlpack::dtype& t, Array& array) {
   const auto is = [&](Code code, int bits) {
     return t.code == uint8_t(code) && t.bits == bits && t.lanes == 1;
   };
-  if (is(Code::Float, 32)) array.dtype = DType::float32;
-  else if (is(Code::Float, 64)) array.dtype = DType::float64;
-  else if (is(Code::Float, 16)) array.dtype = DType::float16;
-  else if (is(Code::Bfloat, 16) || is(Code::UInt, 16)) array.dtype = DType::bfloat16;
-  else if (is(Code::Int, 64)) array.dtype = DType::int64;
-  else return false;
+  if (is(Code::Float, 32))
+    array.dtype = DType::float32;
+  else if (is(Code::Float, 64))
+    array.dtype = DType::float64;
+  else if (is(Code::Float, 16))
+    array.dtype = DType::float16;
+  else if (is(Code::Bfloat, 16) || is(Code::UInt, 16))
+    array.dtype = DType::bfloat16;
+  else if (is(Code::Int, 64))
+    array.dtype = DType::int64;
+  else
+    return false;
   array.integers = t.code != uint8_t(Code::Float) && t.code != uint8_t(Code::Bfloat);
   return true;
 }
@@ -83,13 +91,15 @@ bool is_tensor(const nb::handle& object) {
   return tensor_type && PyType_IsSubtype(Py_TYPE(object.ptr()), tensor_type);
 }
 
-// Whether a tensor has memory where its elements are: there are wrappers, and storages that were freed.
+// Whether a tensor has memory where its elements are: there are wrappers, and storages that were
+// freed.
 bool describe(const nb::handle& tensor, nb::dlpack::dltensor& given) {
   if (exchange->describe(tensor.ptr(), &given)) {
     PyErr_Clear();
     return false;
   }
-  return given.data || std::any_of(given.shape, given.shape + given.ndim, [](int64_t n) { return n == 0; });
+  return given.data ||
+         std::any_of(given.shape, given.shape + given.ndim, [](int64_t n) { return n == 0; });
 }
 bool has_memory(const nb::object& object) {
   nb::dlpack::dltensor given;
@@ -99,7 +109,8 @@ bool has_memory(const nb::object& object) {
 // Never converts: a silent copy of an output would lose the result.
 template <class NdArray>
 bool read(const nb::handle& object, Array& array) {
-  const auto take = [&](const auto& dtype, const auto& ndim, const auto& shape, const auto& stride) {
+  const auto take = [&](const auto& dtype, const auto& ndim, const auto& shape,
+                        const auto& stride) {
     if (!take_dtype(dtype, array) || ndim > 4) return false;
     array.ndim = int(ndim);
     for (int i = 0; i < array.ndim; ++i) {
@@ -114,27 +125,34 @@ bool read(const nb::handle& object, Array& array) {
     array.data = static_cast<char*>(given.data) + given.byte_offset;
     array.device = given.device;
     return (given.strides || !given.ndim) &&
-           take(given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
-                [&](int i) { return given.strides[i]; });
+           take(
+               given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
+               [&](int i) { return given.strides[i]; });
   }
   NdArray given;
   if (!nb::try_cast(object, given, false)) return false;
   array.data = const_cast<void*>(static_cast<const void*>(given.data()));
-  return take(given.dtype(), given.ndim(), [&](int i) { return given.shape(size_t(i)); },
-              [&](int i) { return given.stride(size_t(i)); });
+  return take(
+      given.dtype(), given.ndim(), [&](int i) { return given.shape(size_t(i)); },
+      [&](int i) { return given.stride(size_t(i)); });
 }
 
 template <class NdArray>
 Array array_of(const nb::handle& object) {
   Array array;
   if (!read<NdArray>(object, array) || array.device.device_type != nb::device::cpu::value) {
-    throw nb::type_error("_core: not an array of a supported dtype, with at most 4 dimensions, in memory");
+    throw nb::type_error(
+        "_core: not an array of a supported dtype, with at most 4 dimensions, in memory");
   }
   return array;
 }
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
-Array input(const nb::handle& object) { return array_of<Input>(object); }
-Array output(const nb::handle& object) { return array_of<nb::ndarray<nb::device::cpu>>(object); }
+Array input(const nb::handle& object) {
+  return array_of<Input>(object);
+}
+Array output(const nb::handle& object) {
+  return array_of<nb::ndarray<nb::device::cpu>>(object);
+}
 
 Tensor tensor_of(const Array& array) {
   if (array.ndim != 4) throw nb::value_error("_core: array must have 4 dimensions");
@@ -147,19 +165,24 @@ Tensor tensor_of(const Array& array) {
 size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::float16:
-    case DType::bfloat16: return 2;
-    case DType::float32: return 4;
-    default: return 8;
+    case DType::bfloat16:
+      return 2;
+    case DType::float32:
+      return 4;
+    default:
+      return 8;
   }
 }
 
-// Whether these are what most calls bring, of which no check of types and shapes can complain: a map of
-// pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in the memory of one CPU or GPU.
+// Whether these are what most calls bring, of which no check of types and shapes can complain: a
+// map of pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in the memory of one CPU or
+// GPU.
 bool are_ordinary(const nb::object& features, const nb::object& rois) {
   Array map, rows;
   if (!read<Input>(features, map) || !read<Input>(rois, rows)) return false;
   const auto [type, id] = map.device;
-  if (type != nb::device::cpu::value && type != nb::device::cuda::value && type != nb::device::rocm::value) {
+  if (type != nb::device::cpu::value && type != nb::device::cuda::value &&
+      type != nb::device::rocm::value) {
     return false;
   }
   if (rows.device.device_type != type || rows.device.device_id != id) return false;
@@ -177,9 +200,10 @@ Rois rois_of(const nb::object& object) {
   if (!nb::isinstance<nb::tuple>(object)) {
     const Array rows = input(object);
     if (rows.ndim != 2 || rows.shape[1] != 5) throw nb::value_error("_core: rois must be (K, 5)");
-    const auto boxes = static_cast<char*>(rows.data) + rows.stride[1] * int64_t(size_of(rows.dtype));
-    return {rows.shape[0], boxes, rows.dtype, {rows.stride[0], rows.stride[1]},
-            rows.data, rows.dtype, rows.stride[0]};
+    const auto boxes =
+        static_cast<char*>(rows.data) + rows.stride[1] * int64_t(size_of(rows.dtype));
+    return {rows.shape[0], boxes,      rows.dtype,    {rows.stride[0], rows.stride[1]},
+            rows.data,     rows.dtype, rows.stride[0]};
   }
   const nb::tuple pair = nb::borrow<nb::tuple>(object);
   if (pair.size() != 2) throw nb::value_error("_core: rois as a tuple are (boxes, image_index)");
@@ -188,8 +212,9 @@ Rois rois_of(const nb::object& object) {
       image_index.shape[0] != boxes.shape[0]) {
     throw nb::value_error("_core: boxes must be (K, 4) and image_index (K,)");
   }
-  return {boxes.shape[0], boxes.data, boxes.dtype, {boxes.stride[0], boxes.stride[1]},
-          image_index.data, image_index.dtype, image_index.stride[0]};
+  return {
+      boxes.shape[0],   boxes.data,        boxes.dtype,          {boxes.stride[0], boxes.stride[1]},
+      image_index.data, image_index.dtype, image_index.stride[0]};
 }
 
 // A box gradient, or tangent: (K, 4) contiguous, of the coordinate type.
@@ -205,9 +230,9 @@ const void* tangent_of(const nb::object& object, const Rois& rois, DType map) {
   return object.is_none() ? nullptr : boxes_like(input(object), rois, map);
 }
 
-// Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock while
-// the interpreter is shutting down is unwound through frames that forbid it, and the process aborts. So
-// shutting down waits for the calls under way, and calls after that keep the lock.
+// Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock
+// while the interpreter is shutting down is unwound through frames that forbid it, and the process
+// aborts. So shutting down waits for the calls under way, and calls after that keep the lock.
 std::atomic<int> calls_under_way{0};
 std::atomic<bool> shutting_down{false};
 
@@ -239,7 +264,8 @@ void wait_for_calls() {
 const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
 #endif
 
-// (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None, floor)
+// (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None,
+// floor)
 using Rule = std::tuple<double, double, int64_t, double, double, double, nb::object, bool>;
 
 Params params_of(const Rule& rule) {
@@ -262,7 +288,8 @@ int64_t run(const Rois& rois, int64_t images, Operation&& operation) {
 int64_t forward(const nb::object& features_object, const nb::object& rois_object,
                 const nb::object& tangent_object, const Rule& rule, const nb::object& output_object,
                 int threads) {
-  const Tensor features = tensor_of(input(features_object)), pooled = tensor_of(output(output_object));
+  const Tensor features = tensor_of(input(features_object)),
+               pooled = tensor_of(output(output_object));
   const Rois rois = rois_of(rois_object);
   const Params params = params_of(rule);
   const void* tangent = tangent_of(tangent_object, rois, features.dtype);
@@ -335,8 +362,10 @@ NB_MODULE(_core, m) {
   m.def("are_ordinary", &python::are_ordinary);
   m.def("allocate", &python::allocate);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));
-  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
-  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
+  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
   m.def("box_gradient", &python::box_gradient);
   nb::dict xla_handlers;  // operation: a capsule, to be registered with XLA
   for (const xla::NamedHandler& named : xla::kHandlers) {

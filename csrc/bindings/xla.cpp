@@ -1,6 +1,7 @@
-// The operations as custom calls of XLA on the CPU. Arguments: boxes (K, 4), image_index (K,) of int32,
-// then what the operation takes; the attributes are the numbers of the rule, as float64. Nothing is taken on
-// trust: what does not fit is an error of XLA's, and no exception leaves a handler.
+// The operations as custom calls of XLA on the CPU. Arguments: boxes (K, 4), image_index (K,) of
+// int32, then what the operation takes; the attributes are the numbers of the rule, as float64.
+// Nothing is taken on trust: what does not fit is an error of XLA's, and no exception leaves a
+// handler.
 #include "xla.hpp"
 
 #include <algorithm>
@@ -37,11 +38,16 @@ const Buffer& buffer(const Buffers& buffers, int64_t i, int64_t rank) {
 
 DType dtype_of(const Buffer& buffer) {
   switch (buffer.dtype) {
-    case DataType::f16: return DType::float16;
-    case DataType::bf16: return DType::bfloat16;
-    case DataType::f32: return DType::float32;
-    case DataType::f64: return DType::float64;
-    default: throw std::invalid_argument("roialign: arrays must be of a float type");
+    case DataType::f16:
+      return DType::float16;
+    case DataType::bf16:
+      return DType::bfloat16;
+    case DataType::f32:
+      return DType::float32;
+    case DataType::f64:
+      return DType::float64;
+    default:
+      throw std::invalid_argument("roialign: arrays must be of a float type");
   }
 }
 
@@ -58,7 +64,8 @@ Tensor tensor_of(const Buffer& buffer) {
 
 // A box gradient, or tangent: (K, 4), of the coordinate type.
 void* boxes_like(const Buffer& buffer, const Rois& rois, DType map) {
-  require(buffer.dims[0] == rois.count && buffer.dims[1] == 4 && dtype_of(buffer) == coordinate_type(map),
+  require(buffer.dims[0] == rois.count && buffer.dims[1] == 4 &&
+              dtype_of(buffer) == coordinate_type(map),
           "roialign: box tangents and gradients must be (K, 4)");
   return buffer.data;
 }
@@ -88,10 +95,12 @@ Params params_of(const Attributes& attributes) {
 // What all operations take.
 struct Call {
   explicit Call(const CallFrame& frame)
-      : arguments(known(frame.arguments)), results(known(frame.results)),
+      : arguments(known(frame.arguments)),
+        results(known(frame.results)),
         params(params_of(known(frame.attributes))) {
     const Buffer &boxes = buffer(arguments, 0, 2), &image_index = buffer(arguments, 1, 1);
-    require(boxes.dims[1] == 4 && image_index.dims[0] == boxes.dims[0] && image_index.dtype == DataType::s32,
+    require(boxes.dims[1] == 4 && image_index.dims[0] == boxes.dims[0] &&
+                image_index.dtype == DataType::s32,
             "roialign: boxes must be (K, 4) and image_index (K,) of int32");
     const auto* given = static_cast<const int32_t*>(image_index.data);
     index.assign(given, given + image_index.dims[0]);
@@ -112,12 +121,14 @@ struct Call {
 
 void run_forward(const Call& call, int threads) {
   const Tensor features = call.map(2);
-  forward(features, call.rois, call.tangent(3, features.dtype), call.params, call.result(), threads);
+  forward(features, call.rois, call.tangent(3, features.dtype), call.params, call.result(),
+          threads);
 }
 
 void run_adjoint(const Call& call, int threads) {
   const Tensor d_output = call.map(2);
-  adjoint(d_output, call.rois, call.tangent(3, d_output.dtype), call.params, call.result(), threads);
+  adjoint(d_output, call.rois, call.tangent(3, d_output.dtype), call.params, call.result(),
+          threads);
 }
 
 void run_box_gradient(const Call& call, int threads) {
@@ -165,6 +176,8 @@ const NamedHandler kHandlers[3] = {
     {"box_gradient", handle<run_box_gradient>},
 };
 
-void set_num_threads(int threads) { num_threads = std::max(1, threads); }
+void set_num_threads(int threads) {
+  num_threads = std::max(1, threads);
+}
 
 }  // namespace roialign::xla

@@ -1,6 +1,6 @@
-// The part of XLA's C interface for custom calls that the handlers use, declared here so that the build
-// needs no header of XLA: API 0.1, which jaxlib has had from 0.4.38 on. Newer versions only append
-// fields. tests/test_jax_ffi.py compares the layouts with jaxlib's own headers.
+// The part of XLA's C interface for custom calls that the handlers use, declared here so that the
+// build needs no header of XLA: API 0.1, which jaxlib has had from 0.4.38 on. Newer versions only
+// append fields. tests/test_jax_ffi.py compares the layouts with jaxlib's own headers.
 #pragma once
 
 #include <cstddef>

@@ -223,9 +223,7 @@ def rule(
     scale = reals("spatial_scale", spatial_scale)
     ratio = integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _conventions.Convention)):
-        raise TypeError(
-            f"`convention` must be a name or a Convention, got {type_name(convention)}"
-        )
+        raise TypeError(f"`convention` must be a name or a Convention, got {type_name(convention)}")
     if string("reduction", reduction) not in REDUCTIONS:
         accepted = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")

@@ -137,9 +137,7 @@ class Rule(NamedTuple):
     """The same for the core and for the operators of a framework: they have no records."""
 
 
-def rule(
-    spatial_scale: tuple[float, float], sampling_ratio: int, convention: Convention
-) -> Rule:
+def rule(spatial_scale: tuple[float, float], sampling_ratio: int, convention: Convention) -> Rule:
     c = convention
     numbers = (
         *spatial_scale,

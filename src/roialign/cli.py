@@ -10,7 +10,13 @@ from pathlib import Path
 
 from roialign import __version__, _core, get_num_threads
 
-LIBRARIES = ("numpy", "torch", "jax", "mindspore", "cupy")  # the adapter of each: roialign.<library>
+LIBRARIES = (
+    "numpy",
+    "torch",
+    "jax",
+    "mindspore",
+    "cupy",
+)  # the adapter of each: roialign.<library>
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

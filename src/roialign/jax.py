@@ -455,7 +455,9 @@ try:  # private: custom_partitioning asks for its caller's devices
 
     prim_requires_devices_during_lowering.add(_roi_align_p)
     _is_cut = True
-except ImportError:  # another JAX: the operations are not cut over devices, their arrays are gathered
+except (
+    ImportError
+):  # another JAX: the operations are not cut over devices, their arrays are gathered
     _is_cut = False
 _dense_everywhere = False  # for tests
 
@@ -490,7 +492,9 @@ def _abstract(boxes, index, *arrays, call):
     result = call.result(boxes, arrays)
     if not hasattr(jax, "typeof"):
         return jax.core.ShapedArray(result.shape, result.dtype)
-    meshes = [x.sharding.mesh for x in (boxes, index, *arrays)]  # a type's, where its axes are explicit
+    meshes = [
+        x.sharding.mesh for x in (boxes, index, *arrays)
+    ]  # a type's, where its axes are explicit
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     names = ("boxes", "image_index", *_TAKES[call.operation])
     cut = _cut(mesh, zip(names, (boxes, index, *arrays)))
@@ -586,7 +590,11 @@ def _batch(operands, dims, *, call):
     own_images = batched.get("features", call.operation == "adjoint")
 
     def flat(array: Array, d: int | None) -> Array:
-        array = jnp.broadcast_to(array, (size, *array.shape)) if d is None else jnp.moveaxis(array, d, 0)
+        array = (
+            jnp.broadcast_to(array, (size, *array.shape))
+            if d is None
+            else jnp.moveaxis(array, d, 0)
+        )
         return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
     arrays = {
@@ -600,7 +608,9 @@ def _batch(operands, dims, *, call):
         index = jnp.where((index >= 0) & (index < images), index + offsets, -1).ravel()
         call = call._replace(map_shape=(size * images, *pixels))
     result = _bind(call, boxes, index, arrays)
-    return result.reshape(size, images if call.operation == "adjoint" else count, *result.shape[1:]), 0
+    return result.reshape(
+        size, images if call.operation == "adjoint" else count, *result.shape[1:]
+    ), 0
 
 
 ad.primitive_jvps[_roi_align_p] = _jvp

@@ -296,7 +296,9 @@ def _primitive(name: str, size: tuple[int, ...]) -> ops.Custom:
 
     entry = f"{_core.__file__}:roialign_{name}"
     primitive = ops.Custom(entry, shape, dtype, "aot", _BPROPS.get(name))
-    primitive.add_prim_attr("size", size)  # to MindSpore, primitives of equal attributes are the same
+    primitive.add_prim_attr(
+        "size", size
+    )  # to MindSpore, primitives of equal attributes are the same
     return primitive
 
 

@@ -84,7 +84,9 @@ def check_features(name: str, value: object) -> None:
     check_array(name, value)
     _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
     if value.dtype is torch.float64 and _triton_module(value) == "dense":
-        raise TypeError(f"`{name}` must be float16, bfloat16 or float32 on {value.device}, got float64")
+        raise TypeError(
+            f"`{name}` must be float16, bfloat16 or float32 on {value.device}, got float64"
+        )
 
 
 def _check_boxes(name: str, value: object, integers: bool) -> None:
@@ -161,7 +163,9 @@ def check_out_values(name: str, out: Tensor, shape: tuple[int, ...], inputs: lis
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(out.shape)}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *inputs)):
-        raise RuntimeError(f"`{name}` must be None where a gradient is needed: call under no_grad()")
+        raise RuntimeError(
+            f"`{name}` must be None where a gradient is needed: call under no_grad()"
+        )
     if _overlaps_itself(out):
         raise ValueError(f"`{name}` must not overlap itself, got strides {out.stride()}")
     for tensor in inputs:
@@ -397,7 +401,9 @@ def _pair(name: str) -> Derivatives:
     def context(ctx, inputs, output):
         array, boxes, index, tangent, size, *rule = inputs
         moves = boxes.requires_grad or (tangent is not None and tangent.requires_grad)
-        ctx.set_materialize_grads(False)  # None says that an input does not move, or an output not count
+        ctx.set_materialize_grads(
+            False
+        )  # None says that an input does not move, or an output not count
         ctx.save_for_backward(array if moves else None, boxes, index, tangent)
         ctx.save_for_forward(array, boxes, index, tangent)
         ctx.size, ctx.rule = tuple(size), rule

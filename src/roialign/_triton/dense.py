@@ -79,7 +79,9 @@ def forward(
     count, channels, *bins = output.shape
     images, _, *size = features.shape
     parts = 1 if tangent is None else 2
-    made = _axis_weights(call, boxes, image_index, tangent, (images, *size), tuple(bins), rule, parts)
+    made = _axis_weights(
+        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule, parts
+    )
     (output,) = call(
         products.forward,
         _grid(count * channels),
@@ -108,7 +110,9 @@ def adjoint(
     count, channels, *bins = d_output.shape
     images, _, *size = d_features.shape
     parts = 1 if tangent is None else 2
-    made = _axis_weights(call, boxes, image_index, tangent, (images, *size), tuple(bins), rule, parts)
+    made = _axis_weights(
+        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule, parts
+    )
     bits = _touched(call, made.image_of, made.extents, (images, *size), (SIDE, SIDE))
     tiles, words = bits.shape
     (d_features,) = call(

@@ -107,7 +107,9 @@ def inside(start, bin, samples, k, size, WIDE: tl.constexpr = True):
     )
     if tl.min((fits | (end == 0)).to(tl.int32)) == 0:
         first_high, end_low, end_high = end, first, end
-        for _ in range(exponent(tl.max(end)) + 1):  # halvings; triton-ascend has no `while` of tensors
+        for _ in range(
+            exponent(tl.max(end)) + 1
+        ):  # halvings; triton-ascend has no `while` of tensors
             middle = first + (first_high - first) // 2
             reached = position(start, bin, samples, k, middle, WIDE) >= -1
             going = first < first_high

@@ -186,7 +186,9 @@ def axis_taps(
     other_lo = coordinate(corner + axis * boxes_step, known, REAL)
     other_hi = coordinate(corner + (2 + axis) * boxes_step, known, REAL)
     # a difference of a number and itself is 0 unless it is not finite
-    finite = (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
+    finite = (
+        (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
+    )
     if PARTS == 2:
         v_lo = tl.load(tangent + roi * 4 + 1 - axis, known, other=0).to(tl.float64)[:, None]
         v_hi = tl.load(tangent + roi * 4 + 3 - axis, known, other=0).to(tl.float64)[:, None]
@@ -332,7 +334,11 @@ def touched(
     at = extents + roi * 6
     hit = known & (tl.load(image_of + roi, known, other=-1) == image)
     hit = hit & (tl.load(at, known, other=0) < y + TILE_Y) & (tl.load(at + 1, known, other=-1) >= y)
-    hit = hit & (tl.load(at + 3, known, other=0) < x + TILE_X) & (tl.load(at + 4, known, other=-1) >= x)
+    hit = (
+        hit
+        & (tl.load(at + 3, known, other=0) < x + TILE_X)
+        & (tl.load(at + 4, known, other=-1) >= x)
+    )
     found = tl.sum(hit.to(tl.int64) << bit.to(tl.int64), 1)
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(bits + tile * words + word, found, word < words)
@@ -374,7 +380,10 @@ def forward(
 ):
     """docs/spec.md (4), and with PARTS 2 its derivative (8). One program: bins and channels of a RoI."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
-    features_n, features_c = stride(features_n, False, ALIGNED), stride(features_c, INNERMOST, False)
+    features_n, features_c = (
+        stride(features_n, False, ALIGNED),
+        stride(features_c, INNERMOST, False),
+    )
     features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
     output_k, output_c = stride(output_k, False, ALIGNED), stride(output_c, INNERMOST, False)
     output_p, output_q = stride(output_p, False, ALIGNED), stride(output_q, False, ALIGNED)
@@ -469,10 +478,19 @@ def adjoint(
     """
     count, height, width, words = whole(count), whole(height), whole(width), whole(words)
     bins_y, bins_x = whole(bins_y), whole(bins_x)
-    d_output_k, d_output_c = stride(d_output_k, False, ALIGNED), stride(d_output_c, INNERMOST, False)
+    d_output_k, d_output_c = (
+        stride(d_output_k, False, ALIGNED),
+        stride(d_output_c, INNERMOST, False),
+    )
     d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
-    d_features_n, d_features_c = stride(d_features_n, False, ALIGNED), stride(d_features_c, INNERMOST, False)
-    d_features_h, d_features_w = stride(d_features_h, False, ALIGNED), stride(d_features_w, False, ALIGNED)
+    d_features_n, d_features_c = (
+        stride(d_features_n, False, ALIGNED),
+        stride(d_features_c, INNERMOST, False),
+    )
+    d_features_h, d_features_w = (
+        stride(d_features_h, False, ALIGNED),
+        stride(d_features_w, False, ALIGNED),
+    )
     x_slot = height + bins_y * spread_y
     room = x_slot + width + bins_x * spread_x
     part = count * room
@@ -534,7 +552,9 @@ def adjoint(
                 else:
                     total = tl.fma(w_y, along, total)
     at = d_features + image * d_features_n + c * d_features_c + y * d_features_h + x * d_features_w
-    tl.store(at, rounded(total, d_features.dtype.element_ty), (y < height) & (x < width) & has_channel)
+    tl.store(
+        at, rounded(total, d_features.dtype.element_ty), (y < height) & (x < width) & has_channel
+    )
 
 
 _BOX_GRADIENT_NUMBERS = [
@@ -573,9 +593,15 @@ def box_gradient(
 ):
     """docs/spec.md (7), of some channels of a RoI, as x1, y1, x2, y2 in `partial` (channel blocks, K, 4)."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
-    d_output_k, d_output_c = stride(d_output_k, False, ALIGNED), stride(d_output_c, INNERMOST, False)
+    d_output_k, d_output_c = (
+        stride(d_output_k, False, ALIGNED),
+        stride(d_output_c, INNERMOST, False),
+    )
     d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
-    features_n, features_c = stride(features_n, False, ALIGNED), stride(features_c, INNERMOST, False)
+    features_n, features_c = (
+        stride(features_n, False, ALIGNED),
+        stride(features_c, INNERMOST, False),
+    )
     features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
     roi, c_block = divided(tl.program_id(0), count)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]

@@ -24,7 +24,9 @@ MAX_PROGRAMS = 2**31 - 1  # of one launch
 TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
 WORDS = 8  # of a tile, that one program writes
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
-OPTIONS = {"enable_fp_fusion": False}  # coordinates are defined to the bit; sums say `fma` themselves
+OPTIONS = {
+    "enable_fp_fusion": False
+}  # coordinates are defined to the bit; sums say `fma` themselves
 
 
 class New(NamedTuple):

@@ -18,7 +18,17 @@ from .kernels import ROIS_PER_WORD, divided, image_at, rounded, whole
 
 
 @triton.jit
-def tile(start, row, rows, column, columns, row_step, column_step, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile(
+    start,
+    row,
+    rows,
+    column,
+    columns,
+    row_step,
+    column_step,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Of a matrix with so many rows and columns, those from (row, column) on, and zeros beyond."""
     r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     c = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
@@ -85,7 +95,12 @@ def axis_weights(
         other_lo = tl.load(corner + axis * boxes_step).to(tl.float32)
         other_hi = tl.load(corner + (2 + axis) * boxes_step).to(tl.float32)
         # a difference of a number and itself is 0 unless it is not finite
-        finite = (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
+        finite = (
+            (lo - lo == 0)
+            & (hi - hi == 0)
+            & (other_lo - other_lo == 0)
+            & (other_hi - other_hi == 0)
+        )
         start, bin, samples, clamped = grid_of(
             tl.where(k < bins, lo, 0),  # not scalars: triton-ascend cannot divide these
             tl.where(k < bins, hi, 0),
@@ -196,7 +211,9 @@ def forward(
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                         along = product(f, tl.trans(a_x), along)
                         if PARTS == 2:
-                            v_x = tile(matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                            v_x = tile(
+                                matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
+                            )
                             v_along = product(f, tl.trans(v_x), v_along)
                     a_y = tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
                     if PARTS == 2:
@@ -272,14 +289,20 @@ def adjoint(
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
                     if PARTS == 2:
-                        v_y = tl.trans(tile(matrix_y + part, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
+                        v_y = tl.trans(
+                            tile(matrix_y + part, p, bins_y, y, height, height, 1, BLOCK_P, SIDE)
+                        )
                     for q in range(0, bins_x, BLOCK_P):
-                        g = tile(plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P)
+                        g = tile(
+                            plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P
+                        )
                         a_x = tile(matrix_x, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
                         none = tl.zeros((BLOCK_P, SIDE), tl.float32)
                         along = product(g, a_x, none)
                         if PARTS == 2:
-                            v_x = tile(matrix_x + part, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
+                            v_x = tile(
+                                matrix_x + part, q, bins_x, x, width, width, 1, BLOCK_P, SIDE
+                            )
                             added = product(a_y, product(g, v_x, none), product(v_y, along, added))
                         else:
                             added = product(a_y, along, added)
@@ -287,7 +310,13 @@ def adjoint(
                 in_y = (row >= tl.load(extent)) & (row <= tl.load(extent + 1))
                 in_x = (column >= tl.load(extent + 3)) & (column <= tl.load(extent + 4))
                 total += tl.where(in_y & in_x, added, 0)  # beyond the window are no weights
-        at = d_features + image * d_features_n + c * d_features_c + row * d_features_h + column * d_features_w
+        at = (
+            d_features
+            + image * d_features_n
+            + c * d_features_c
+            + row * d_features_h
+            + column * d_features_w
+        )
         tl.store(at, rounded(total, d_features.dtype.element_ty), (row < height) & (column < width))
 
 
@@ -344,18 +373,34 @@ def box_gradient(
             for x in range(first_x, end_x, SIDE):
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
-                    lo_y = tl.trans(tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
-                    hi_y = tl.trans(tile(matrix_y + 2 * part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
+                    lo_y = tl.trans(
+                        tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    )
+                    hi_y = tl.trans(
+                        tile(matrix_y + 2 * part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    )
                     for q in range(0, bins_x, BLOCK_P):
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                         lo_x = tile(matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
-                        hi_x = tile(matrix_x + 2 * part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        hi_x = tile(
+                            matrix_x + 2 * part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
+                        )
                         for turned in range(tl.minimum(BLOCK_C, channels - block * BLOCK_C)):
                             c = block * BLOCK_C + turned
                             plane = features + image * features_n + c * features_c
                             g_plane = d_output + roi * d_output_k + c * d_output_c
                             f = tile(plane, y, end_y, x, end_x, features_h, features_w, SIDE, SIDE)
-                            g = tile(g_plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P)
+                            g = tile(
+                                g_plane,
+                                p,
+                                bins_y,
+                                q,
+                                bins_x,
+                                d_output_p,
+                                d_output_q,
+                                BLOCK_P,
+                                BLOCK_P,
+                            )
                             bins = tl.zeros((BLOCK_P, SIDE), tl.float32)
                             along = product(g, a_x, bins)
                             x1 += f * product(a_y, product(g, lo_x, bins), none)
