@@ -1,4 +1,4 @@
-"""Boxes that are learned through RoIAlign, in plain JAX: `torch_box_refinement.py` in another language.
+"""Boxes that are learned through RoIAlign: `torch_box_refinement.py` in plain JAX.
 
 Each image has two shapes on noise, and rough boxes around them. A small network looks twice:
 
@@ -7,9 +7,9 @@ Each image has two shapes on noise, and rough boxes around them. A small network
     crops = roi_align(features, refined)   # the network looks again
     output = judge(crops)                  # a second head: what is it, how well does the box fit?
 
-`judge` learns the class and the IoU of any box, from the true ones. `refine` learns only from what
-`judge` thinks of the refined boxes, and that reaches it in one way alone: the gradient of the second
-`roi_align` in its boxes.
+`judge` learns the class and the IoU of any box, from the true ones. `refine` learns only from
+what `judge` thinks of the refined boxes, and that reaches it in one way alone: the gradient of the
+second `roi_align` in its boxes.
 
     pip install '.[jax,plot]'
     python examples/jax_box_refinement.py             # under two minutes on two cores
@@ -109,7 +109,7 @@ def make_parameters(key):
 
 
 def backbone(layers, images):
-    for (weights, bias), stride in zip(layers, (2, 2, 1)):
+    for (weights, bias), stride in zip(layers, (2, 2, 1), strict=True):
         images = lax.conv_general_dilated(images, weights, (stride, stride), [(1, 1), (1, 1)])
         groups = images.reshape(len(images), 4, -1)
         groups = (groups - groups.mean(2, keepdims=True)) / (groups.std(2, keepdims=True) + 1e-3)
@@ -139,8 +139,10 @@ def judge_loss(output, classes, iou):
 
 
 def losses(parameters, moved, batch, key, trust, detach):
-    """What is minimised; the losses of judge and of the refined boxes. `moved` is 0, added to these:
-    the gradient in it is the one that comes through the boxes."""
+    """What is minimised; the losses of judge and of the refined boxes.
+
+    `moved` is 0, added to these: the gradient in it is the one that comes through the boxes.
+    """
     images, (rough, image_index, true, classes) = batch
     features = backbone(parameters["backbone"], images)
     refined = refined_boxes(parameters, features, rough, image_index)
@@ -182,7 +184,7 @@ def train_step(state, key, trust, detach):
 
 
 def train(key, options):
-    """The parameters; of each step: the loss of judge, that of the refined boxes, the box gradient."""
+    """The parameters; of each step: the losses of judge and the refined boxes, the box gradient."""
     key, start = random.split(key)
     parameters = make_parameters(start)
     state = (parameters, *[jax.tree.map(jnp.zeros_like, parameters) for _ in range(2)], 0.0)
@@ -192,8 +194,10 @@ def train(key, options):
         state, row = train_step(state, random.fold_in(key, step), trust, options.detach)
         history.append(jax.device_get(row))
         if step % every == 0:
-            mean = np.mean(history[-every:], 0)
-            print("step %4d  judge %.3f  refined %.3f  box gradient %.2e" % (step, *mean))
+            judge, refined, box = np.mean(history[-every:], 0)
+            print(
+                f"step {step:4d}  judge {judge:.3f}  refined {refined:.3f}  box gradient {box:.2e}"
+            )
     return state[0], np.array(history)
 
 

@@ -9,7 +9,7 @@ features = random.standard_normal((1, 16, 32, 48))  # [N, C, H, W], float64
 rois = np.array(  # [K, 5]: image index, x1, y1, x2, y2 in image pixels
     [[0, 10.3, 20.7, 120.9, 100.1], [0, 55.2, 8.4, 90.6, 71.3]]
 )
-options = dict(spatial_scale=0.25, sampling_ratio=2, convention="half_pixel")
+options = {"spatial_scale": 0.25, "sampling_ratio": 2, "convention": "half_pixel"}
 
 output = roi_align(features, rois, (7, 7), **options)  # [K, C, P, Q]
 print("output      ", output.shape)

@@ -15,8 +15,8 @@ def iou(a, b):
 
 
 def report(path, history, images, image_index, rough, refined, true):
-    """Writes the picture: the columns of the history (the loss of judge, that of the refined boxes, the norm
-    of the box gradient) and some of the images (N, 3, H, W) with their boxes (K, 4)."""
+    """Writes the picture: the columns of the history (the loss of judge, that of the refined boxes,
+    the norm of the box gradient) and some of the images (N, 3, H, W) with their boxes (K, 4)."""
     before, after = iou(rough, true), iou(refined, true)
     figure, axes = plt.subplot_mosaic(
         "L012;G345", figsize=(13, 5.4), width_ratios=[1.3, 1, 1, 1], layout="constrained"
@@ -42,13 +42,13 @@ def report(path, history, images, image_index, rough, refined, true):
         for row in here:
             for label, (boxes, colour, style) in kinds.items():
                 x1, y1, x2, y2 = boxes[row]
-                look = dict(edgecolor=colour, linestyle=style, linewidth=1.6, label=label)
+                look = {"edgecolor": colour, "linestyle": style, "linewidth": 1.6, "label": label}
                 axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
         axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
         pairs = ",  ".join(f"{before[row]:.2f} to {after[row]:.2f}" for row in here)
         axis.set_title("IoU " + pairs, fontsize=10)
     lines = axes["0"].patches[:3]
-    look = dict(facecolor="0.4", labelcolor="white", framealpha=1)
+    look = {"facecolor": "0.4", "labelcolor": "white", "framealpha": 1}
     figure.legend(handles=lines, loc="outside lower right", ncols=3, **look)
     figure.savefig(path, dpi=110)
     print(f"mean norm of the box gradient  {history[:, 2].mean():.2e}")

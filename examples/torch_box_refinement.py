@@ -154,8 +154,10 @@ def train(model, options, random):
         history.append((learn.item(), please.item(), came))
         every = max(1, options.steps // 8)
         if step % every == 0:
-            mean = torch.tensor(history[-every:]).mean(0)
-            print("step %4d  judge %.3f  refined %.3f  box gradient %.2e" % (step, *mean))
+            judge, refined, box = torch.tensor(history[-every:]).mean(0)
+            print(
+                f"step {step:4d}  judge {judge:.3f}  refined {refined:.3f}  box gradient {box:.2e}"
+            )
     return torch.tensor(history)
 
 

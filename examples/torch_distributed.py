@@ -54,10 +54,10 @@ def shard(mesh, features, boxes, image_index):
         ]
         output = pool(*d_tensors)
         results = output, *gradients(output, *d_tensors[:2])
-        for result, right in zip(results, expected):
+        for result, right in zip(results, expected, strict=True):
             torch.testing.assert_close(result.full_tensor(), right, rtol=1e-5, atol=1e-5)
         show(f"{what} sharded: {tuple(output.to_local().shape)} of {tuple(output.shape)} here")
-        for name, result in zip(("output", "d_features", "d_boxes"), results):
+        for name, result in zip(("output", "d_features", "d_boxes"), results, strict=True):
             show(f"    {name:10}", result.placements[0])
 
 
@@ -87,7 +87,7 @@ def train(images, boxes, image_index, classes):
     rois[:, 0] = 0  # the first image here
     loss = nn.functional.cross_entropy(parallel(images[rank : rank + 1], rois), classes)
     loss.backward()
-    for a, b in zip(alone.parameters(), parallel.module.parameters()):
+    for a, b in zip(alone.parameters(), parallel.module.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
     show("data parallel: the gradients are those of the whole batch")
 

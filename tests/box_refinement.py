@@ -24,7 +24,7 @@ def run(example, tmp_path, *arguments):
     step = r"^step +\d+  judge (\S+)  refined (\S+)  box gradient (\S+)$"
     rows = re.findall(step, ran.stdout, re.MULTILINE)
     before, after = re.findall(r"^held-out mean IoU \w+ +(\S+)$", ran.stdout, re.MULTILINE)
-    columns = [[float(value) for value in column] for column in zip(*rows)]
+    columns = [[float(value) for value in column] for column in zip(*rows, strict=True)]
     return columns, float(before), float(after)
 
 

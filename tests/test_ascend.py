@@ -1,4 +1,4 @@
-"""The kernels of matrix products, lowered by triton-ascend as far as it goes without Ascend's compiler.
+"""The kernels of matrix products, lowered by triton-ascend: all but Ascend's own compiler.
 
 In an environment of its own, because triton-ascend takes the place of Triton, and with
 ``TRITON_INTERPRET=0``: what is interpreted is not compiled.
@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("triton.backends.ascend.compiler", reason="needs triton-ascend")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton._C.libtriton import ir  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.compiler.compiler import make_backend  # noqa: E402
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
-from roialign._triton import dense, kernels, products  # noqa: E402
+from roialign._triton import dense, kernels, products
 
 TARGET = GPUTarget("npu", "Ascend910B3", 0)
 POINTERS = {
@@ -93,8 +93,8 @@ def test_what_is_discrete_is_seen(kernel):
     assert is_discrete(lower(kernel))
 
 
-# loads of one number: an image (or a word of bits), a window's four ends; copies of a tile: of the map or
-# output, of the matrices (with their slopes)
+# loads of one number: an image (or a word of bits), a window's four ends; copies of a tile: of the
+# map or output, of the matrices (with their slopes)
 @pytest.mark.parametrize("values", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize(

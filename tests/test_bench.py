@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from bench import __main__ as command
 from bench import floor, reference, report, run
 from bench.peers.worker import converted

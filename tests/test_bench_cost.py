@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import cost, reference  # noqa: E402
-from cases import WORKLOADS  # noqa: E402
+from bench import cost, reference
+from cases import WORKLOADS
 
 # samples at 2.5 and 3.5: pixels 2, 3 and 3, 4, on both axes
 ONE = SimpleNamespace(

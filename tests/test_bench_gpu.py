@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from cases import Workload
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

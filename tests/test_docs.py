@@ -110,10 +110,8 @@ def test_links_to_files_lead_somewhere(page):
 
 def test_pages_name_only_conventions_that_exist():
     # `library:setting` in backticks or quotes
-    named = re.compile(
-        r"[`\"]((?:%s):[\w=.]+)[`\"]"
-        % "|".join({name.split(":")[0] for name in roialign.conventions if ":" in name})
-    )
+    libraries = "|".join({name.split(":")[0] for name in roialign.conventions if ":" in name})
+    named = re.compile(rf"[`\"]((?:{libraries}):[\w=.]+)[`\"]")
     for page in PAGES:
         for name in named.findall(page.read_text(encoding="utf-8")):
             assert name in roialign.conventions, f"{name} in {os.fspath(page)}"

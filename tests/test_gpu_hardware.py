@@ -1,4 +1,4 @@
-"""What only a GPU can show: bits of its arithmetic, streams, graphs, several devices, sizes beyond 32 bits.
+"""What only a GPU can show: its bits, streams, graphs, several devices, sizes beyond 32 bits.
 
 TRITON_INTERPRET=0 pytest tests/test_gpu_*.py
 """
@@ -85,7 +85,7 @@ def test_the_same_bits_in_every_run(features):
 
     first = gradients()
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(gradients(), first))
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
 
 
 def test_streams(features):
@@ -130,7 +130,7 @@ def test_graph_capture(features):
     with torch.no_grad():
         rois.copy_(rois_of(100, seed=1))
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(results, step()))
+    assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
 
 
 def test_compile(features):

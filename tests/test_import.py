@@ -41,6 +41,8 @@ FRAMEWORKS = {
 
 
 def check_nothing_else_is_imported():
+    import contextlib
+
     asked = []
 
     class Recorder:
@@ -63,10 +65,8 @@ def check_nothing_else_is_imported():
     roialign.roi_align_adjoint(y, rois, features.shape)
     roialign.roi_align_box_gradient(y, features, rois)
     roialign.ROIAlign(2, 2, 1.0)(features.astype(np.float16), rois)
-    try:
+    with contextlib.suppress(TypeError):
         roialign.roi_align(features.tolist(), rois, 2)
-    except TypeError:
-        pass
     # the standard library's copy module asks for Jython's org
     allowed = {"roialign", "numpy", "org", *sys.stdlib_module_names}
     strangers = {n for n in asked if n not in allowed and not n.startswith("nanobind")}

@@ -267,7 +267,7 @@ def test_traced_arguments_are_checked_too():
     bad = ROIS.at[0, 0].set(7)
     for rois in (bad, (bad[:, 1:], bad[:, 0].astype(int))):
         with pytest.raises(IndexError, match="RoI 0"):  # the index is at hand
-            jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)  # noqa: B023
+            jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)
 
 
 BAD = [-1, 2, 2**31 - 1, -(2**31)]

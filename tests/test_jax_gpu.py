@@ -74,7 +74,7 @@ def program(function, *arguments, platforms=("cuda",)):
 
     def see(operation):
         attributes = operation.attributes
-        if '"triton_kernel_call"' == str(attributes.get("call_target_name")):
+        if str(attributes.get("call_target_name")) == '"triton_kernel_call"':
             code = zlib.decompress(attributes["backend_config"].value_bytes)
             names.append(re.search(rb"\.entry (\w+)", code)[1].decode())
         return mlir.ir.WalkResult.ADVANCE
@@ -124,7 +124,7 @@ def check_kernels():
         (problem, jnp.float64),
         (units, jnp.float32),
     ):
-        both = lambda *x: (pool(problem, *x), gradients(problem)(*x))  # noqa: B023, E731
+        both = lambda *x: (pool(problem, *x), gradients(problem)(*x))  # noqa: E731
         with jax.enable_x64(dtype == jnp.float64):
             features, boxes = leaves(problem)
             names, _ = program(both, features.astype(dtype), boxes)

@@ -13,8 +13,9 @@ import roialign
 import tolerance
 
 mindspore = pytest.importorskip("mindspore", reason="the MindSpore adapter's tests need mindspore")
-import roialign.mindspore  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
+
+import roialign.mindspore  # noqa: E402
 
 MODES = {"pynative": mindspore.PYNATIVE_MODE, "graph": mindspore.GRAPH_MODE}
 

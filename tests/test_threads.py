@@ -79,7 +79,7 @@ def test_same_bits_at_any_address(make_problem, layouts, layout):
 
 @pytest.mark.parametrize("layout", ["channels_last", "unaligned", "shifted"])
 def test_box_gradients_same_bits_in_any_layout(make_problem, layouts, layout):
-    """One sum per block of channels, wherever they lie: also in the aligned copy of an unaligned map."""
+    """One sum per block of channels, wherever they lie: also in an unaligned map's aligned copy."""
     problem = make_problem(shape=(1, 150, 20, 20), count=40)
     d_output, rois = problem.draw_output(), problem.rois
     expected = roialign.roi_align_box_gradient(d_output, problem.features, rois, **problem.options)

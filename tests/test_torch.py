@@ -14,8 +14,9 @@ import roialign
 import tolerance
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
-import roialign.torch  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
+
+import roialign.torch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"

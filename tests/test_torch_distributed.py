@@ -14,8 +14,9 @@ import roialign
 from isolation import isolated
 
 torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch need torch")
-import roialign.torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+
+import roialign.torch  # noqa: E402
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("the tests of distributed PyTorch need gloo", allow_module_level=True)

@@ -16,10 +16,10 @@ from test_properties import problems
 pytest.importorskip("torch", reason="the interpreter runs on torch tensors")
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from triton.runtime import interpreter  # noqa: E402
+from triton.runtime import interpreter
 
-from roialign._triton import launch  # noqa: E402
-from triton_interpreter import adjoint, box_gradient, call, forward, wide_call  # noqa: E402
+from roialign._triton import launch
+from triton_interpreter import adjoint, box_gradient, call, forward, wide_call
 
 
 def check_forward(problem, tangent=None, **options):

@@ -15,9 +15,8 @@ if triton.knobs.runtime.interpret:
     )
 
 import triton_offline as offline  # noqa: E402
-from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem  # noqa: E402
-
 from roialign._triton import launch  # noqa: E402
+from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem  # noqa: E402
 
 pytestmark = pytest.mark.triton_compile
 each_target = pytest.mark.parametrize("target", TARGETS)

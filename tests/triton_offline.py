@@ -90,7 +90,7 @@ class Device:
 
     def launcher_cls(self, source, metadata):
         def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-            named = dict(zip(source.fn.arg_names, arguments))
+            named = dict(zip(source.fn.arg_names, arguments, strict=True))
             self.launches.append(Launch(source.fn.__name__, (x, y, z), named))
 
         return run
