@@ -397,31 +397,24 @@ def test_many_huge_boxes():
     isolated(check_many_huge_boxes, timeout=30)
 
 
-def check_huge_sampling_ratio():
+def check_extreme_sampling_ratio():
     # a ramp: the mean over the samples of a bin is its centre, however many there are
     ramp = np.broadcast_to(np.arange(12, dtype=np.float32), (1, 2, 10, 12)).copy()
     box = np.array([[0, 1.5, 2.0, 9.5, 8.0]], np.float32)
-    outside = np.array([[0, 1e6, 1e6, 2e6, 2e6]], np.float32)
-    for n in (10**3, 2**20, 2**22, 2**22 + 1):
+    for n in (1000, 4096):
         y, dx, d_rois = calls(ramp, box, (1, 2), convention=Convention(), sampling_ratio=n)
         np.testing.assert_allclose(y[0, 0], [[3.5, 7.5]], rtol=1e-5, err_msg=str(n))
         np.testing.assert_allclose(dx.sum((2, 3), dtype=float), 2, rtol=1e-5)
         # d/dx1 of the centres' sum: 3/4 + 1/4, for both channels
         np.testing.assert_allclose(d_rois[0, 1:], [2, 0, 2, 0], rtol=1e-4, atol=1e-4)
-    for n in (2**31 + 1, 2**32, 2**63 - 1, 2**63, 2**64 + 2, 10**30):
-        for result in calls(ramp, box, sampling_ratio=n):
-            assert (result == 0).all(), n
-    for n in (2**30, 2**31):
-        for result in calls(ramp, outside, sampling_ratio=n):
-            assert (result == 0).all(), n
     adaptive = calls(ramp, box, sampling_ratio=0)
-    for n in (-1, -(2**31) - 1, -(2**63), -(2**63) - 1, -(10**30)):
+    for n in (-1, -(2**31) - 1, -(2**63), -(2**63) - 1, -(10**5000)):
         for a, b in zip(calls(ramp, box, sampling_ratio=n), adaptive, strict=True):
             assert (a == b).all(), n
 
 
-def test_huge_sampling_ratio():
-    isolated(check_huge_sampling_ratio)
+def test_extreme_sampling_ratio():
+    isolated(check_extreme_sampling_ratio)
 
 
 def check_scales_beyond_float32():

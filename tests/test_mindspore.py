@@ -405,6 +405,7 @@ ERRORS = [
     ({"rois": [ROIS[:, 1:]]}, ValueError, "`rois` .*got 1"),
     ({"output_size": (0, 2)}, ValueError, "`output_size` .*got 0"),
     ({"spatial_scale": -1.0}, ValueError, "`spatial_scale` .*-1"),
+    ({"sampling_ratio": 4097}, ValueError, "`sampling_ratio` .*4096, got 4097"),
 ]
 
 

@@ -89,7 +89,7 @@ def roi_align(
             (float64 if the features are float64).
         output_size: bins (P, Q), or an int for both.
         spatial_scale: feature pixels per image pixel, or a pair (scale_y, scale_x).
-        sampling_ratio: samples per bin and axis; <= 0 adapts their number to the box.
+        sampling_ratio: samples per bin and axis, at most 4096; <= 0 adapts their number to the box.
         convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
             or a :class:`Convention`.
         reduction: "mean".
@@ -306,14 +306,15 @@ class ROIAlign:
         pooled_height: bins per column of the output, an int >= 1.
         pooled_width: bins per row of the output, an int >= 1.
         spatial_scale: feature pixels per image pixel, a float > 0.
-        sample_num: samples per bin and axis, an int; <= 0 adapts their number to the box.
+        sample_num: samples per bin and axis, an int <= 4096; <= 0 adapts their number to the box.
         roi_end_mode: 1: a box's end is an inclusive pixel (the convention "mindspore"); 0: it is not,
             and a box has at least one feature pixel ("mindspore_legacy").
 
     Raises:
         TypeError: a size, ``sample_num`` or ``roi_end_mode`` is not an int, or ``spatial_scale`` not
             a float.
-        ValueError: a size < 1, a scale that is not finite and > 0, or another ``roi_end_mode``.
+        ValueError: a size < 1, a scale that is not finite and > 0, a ``sample_num`` > 4096, or another
+            ``roi_end_mode``.
 
     Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
     in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. That call
@@ -347,6 +348,7 @@ class ROIAlign:
         _checks.bin_count("pooled_height", pooled_height)
         _checks.bin_count("pooled_width", pooled_width)
         _checks.scales("spatial_scale", (spatial_scale,) * 2)
+        _checks.samples("sample_num", sample_num)
         if roi_end_mode not in (0, 1):
             raise ValueError(f"`roi_end_mode` must be 0 or 1, got {roi_end_mode}")
         self.pooled_height = pooled_height

@@ -16,11 +16,20 @@ from roialign import _conventions
 REDUCTIONS = ("mean",)
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
 MAX_BINS = 2**31 - 1  # of one RoI
+MAX_SAMPLES = 4096  # per bin and axis, where their number is fixed: it bounds the time of a call
 
 
 def type_name(value: object) -> str:
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def shown(value: object) -> str:
+    """As a message shows it; Python writes no integer of more than 4300 digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type_name(value)} of too many digits to show"
 
 
 # Types
@@ -144,6 +153,13 @@ def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
     return value
 
 
+def samples(name: str, value: int) -> None:
+    if value > MAX_SAMPLES:
+        raise ValueError(
+            f"`{name}` must be at most {MAX_SAMPLES}, got {shown(value)}: 0 adapts to the box"
+        )
+
+
 def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
     if len(value) != 2:
         raise ValueError(f"`{name}` must be a number or a pair (scale_y, scale_x), got {value}")
@@ -228,4 +244,5 @@ def rule(
         accepted = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")
     scale = scales("spatial_scale", scale)
+    samples("sampling_ratio", ratio)
     return _conventions.rule(scale, ratio, _conventions.resolve(convention))

@@ -141,7 +141,7 @@ def rule(spatial_scale: tuple[float, float], sampling_ratio: int, convention: Co
     c = convention
     numbers = (
         *spatial_scale,
-        max(-1, min(sampling_ratio, 2**62)),
+        max(-1, sampling_ratio),
         c.pixel_offset,
         c.input_offset,
         c.end_offset,

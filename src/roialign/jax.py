@@ -282,7 +282,7 @@ def axis_taps(
     length = extent / real(bins)  # XLA may multiply by 1 / bins: a whole quotient shall be whole
     length = jnp.where(jnp.round(length) * real(bins) == extent, jnp.round(length), length)
     if sampling_ratio > 0:
-        wanted, touching = real(sampling_ratio), sampling_ratio if sampling_ratio <= most else 1
+        wanted, touching = real(sampling_ratio), sampling_ratio
     else:
         wanted, touching = jnp.maximum(jnp.floor(length), 1) if floor else jnp.ceil(length), 8
         wanted = jnp.where(extent > 0, wanted, 0)

@@ -15,7 +15,7 @@ class ROIAlign(RoIAlign):
     Args:
         output_size: bins (P, Q), or an int for both.
         spatial_scale: feature pixels per image pixel.
-        sampling_ratio: samples per bin and axis; <= 0 adapts their number to the box.
+        sampling_ratio: samples per bin and axis, at most 4096; <= 0 adapts their number to the box.
         aligned: whether pixel centres are at half coordinates: the convention
             "detectron2:aligned=True", else "detectron2:aligned=False".
 
@@ -24,8 +24,8 @@ class ROIAlign(RoIAlign):
     ``input``. ``rois`` keep their own dtype, where detectron2 rounds them to that of ``input``.
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`roialign.roi_align`, from the call; messages
-            call ``input`` `features`.
+        TypeError, ValueError, IndexError: as :func:`roialign.roi_align`, from the call (of
+            ``sampling_ratio`` at construction); messages call ``input`` `features`.
 
     Gradients reach ``input`` and, other than detectron2's, ``rois``. Source: detectron2's
     documentation, and recorded results of what it calls.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import roialign
+from roialign import _checks
 
 __all__ = ["MultiScaleRoIAlign", "RoIAlign", "roi_align"]
 
@@ -29,7 +30,7 @@ def roi_align(
             image pixels, of any float or integer dtype, not only of ``input``'s.
         output_size: bins (P, Q), or an int for both.
         spatial_scale: feature pixels per image pixel.
-        sampling_ratio: samples per bin and axis; <= 0 adapts their number to the box.
+        sampling_ratio: samples per bin and axis, at most 4096; <= 0 adapts their number to the box.
         aligned: whether pixel centres are at half coordinates: the convention
             "torchvision:aligned=True", else "torchvision:aligned=False".
 
@@ -59,6 +60,11 @@ def roi_align(
     )
 
 
+def _samples(sampling_ratio: int) -> int:
+    _checks.samples("sampling_ratio", _checks.integer("sampling_ratio", sampling_ratio))
+    return sampling_ratio
+
+
 class RoIAlign(nn.Module):
     """``torchvision.ops.RoIAlign``: :func:`roi_align` as a layer.
 
@@ -67,7 +73,8 @@ class RoIAlign(nn.Module):
 
     Called with ``input`` (N, C, H, W) and ``rois`` (K, 5), or one (K_i, 4) for each image, in image
     pixels, it gives (K, C, P, Q) in the dtype of ``input``. That call checks the arguments too: it
-    raises what :func:`roi_align` raises. Gradients reach both. Source: torchvision's documentation.
+    raises what :func:`roi_align` raises (``sampling_ratio`` is checked at construction). Gradients
+    reach both. Source: torchvision's documentation.
 
     >>> import torch
     >>> from roialign.compat.torchvision import RoIAlign
@@ -89,7 +96,7 @@ class RoIAlign(nn.Module):
         super().__init__()
         self.output_size = output_size
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = _samples(sampling_ratio)
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
@@ -111,7 +118,7 @@ class MultiScaleRoIAlign(nn.Module):
     Args:
         featmap_names: the maps to use, by their names in ``x``.
         output_size: bins (P, Q), or an int for both.
-        sampling_ratio: samples per bin and axis; <= 0 adapts their number to the box.
+        sampling_ratio: samples per bin and axis, at most 4096; <= 0 adapts their number to the box.
         canonical_scale: the size, in image pixels, of a box that belongs to ``canonical_level``.
         canonical_level: that level; level k has scale 2^-k.
 
@@ -129,7 +136,8 @@ class MultiScaleRoIAlign(nn.Module):
     Gradients reach the maps and the boxes; the choice of the map has none.
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`roi_align`, from the call.
+        TypeError, ValueError, IndexError: as :func:`roi_align`, from the call, but of ``sampling_ratio`` at
+            construction.
         ValueError: ``x`` has no map of ``featmap_names``, or a coarser before a finer one; there is
             no image or a map without a height; ``boxes`` are not (K_i, 4), one for each image.
 
@@ -162,7 +170,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = featmap_names
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = _samples(sampling_ratio)
         pair = (output_size, output_size) if isinstance(output_size, int) else output_size
         self.output_size = tuple(pair)
         self.canonical_scale = canonical_scale
