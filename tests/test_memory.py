@@ -10,6 +10,7 @@ import pytest
 import roialign
 from isolation import isolated
 
+pytestmark = pytest.mark.serial
 MIB = 2**20
 SANITIZED = "san" in os.environ.get("LD_PRELOAD", "")  # a sanitizer holds freed memory back
 resident_set = pytest.mark.skipif(sys.platform != "linux" or SANITIZED, reason="reads /proc/self")

@@ -13,6 +13,7 @@ import pytest
 import roialign
 import tolerance
 
+pytestmark = pytest.mark.serial
 FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
