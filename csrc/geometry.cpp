@@ -99,8 +99,8 @@ Sums open_bin(Taps& taps, int64_t entries) {
   const int64_t begin = taps.first.back(), room = begin + entries;
   if (int64_t(taps.index.size()) < room) {
     const size_t size = size_t(room + room / 2);
-    taps.index.resize(size);
     for (auto& weight : taps.weight) weight.resize(size);
+    taps.index.resize(size);  // last: its size says how much room there is, if one of these throws
   }
   return {taps.index.data(), {taps.weight[0].data(), taps.weight[1].data()}, begin, begin};
 }

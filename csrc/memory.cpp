@@ -1,6 +1,7 @@
 #include "memory.hpp"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -18,6 +19,7 @@ constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kKeptScratch = std::size_t{64} << 20;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
+  if (bytes > SIZE_MAX - unit) throw std::bad_alloc();
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -85,7 +87,6 @@ void* map_memory(std::size_t bytes, [[maybe_unused]] bool sparse) {
   }
   // Over-reserve, then cut both ends so that the mapping starts on a huge page.
   const std::size_t size = round_up(bytes, kHugePage), whole = size + kHugePage;
-  if (size < bytes || whole < size) throw std::bad_alloc();
   int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #if defined(MAP_NORESERVE)
   if (sparse) flags |= MAP_NORESERVE;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace roialign {
 
@@ -23,5 +24,11 @@ void give_buffer(void* memory, std::size_t bytes);
 void* thread_scratch(std::size_t bytes);
 // Gives back the calling thread's scratch if it is too large to keep.
 void trim_thread_scratch();
+
+#if defined(ROIALIGN_FAIL_ALLOCATIONS)
+// In builds for tests: of the core's allocations from now on the n-th fails, by any thread; n = 0:
+// none. Gives how many there were since the last call.
+int64_t fail_allocation(int64_t n);
+#endif
 
 }  // namespace roialign

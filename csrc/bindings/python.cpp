@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <new>
+#include <memory>
 #include <stdexcept>
 #include <thread>
 
@@ -324,21 +324,14 @@ int64_t box_gradient(const nb::object& d_output_object, const nb::object& featur
 // `bytes` of memory for a result; NumPy keeps it alive, the cache of freed buffers takes it back.
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t bytes) {
   struct Buffer {
-    void* memory;
-    size_t bytes;
+    explicit Buffer(size_t bytes) : bytes(bytes), memory(take_buffer(bytes)) {}
+    ~Buffer() { give_buffer(memory, bytes); }
+    const size_t bytes;
+    void* const memory;
   };
-  void* memory = take_buffer(bytes);
-  auto* buffer = new (std::nothrow) Buffer{memory, bytes};
-  if (!buffer) {
-    give_buffer(memory, bytes);
-    throw std::bad_alloc();
-  }
-  const nb::capsule owner(buffer, [](void* p) noexcept {
-    auto* b = static_cast<Buffer*>(p);
-    give_buffer(b->memory, b->bytes);
-    delete b;
-  });
-  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(memory, {bytes}, owner);
+  auto buffer = std::make_unique<Buffer>(bytes);
+  const nb::capsule owner(buffer.get(), [](void* p) noexcept { delete static_cast<Buffer*>(p); });
+  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(buffer.release()->memory, {bytes}, owner);
 }
 
 }  // namespace
@@ -373,4 +366,7 @@ NB_MODULE(_core, m) {
   }
   m.attr("xla_handlers") = xla_handlers;
   m.def("set_xla_threads", &xla::set_num_threads);
+#if defined(ROIALIGN_FAIL_ALLOCATIONS)
+  m.def("fail_allocation", &fail_allocation);
+#endif
 }
