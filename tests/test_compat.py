@@ -474,6 +474,10 @@ def test_errors_of_a_pyramid(change, message):
     pool(**fine)
     with pytest.raises(ValueError, match=message):
         pool(**(fine | change))
+    freed = torch.zeros(9)[1:].view(2, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"`boxes\[0\]` must be in memory"):
+        pool(**(fine | {"boxes": [freed]}))
 
 
 # Imports

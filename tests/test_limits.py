@@ -1,7 +1,8 @@
-"""Numbers beyond every limit, in every library: a `ValueError` that names the argument."""
+"""What no library can compute with: numbers beyond every limit, arrays whose memory is gone."""
 
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ MAKERS = {
 @pytest.fixture(params=[name for name in MAKERS if find_spec(name)])
 def library(request):
     """An installed library's name, and what makes an array of it of one of NumPy's."""
-    module, maker = MAKERS[request.param]
-    return request.param, getattr(import_module(module), maker)
+    module, function = MAKERS[request.param]
+    return request.param, getattr(import_module(module), function)
 
 
 def operations(make, **options):
@@ -66,3 +67,69 @@ def test_4096_samples_are_accepted(library):
     name, make = library
     for call in [*operations(make, sampling_ratio=4096), *layers(name, 4096)]:
         call()
+
+
+# The memory is gone
+
+
+def emptied(array):
+    """A copy of a tensor of torch, without its storage."""
+    tensor = array.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def emptied_view(array):
+    """The same, which starts in the midst of its storage: its address is not 0."""
+    tensor = array.new_zeros(1 + array.numel())[1:].view(array.shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def deleted(array):
+    """A copy of an array of JAX, which was donated, say."""
+    copy = array.copy()
+    copy.delete()
+    return copy
+
+
+def forms(rois, index):
+    """All forms of rois: what makes them of named arrays, and these."""
+    boxes = rois[:, 1:]
+    yield lambda rois: rois, {"rois": rois}
+    yield lambda boxes, image_index: (boxes, image_index), {"boxes": boxes, "image_index": index}
+    yield lambda first: [first], {"first": boxes}
+
+
+def calls_on(features, rois, d_output, index):
+    """Each operation with each form of rois, as a function of named arrays, and these."""
+    for form, parts in forms(rois, index):
+
+        def forward(features, form=form, **parts):
+            return roialign.roi_align(features, form(**parts), 2)
+
+        def adjoint(d_output, features, form=form, **parts):
+            rois = form(**parts)
+            return roialign.roi_align_adjoint(d_output, rois, FEATURES.shape, features=features)
+
+        def box_gradient(d_output, features, form=form, **parts):
+            return roialign.roi_align_box_gradient(d_output, features, form(**parts))
+
+        yield forward, {"features": features, **parts}
+        for call in (adjoint, box_gradient):
+            yield call, {"d_output": d_output, "features": features, **parts}
+
+
+GONE = {"torch": [emptied, emptied_view], "jax": [deleted]}  # others keep theirs
+
+
+def test_memory_that_is_gone_is_an_error_that_names_the_argument(library):
+    name, make = library
+    arrays = [make(array) for array in (FEATURES, ROIS, D_OUTPUT, np.zeros(1, np.int32))]
+    for call, given in calls_on(*arrays):
+        call(**given)
+        for argument, gone in product(given, GONE.get(name, [])):
+            shown = "rois[0]" if argument == "first" else argument
+            with pytest.raises(TypeError) as caught:
+                call(**given | {argument: gone(given[argument])})
+            assert str(caught.value).startswith(f"`{shown}` must be in memory"), caught.value

@@ -749,10 +749,40 @@ def test_a_tensor_without_memory_does_not_crash():
     for rois in rows_and_pair():
         zeros = torch._efficientzerotensor(features.shape)  # a wrapper: values without memory
         assert not roialign.roi_align(zeros, rois, 2).any()
-        freed = features.clone()
-        freed.untyped_storage().resize_(0)
-        with pytest.raises((TypeError, RuntimeError)):
-            roialign.roi_align(freed, rois, 2)
+
+
+def freed(array):
+    """A tensor that starts in the midst of a storage that was emptied: its address is not 0."""
+    tensor = array.new_zeros(1 + array.numel())[1:].view(array.shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_a_tensor_that_was_freed_is_named_wherever_it_comes_in():
+    features, boxes, index = FEATURES, ROIS[:, 1:], ROIS[:, 0].long()
+    rule = 1.0, 1.0, 0, 0.5, 0.0, 0.0, None, False
+    operator = torch.ops.roialign.forward
+
+    def backward():
+        x, rois = features.clone().requires_grad_(), ROIS.clone().requires_grad_()
+        output = roialign.roi_align(x, rois, 2)
+        x.untyped_storage().resize_(0)
+        output.sum().backward()
+
+    pool = torch.compile(lambda f: roialign.roi_align(f, ROIS, 2), backend="aot_eager")
+    over_boxes = torch.func.vmap(
+        lambda boxes: roialign.roi_align(features, (boxes, freed(index)), 2)
+    )
+    for call, name in (
+        (lambda: roialign.roi_align(features, ROIS, 2, out=freed(torch.rand(2, 3, 2, 2))), "out"),
+        (lambda: operator(freed(features), boxes, index, None, [2, 2], *rule), "features"),
+        (lambda: operator(features, boxes, index, freed(boxes), [2, 2], *rule), "tangent"),
+        (backward, "features"),
+        (lambda: pool(freed(features)), "features"),
+        (lambda: over_boxes(boxes[None]), "image_index"),
+    ):
+        with pytest.raises(TypeError, match=f"^`{name}` must be in memory"):
+            call()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

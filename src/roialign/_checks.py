@@ -85,12 +85,13 @@ def rois(
     index: Callable[[str, object], None],
 ) -> None:
     """The types in the three forms of rois, by an adapter's own checks ``(name, value)``."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) == 2:
+        boxes("boxes", value[0])
+        array("image_index", value[1])
+        index("image_index", value[1])
+    elif isinstance(value, tuple):
         for name, item in zip(("boxes", "image_index"), value):
             array(name, item)
-        if len(value) == 2:
-            boxes("boxes", value[0])
-            index("image_index", value[1])
     elif isinstance(value, list):
         for i, item in enumerate(value):
             boxes(f"rois[{i}]", item)

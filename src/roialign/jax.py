@@ -46,6 +46,8 @@ def are_ordinary(features: object, rois: object) -> bool:
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Array):
         raise TypeError(f"`{name}` must be a jax.Array, got {_checks.type_name(value)}")
+    if not isinstance(value, jax.core.Tracer) and value.is_deleted():
+        raise TypeError(f"`{name}` must be in memory, got an array that was deleted or donated")
 
 
 def check_features(name: str, value: object) -> None:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
+from torch.jit import is_tracing
 
 import roialign
 from roialign import _checks, _conventions, _core, _threads
@@ -35,7 +37,7 @@ _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
 def _is_traced() -> bool:
     """Whether a compiler or a tracer reads the Python code: memory is not for it."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_compiling() or is_tracing()
 
 
 def _triton_module(tensor: Tensor) -> str | None:
@@ -60,7 +62,19 @@ def are_ordinary(features: object, rois: object) -> bool:
         and type(rois) is Tensor
         and not (_is_traced() or _watched() or features.is_neg() or rois.is_neg())
         and _core.are_ordinary(features, rois)
+        and features.untyped_storage().nbytes() > 0  # not freed
+        and rois.untyped_storage().nbytes() > 0
     )
+
+
+def _is_freed(tensor: Tensor | None) -> bool:
+    """Whether its storage was emptied: its address, then a small number or 0, is no memory."""
+    if type(tensor) not in _PLAIN:
+        return False
+    try:
+        return not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+    except NotImplementedError:  # a transform's wrapper
+        return False
 
 
 def check_array(name: str, value: object) -> None:
@@ -78,6 +92,8 @@ def check_array(name: str, value: object) -> None:
             )
     elif not (value.is_cpu or value.is_cuda or value.is_meta):
         raise TypeError(f"`{name}` must be on the CPU or a GPU, got device {value.device}")
+    if not is_compiling() and _is_freed(value):
+        raise TypeError(f"`{name}` must be in memory, got a tensor whose storage was freed")
 
 
 def check_features(name: str, value: object) -> None:
@@ -349,6 +365,10 @@ def _operator_kernel(name: str) -> Callable:
     """An operator takes any tensors; the core refuses what does not fit, kernels of a GPU cannot."""
 
     def kernel(*args):
+        if any(map(_is_freed, args[:_TENSORS])):
+            for argument, tensor in zip(_OPERATORS[name]._schema.arguments, args[:_TENSORS]):
+                if tensor is not None:
+                    check_array(argument.name, tensor)
         if _triton_module(args[0]) is not None:
             _check_fit(name, *args)
         return _KERNELS[name](*args)
@@ -720,7 +740,9 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def _have_memory(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the elements of these are where a kernel can read and write them."""
-    return _are_plain(tensors) and all([t is None or _core.has_memory(t) for t in tensors])
+    return _are_plain(tensors) and all(
+        [t is None or _core.has_memory(t) and not _is_freed(t) for t in tensors]
+    )
 
 
 # `apply` without the part that looks for transforms and binds arguments by their names.

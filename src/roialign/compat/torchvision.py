@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import roialign
 from roialign import _checks
+from roialign.torch import check_array
 
 __all__ = ["MultiScaleRoIAlign", "RoIAlign", "roi_align"]
 
@@ -237,6 +238,7 @@ def _joined(boxes: list[Tensor], images: int) -> tuple[Tensor, Tensor]:
     if len(boxes) != images:
         raise ValueError(f"`boxes` must have one tensor per image, {images}, got {len(boxes)}")
     for i, each in enumerate(boxes):
+        check_array(f"boxes[{i}]", each)
         if each.ndim != 2 or each.shape[1] != 4:
             raise ValueError(f"`boxes[{i}]` must have shape (K, 4), got {tuple(each.shape)}")
     index = [torch.full((each.shape[0],), i, device=each.device) for i, each in enumerate(boxes)]
