@@ -12,6 +12,7 @@ from hypothesis import settings
 
 import roialign
 import tolerance
+from backends import BACKENDS, choose
 from oracle import Problem
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, and Triton
@@ -156,10 +157,61 @@ GOLDEN_FIXTURES = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        choices={backend.family for backend in BACKENDS},
+        help="of the tests of all backends those of this one alone, and an error if it is missing",
+    )
+
+
 def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("backends")
+        chosen = choose(*marker.args if marker else ())
+        metafunc.parametrize("backend", list(offered(chosen, metafunc.config)), indirect=True)
     for name, chosen in GOLDEN_FIXTURES.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, list(filter(chosen, golden_cases())), ids=str)
+
+
+def offered(chosen, config):
+    """Parameters: a backend that is there; for a family that is not, one that is skipped."""
+    only, missing = config.getoption("backend"), {}
+    for backend in chosen:
+        reason = backend.missing()
+        if only and reason and backend.family == only:
+            raise pytest.UsageError(f"--backend {only}: {backend.name} {reason}")
+        if reason:
+            missing[backend.family] = reason
+        else:
+            yield pytest.param(backend, id=backend.name)
+    for family, reason in missing.items():
+        yield pytest.param(None, id=family, marks=pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --backend: in files of tests of all backends, only its own."""
+    only = config.getoption("backend")
+    shared = {item.path for item in items if "backend" in item.fixturenames}
+
+    def is_asked_for(item):
+        if item.path not in shared:
+            return True
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        return getattr(backend, "family", None) == only
+
+    if only:
+        left = [item for item in items if not is_asked_for(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = filter(is_asked_for, items)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    request.param.start(monkeypatch)
+    yield request.param
+    request.param.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Every library that has one of our conventions gives our result."""
+"""Every library that has one of our conventions gives our result, in arrays of every kind."""
 
 import re
 
@@ -8,41 +8,88 @@ import pytest
 import roialign
 
 
-def seed(case):
-    """The seed as MindSpore was called."""
+def seed_arguments(case):
+    """As MindSpore was called."""
     names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
-    return roialign.ROIAlign(*(case.parameter(name) for name in names))
+    return [case.parameter(name) for name in names]
 
 
-def test_forward(golden):
+@pytest.mark.backends("fast")
+def test_forward(backend, golden, layouts):
     problem = golden.problem
-    output = roialign.roi_align(golden.features, golden.rois, problem.size, **problem.options)
-    assert output.dtype == golden.features.dtype
-    golden.check_forward(output)
-    assert np.isfinite(output).all()
+
+    def pool(features, rois):
+        return roialign.roi_align(features, rois, problem.size, **problem.options)
+
+    for layout in backend.layouts:
+        output = backend.run(pool, layouts[layout](golden.features), golden.rois)
+        assert output.dtype == golden.features.dtype
+        golden.check_forward(output)
+        assert np.isfinite(output).all()
 
 
-def test_adjoint(golden_gradient):
-    d_output, shape = golden_gradient.d_output, golden_gradient.features.shape
-    options = golden_gradient.problem.options
-    d_features = roialign.roi_align_adjoint(d_output, golden_gradient.rois, shape, **options)
-    assert d_features.dtype == d_output.dtype
+@pytest.mark.backends("fast", "-grad")
+def test_adjoint(backend, golden_gradient):
+    shape, options = golden_gradient.features.shape, golden_gradient.problem.options
+
+    def adjoint(d_output, rois):
+        return roialign.roi_align_adjoint(d_output, rois, shape, **options)
+
+    d_features = backend.run(adjoint, golden_gradient.d_output, golden_gradient.rois)
+    assert d_features.dtype == golden_gradient.d_output.dtype
     golden_gradient.check_adjoint(d_features)
 
 
-def test_seed(golden_mindspore):
-    output = seed(golden_mindspore)(golden_mindspore.features, golden_mindspore.rois)
-    assert output.dtype == golden_mindspore.features.dtype
-    golden_mindspore.check_forward(output)
+@pytest.mark.backends("values", "fast", "grad")
+def test_gradient(backend, golden_gradient):
+    problem, features = golden_gradient.problem, golden_gradient.features
+    d_output = golden_gradient.d_output.astype(features.dtype)
+    features, rois, d_output = backend.array((features, golden_gradient.rois, d_output))
+
+    def loss(features):
+        output = roialign.roi_align(features, rois, problem.size, **problem.options)
+        return (output * d_output).sum()
+
+    d_features = backend.numpy(backend.grad(loss)(features))
+    assert d_features.dtype == golden_gradient.features.dtype
+    golden_gradient.check_adjoint(d_features)
 
 
-def test_fractional_index(golden_fractional):
-    features, rois = golden_fractional.features, golden_fractional.rois
+@pytest.mark.backends("exact", "-slow")
+def test_seed(backend, golden_mindspore):
+    """`ROIAlign` and the frameworks' layers are MindSpore's."""
+    for layer in backend.layers(*seed_arguments(golden_mindspore)):
+        output = backend.run(layer, golden_mindspore.features, golden_mindspore.rois)
+        assert output.dtype == golden_mindspore.features.dtype
+        golden_mindspore.check_forward(output)
+
+
+@pytest.mark.backends("values", "exact", "grad", "-fast", "-slow")
+def test_gradient_of_the_seed(backend, golden_mindspore):
+    features, d_output = golden_mindspore.features, golden_mindspore.d_output
+    layer, *_ = backend.layers(*seed_arguments(golden_mindspore))
+    given = features, golden_mindspore.rois, d_output.astype(features.dtype)
+    features, rois, d_output = backend.array(given)
+
+    def loss(features):
+        return (layer(features, rois) * d_output).sum()
+
+    d_features = backend.numpy(backend.grad(loss)(features))
+    assert d_features.dtype == golden_mindspore.features.dtype
+    golden_mindspore.check_adjoint(d_features)
+
+
+@pytest.mark.backends("raises", "fast")
+def test_fractional_index(backend, golden_fractional):
+    features, rois = backend.array((golden_fractional.features, golden_fractional.rois))
     d_output, options = golden_fractional.arrays["dy"], golden_fractional.problem.options
-    row = re.escape(f"RoI {np.flatnonzero(rois[:, 0] % 1)[0]} ")
-    with pytest.raises(IndexError, match=row):
-        seed(golden_fractional)(features, rois)
-    with pytest.raises(IndexError, match=row):
-        roialign.roi_align_adjoint(d_output, rois, features.shape, **options)
-    with pytest.raises(IndexError, match=row):
-        roialign.roi_align_box_gradient(d_output, features, rois, **options)
+    d_output = backend.array(d_output)
+    row = re.escape(f"RoI {np.flatnonzero(golden_fractional.rois[:, 0] % 1)[0]} ")
+    layer, *_ = backend.layers(*seed_arguments(golden_fractional))
+    for call in (
+        lambda: layer(features, rois),
+        lambda: roialign.roi_align_adjoint(d_output, rois, features.shape, **options),
+        lambda: roialign.roi_align_box_gradient(d_output, features, rois, **options),
+    ):
+        with pytest.raises(IndexError, match=row):
+            call()

@@ -101,33 +101,6 @@ def test_bits_are_those_of_numpy(make_problem, dtype):
     same(jax.jit(lambda f, b: pool(problem, f, b))(*leaves(problem)), output)
 
 
-def test_golden(golden):
-    features, rois = jnp.asarray(golden.features), jnp.asarray(golden.rois)
-    output = roialign.roi_align(features, rois, golden.problem.size, **golden.problem.options)
-    golden.check_forward(np.asarray(output))
-
-
-def test_golden_gradient(golden_gradient):
-    problem = golden_gradient.problem
-    rois = jnp.asarray(golden_gradient.rois)
-    features = jnp.asarray(golden_gradient.features)
-    output, pull = jax.vjp(
-        lambda f: roialign.roi_align(f, rois, problem.size, **problem.options), features
-    )
-    (d_features,) = pull(jnp.asarray(golden_gradient.d_output).astype(output.dtype))
-    assert d_features.dtype == features.dtype
-    golden_gradient.check_adjoint(np.asarray(d_features))
-
-
-def test_golden_seed(golden_mindspore):
-    names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
-    layer = roialign.ROIAlign(*(golden_mindspore.parameter(name) for name in names))
-    output = jax.jit(layer)(
-        jnp.asarray(golden_mindspore.features), jnp.asarray(golden_mindspore.rois)
-    )
-    golden_mindspore.check_forward(np.asarray(output))
-
-
 @pytest.mark.parametrize("boxes_dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_mixed_dtypes(make_problem, dtype, boxes_dtype):

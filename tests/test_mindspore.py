@@ -1,6 +1,5 @@
 """MindSpore: NumPy's numbers in PyNative and Graph mode, and its own operator beside ours."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,48 +161,6 @@ def test_layouts(make_problem, layout):
 
 def pooling_in_numpy(problem):
     return roialign.roi_align(problem.features, problem.rois, problem.size, **problem.options)
-
-
-def seed(kind, case):
-    names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
-    return kind(*(case.parameter(name) for name in names))
-
-
-@pytest.mark.parametrize("kind", [roialign.ROIAlign, roialign.mindspore.ROIAlign])
-def test_golden(mode, golden_mindspore, kind):
-    features, rois = tensor(golden_mindspore.features), tensor(golden_mindspore.rois)
-    output = Net(seed(kind, golden_mindspore))(features, rois)
-    assert output.dtype == features.dtype
-    golden_mindspore.check_forward(array(output))
-
-
-def test_golden_gradient(mode, golden_mindspore):
-    features, rois = tensor(golden_mindspore.features), tensor(golden_mindspore.rois)
-    d_output = tensor(golden_mindspore.d_output.astype(golden_mindspore.features.dtype))
-    pool = seed(roialign.ROIAlign, golden_mindspore)
-
-    def loss(features, rois):
-        return (pool(features, rois) * d_output).sum()
-
-    d_features = mindspore.grad(Net(loss))(features, rois)
-    assert d_features.dtype == features.dtype
-    golden_mindspore.check_adjoint(array(d_features))
-
-
-def test_golden_of_others(golden):
-    """Every convention's recorded results, through MindSpore's tensors."""
-    problem = golden.problem
-    output = roialign.roi_align(
-        tensor(golden.features), tensor(golden.rois), problem.size, **problem.options
-    )
-    golden.check_forward(array(output))
-
-
-def test_golden_fractional_index(golden_fractional):
-    features, rois = tensor(golden_fractional.features), tensor(golden_fractional.rois)
-    row = np.flatnonzero(golden_fractional.rois[:, 0] % 1)[0]
-    with pytest.raises(IndexError, match=re.escape(f"RoI {row} ")):
-        seed(roialign.ROIAlign, golden_fractional)(features, rois)
 
 
 @pytest.mark.parametrize("number", range(8))

@@ -1,0 +1,314 @@
+"""Who computes: one record for each library and way of running it.
+
+A test that takes the fixture `backend` is one body for all of them. It writes a function of arrays
+as any user would, on the public functions; `run` calls it, `grad`, `jvp` and `vmap` transform it.
+What such a function takes and closes over is the backend's own: `array` and `numpy` convert, in
+tuples and lists too. A test of what not every backend has says so: `@pytest.mark.backends("grad")`.
+"""
+
+import importlib.util
+import os
+import sys
+
+import numpy as np
+
+import roialign
+import tolerance
+
+
+class Backend:
+    name = ""
+    needs = ()  # modules
+    traits = frozenset()  # of what tests ask for
+    # "values"  a way of its own to results, not to derivatives alone
+    # "exact"   the bits of NumPy's results
+    # "fast"    takes hundreds of cases, compiles and interprets nothing; "slow" takes a few
+    # "out"     takes `out`
+    # "strided" an array keeps its strides
+    # "bfloat16"
+    # "raises"  on a bad image index; the others make that row zero: "zeroes"
+    # "grad"    has derivatives; "twice": also of gradients; "jvp", "vmap"
+
+    @property
+    def family(self):
+        """What CI installs for it."""
+        return self.name.partition(".")[0]
+
+    def missing(self):
+        """Why it cannot run here, or None."""
+        names = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"needs {', '.join(names)}" if names else None
+
+    def start(self, monkeypatch):
+        """Called before each test."""
+
+    def stop(self):
+        """Called after it."""
+
+    @property
+    def layouts(self):
+        """Of arrays that it is given."""
+        return ("contiguous", "channels_last") if "strided" in self.traits else ("contiguous",)
+
+    def array(self, values):
+        return _mapped(self._array, values)
+
+    def numpy(self, values):
+        return _mapped(self._numpy, values)
+
+    def way(self, function):
+        """How functions are run."""
+        return function
+
+    def run(self, function, *values):
+        """The function of NumPy arrays, and its results as such."""
+        return self.numpy(self.way(function)(*self.array(values)))
+
+    def layers(self, *arguments):
+        """`ROIAlign`, and the framework's own."""
+        return [roialign.ROIAlign(*arguments)]
+
+    _array = _numpy = staticmethod(lambda array: array)
+
+
+def _mapped(function, values):
+    if isinstance(values, (tuple, list)):
+        return type(values)(_mapped(function, each) for each in values)
+    return function(values)
+
+
+class Numpy(Backend):
+    name = "numpy"
+    traits = frozenset({"values", "exact", "fast", "out", "strided", "bfloat16", "raises"})
+
+
+class Torch(Backend):
+    name, needs = "torch", ("torch",)
+    traits = Numpy.traits | {"grad", "twice", "jvp"}
+    device = "cpu"
+
+    def start(self, monkeypatch):
+        import torch
+
+        self.torch = torch
+
+    def _array(self, array):
+        if array.dtype == tolerance.BFLOAT16:
+            whole = self.torch.from_numpy(np.array(array.view(np.int16))).view(self.torch.bfloat16)
+        else:
+            whole = self.torch.from_numpy(np.array(array))
+        return whole.to(self.device)
+
+    def _numpy(self, tensor):
+        tensor = tensor.detach().cpu()
+        if tensor.dtype is self.torch.bfloat16:
+            return tensor.view(self.torch.int16).numpy().view(tolerance.BFLOAT16)
+        return tensor.numpy()
+
+    def layers(self, *arguments):
+        return [*super().layers(*arguments), roialign.torch.ROIAlign(*arguments)]
+
+    def grad(self, function, argnums=0):
+        """By autograd: of a function that gives a number."""
+        several = argnums if isinstance(argnums, tuple) else (argnums,)
+
+        def gradients(*arrays):
+            arrays = list(arrays)
+            for i in several:
+                if not arrays[i].requires_grad:
+                    arrays[i] = arrays[i].detach().requires_grad_()
+            leaves = [arrays[i] for i in several]
+            number = self.way(function)(*arrays)
+            found = self.torch.autograd.grad(number, leaves, create_graph="twice" in self.traits)
+            return found if isinstance(argnums, tuple) else found[0]
+
+        return gradients
+
+    def jvp(self, function, primals, tangents):
+        """By dual numbers."""
+        forward_ad = self.torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, primals, tangents)
+            return tuple(forward_ad.unpack_dual(function(*duals)))
+
+
+class TorchFunc(Torch):
+    name = "torch.func"
+    traits = frozenset({"grad", "twice", "jvp", "vmap"})
+
+    def grad(self, function, argnums=0):
+        return self.torch.func.grad(function, argnums)
+
+    def jvp(self, function, primals, tangents):
+        return self.torch.func.jvp(function, primals, tangents)
+
+    def vmap(self, function, in_axes=0):
+        return self.torch.func.vmap(function, in_axes)
+
+
+class TorchCompile(Torch):
+    name = "torch.compile"
+    traits = Torch.traits - {"fast", "out", "strided", "twice", "jvp"} | {"slow"}
+
+    def way(self, function):
+        self.torch.compiler.reset()
+        return self.torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def stop(self):
+        self.torch.compiler.reset()
+
+
+class Triton(TorchFunc):
+    """The GPU's kernels: in Triton's interpreter, on tensors of the CPU that pass for a GPU's; with
+    TRITON_INTERPRET=0 on the GPU that is there."""
+
+    name, needs = "triton", ("torch", "triton")
+    traits = Torch.traits - {"exact", "fast", "raises"} | {"slow", "vmap", "zeroes"}
+    interpreted = os.environ.get("TRITON_INTERPRET", "1") == "1"
+    device = "cpu" if interpreted else "cuda"
+
+    def missing(self):
+        if not super().missing() and not self.interpreted:
+            import torch
+
+            return None if torch.cuda.is_available() else "needs a GPU, or TRITON_INTERPRET=1"
+        return super().missing()
+
+    def start(self, monkeypatch):
+        super().start(monkeypatch)
+        if self.interpreted:
+            module = lambda tensor: None if tensor.is_meta else "launch"  # noqa: E731
+            monkeypatch.setattr(roialign.torch, "_triton_module", module)
+
+
+class Jax(Backend):
+    name, needs = "jax", ("jax",)
+    traits = Numpy.traits - {"out", "strided"} | {"grad", "twice", "jvp", "vmap"}
+
+    def start(self, monkeypatch):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        self.jax = jax
+
+    def _array(self, array):
+        return self.jax.numpy.asarray(array)
+
+    _numpy = staticmethod(np.asarray)
+
+    def grad(self, function, argnums=0):
+        return self.way(self.jax.grad(function, argnums))
+
+    def jvp(self, function, primals, tangents):
+        along = lambda primals, tangents: self.jax.jvp(function, primals, tangents)  # noqa: E731
+        return self.way(along)(tuple(primals), tuple(tangents))
+
+    def vmap(self, function, in_axes=0):
+        return self.way(self.jax.vmap(function, in_axes))
+
+
+class JaxJit(Jax):
+    name = "jax.jit"
+    traits = Jax.traits - {"fast", "raises"} | {"zeroes"}
+
+    def way(self, function):
+        return self.jax.jit(function)
+
+
+class JaxDense(JaxJit):
+    """The way of platforms without a kernel, on the CPU."""
+
+    name = "jax.dense"
+    traits = JaxJit.traits - {"exact"}
+
+    def start(self, monkeypatch):
+        super().start(monkeypatch)
+        monkeypatch.setattr(roialign.jax, "_dense_everywhere", True)
+
+
+class MindSpore(Backend):
+    name, needs = "mindspore", ("mindspore",)
+    traits = Jax.traits
+
+    def start(self, monkeypatch):
+        import mindspore
+
+        class Net(mindspore.nn.Cell):
+            """A function as a network: Graph mode compiles it."""
+
+            def __init__(self, function):
+                super().__init__()
+                self.function = function
+
+            def construct(self, *inputs):
+                return self.function(*inputs)
+
+        self.mindspore, self.way = mindspore, Net
+
+    def _array(self, array):
+        if array.dtype == tolerance.BFLOAT16:
+            return self.mindspore.Tensor(array.astype(np.float32)).astype(self.mindspore.bfloat16)
+        return self.mindspore.Tensor(np.ascontiguousarray(array))
+
+    def _numpy(self, tensor):
+        if tensor.dtype == self.mindspore.bfloat16:
+            return tensor.astype(self.mindspore.float32).asnumpy().astype(tolerance.BFLOAT16)
+        return tensor.asnumpy()
+
+    def layers(self, *arguments):
+        return [*super().layers(*arguments), roialign.mindspore.ROIAlign(*arguments)]
+
+    def grad(self, function, argnums=0):
+        return self.mindspore.grad(self.way(function), argnums)
+
+    def jvp(self, function, primals, tangents):
+        return self.mindspore.jvp(function, tuple(primals), tuple(tangents))
+
+    def vmap(self, function, in_axes=0):
+        return self.mindspore.vmap(function, in_axes)
+
+
+class MindSporeGraph(MindSpore):
+    name = "mindspore.graph"
+    traits = MindSpore.traits - {"fast", "raises"} | {"zeroes"}
+
+    def start(self, monkeypatch):
+        super().start(monkeypatch)
+        self.mindspore.set_context(mode=self.mindspore.GRAPH_MODE)
+
+    def stop(self):
+        self.mindspore.set_context(mode=self.mindspore.PYNATIVE_MODE)
+
+
+class Cupy(Backend):
+    """A stand-in: CuPy makes no array without a GPU."""
+
+    name, needs = "cupy", ("torch",)
+    traits = Numpy.traits - {"strided", "bfloat16"}
+
+    def start(self, monkeypatch):
+        import cupy_stand_in
+
+        cupy_stand_in.install(monkeypatch)
+        self._array, self._numpy = cupy_stand_in.Array, lambda array: array.values
+
+    def stop(self):
+        sys.modules.pop("roialign.cupy", None)
+
+
+BACKENDS = [
+    kind()
+    for kind in (
+        Numpy, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense, MindSpore,
+        MindSporeGraph,
+    )
+]  # fmt: skip
+
+
+def choose(*traits):
+    """The backends that have all of these traits; "-trait": that have it not."""
+    return [
+        backend
+        for backend in BACKENDS
+        if all((t.lstrip("-") in backend.traits) != t.startswith("-") for t in traits)
+    ]
