@@ -296,6 +296,36 @@ def test_stride_0(axes, dtype):
     )
 
 
+def with_steps(array, axes, step):
+    """The array, with another stride along axes of length 1."""
+    strides = [step if i in axes else s for i, s in enumerate(array.strides)]
+    return np.lib.stride_tricks.as_strided(array, array.shape, strides)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("step", [0, 4, -400])
+@pytest.mark.parametrize("last", [False, True])
+def test_strides_of_axes_of_length_1_mean_nothing(axes, step, last):
+    def laid(array):
+        one = array[tuple(slice(1) if i in axes else slice(None) for i in range(4))]
+        return in_layout("channels_last" if last else "contiguous", one.copy())
+
+    features, rois = laid(FEATURES), np.abs(ROIS[:1])
+    out, d_features = forward(features, rois), np.empty_like(features)
+    d_output = laid(D_OUTPUT[: len(rois), : features.shape[1]])
+    adjoint(d_output, rois, features.shape, out=d_features)
+    d_boxes = box_gradient(d_output, features, rois)
+    odd = with_steps(features, axes, step)
+    odd_d = with_steps(d_output, [i for i in axes if d_output.shape[i] == 1], step)
+    odd_rois = with_steps(rois, (0,), step)
+    result = forward(odd, odd_rois)
+    assert result.tobytes() == out.tobytes() and result.strides == out.strides
+    target = np.empty_like(features)
+    adjoint(odd_d, odd_rois, features.shape, out=with_steps(target, axes, step))
+    assert target.tobytes() == d_features.tobytes()
+    assert box_gradient(odd_d, odd, odd_rois).tobytes() == d_boxes.tobytes()
+
+
 def test_one_box_broadcast_to_many():
     rois = np.broadcast_to(ROIS[1], (5, 5))
     assert (forward(rois=rois) == forward(rois=rois.copy())).all()

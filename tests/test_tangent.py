@@ -7,7 +7,7 @@ import pytest
 
 import oracle
 import tolerance
-from roialign import _conventions
+from roialign import _conventions, _core
 from roialign import numpy as adapter
 
 STEP = 1e-4
@@ -73,6 +73,34 @@ def test_one_bilinear_form(draw, convention, sampling):
     np.testing.assert_allclose(
         np.vdot(problem.features, adjoint(problem, g, v)), expected, rtol=1e-11
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_layouts_of_the_tangent(draw, layouts, count):
+    problem, g, v = draw(count=count)
+    expected = forward(problem, v), adjoint(problem, g, v)
+    row = np.lib.stride_tricks.as_strided(v, v.shape, (v.strides[0] + 4 * (count == 1), 4))
+    for other in [row, np.repeat(v, 2, 0)[::2], layouts["unaligned"](v), v.astype(np.float64)]:
+        np.testing.assert_array_equal(forward(problem, other), expected[0])
+        np.testing.assert_array_equal(adjoint(problem, g, other), expected[1])
+
+
+def test_a_tangent_beyond_the_coordinate_type(draw):
+    """Silent, as of boxes."""
+    problem, g, v = draw()
+    forward(problem, v.astype(np.float64) * 1e300)
+    adjoint(problem, g, v.astype(np.float64) * 1e300)
+
+
+def test_the_core_reads_no_misaligned_array(draw, layouts):
+    problem, g, v = draw()
+    rule = _conventions.rule(**problem.options).numbers
+    moved, rois, d_boxes = layouts["unaligned"], problem.rois, np.zeros_like(v)
+    for arrays in [(moved(g), v), (g, moved(v))]:
+        with pytest.raises(ValueError, match="aligned"):
+            _core.adjoint(arrays[0], rois, arrays[1], rule, np.empty_like(problem.features), 1)
+    with pytest.raises(ValueError, match="aligned"):
+        _core.box_gradient(g, problem.features, rois, rule, moved(d_boxes), 1)
 
 
 def test_linear_in_the_tangent(draw):

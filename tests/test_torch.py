@@ -329,6 +329,41 @@ def test_torch_func(problem, differentiable):
     tolerance.check(array(along), wanted, tolerance.forward(problem, wanted, v.numpy()))
 
 
+def test_one_roi():
+    """Of one row every stride is that of a contiguous tensor."""
+    features = torch.linspace(0, 9, 162, dtype=torch.float32).sin().reshape(1, 2, 9, 9)
+    rois = torch.tensor([[0, 1.0, 1, 5, 5]])
+
+    def f(rois):
+        return roialign.roi_align(features, rois, 2)
+
+    (gradient,) = torch.autograd.grad(f(leaf := rois.clone().requires_grad_()).sum(), leaf)
+    _, along = torch.func.jvp(f, (rois,), (gradient,))
+    torch.testing.assert_close(along.sum(), gradient.square().sum())
+    g = torch.ones(1, 2, 2, 2, requires_grad=True)
+    (pulled,) = torch.func.vjp(f, rois)[1](g)
+    (penalty,) = torch.autograd.grad(pulled.square().sum(), g)
+    torch.testing.assert_close(penalty, 2 * along)
+
+
+def unaligned(tensor):
+    raw = torch.empty(tensor.nbytes + 1, dtype=torch.uint8).numpy()
+    moved = raw[1:].view(tensor.numpy().dtype).reshape(tensor.shape)
+    moved[...] = tensor.numpy()
+    return torch.from_numpy(moved)
+
+
+def test_unaligned(make_problem):
+    problem = make_problem()
+    features, (boxes, index) = tensor(problem.features), torch_rois(problem)
+    expected = roialign.roi_align(features, (boxes, index), 2)
+    given = unaligned(features), (unaligned(boxes), unaligned(index))
+    assert torch.equal(roialign.roi_align(*given, 2), expected)
+    out = unaligned(torch.zeros_like(expected))
+    assert torch.equal(roialign.roi_align(*given, 2, out=out), expected)
+    assert torch.equal(out, expected)
+
+
 def test_forward_ad(problem, differentiable):
     features, boxes = (t.detach() for t in differentiable)
     u, v = torch.randn_like(features), torch.randn_like(boxes)

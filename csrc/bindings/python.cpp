@@ -154,14 +154,6 @@ Array output(const nb::handle& object) {
   return array_of<nb::ndarray<nb::device::cpu>>(object);
 }
 
-Tensor tensor_of(const Array& array) {
-  if (array.ndim != 4) throw nb::value_error("_core: array must have 4 dimensions");
-  Tensor tensor{array.data, array.dtype, {}, {}};
-  std::copy(array.shape, array.shape + 4, tensor.shape);
-  std::copy(array.stride, array.stride + 4, tensor.stride);
-  return tensor;
-}
-
 size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::float16:
@@ -172,6 +164,28 @@ size_t size_of(DType dtype) {
     default:
       return 8;
   }
+}
+
+// Whether typed reads and writes are allowed.
+bool is_aligned(const Array& array) {
+  const bool empty = std::find(array.shape, array.shape + array.ndim, 0) < array.shape + array.ndim;
+  return empty || uintptr_t(array.data) % size_of(array.dtype) == 0;
+}
+
+Tensor tensor_of(const Array& array) {
+  if (array.ndim != 4) throw nb::value_error("_core: array must have 4 dimensions");
+  if (!is_aligned(array)) throw nb::value_error("_core: array must be aligned");
+  Tensor tensor{array.data, array.dtype, {}, {}};
+  std::copy(array.shape, array.shape + 4, tensor.shape);
+  std::copy(array.stride, array.stride + 4, tensor.stride);
+  // The engine chooses its way by the strides: along an axis of length 1 any will do, and these
+  // make an array of its neighbours one without gaps.
+  const int64_t *shape = tensor.shape, *stride = tensor.stride;
+  if (shape[3] == 1) tensor.stride[3] = shape[2] == 1 ? 1 : stride[2];
+  if (shape[2] == 1) tensor.stride[2] = shape[3] * stride[3];
+  if (shape[1] == 1) tensor.stride[1] = shape[2] * stride[2];
+  if (shape[0] == 1) tensor.stride[0] = 0;
+  return tensor;
 }
 
 // Whether these are what most calls bring, of which no check of types and shapes can complain: a
@@ -187,7 +201,7 @@ bool are_ordinary(const nb::object& features, const nb::object& rois) {
   }
   if (rows.device.device_type != type || rows.device.device_id != id) return false;
   for (const Array& array : {map, rows}) {
-    if (array.integers || uintptr_t(array.data) % size_of(array.dtype)) return false;
+    if (array.integers || !is_aligned(array)) return false;
   }
   for (const int64_t side : map.shape) {
     if (side < 1 || side > INT32_MAX) return false;
@@ -217,12 +231,13 @@ Rois rois_of(const nb::object& object) {
       image_index.data, image_index.dtype, image_index.stride[0]};
 }
 
-// A box gradient, or tangent: (K, 4) contiguous, of the coordinate type.
+// A box gradient, or tangent: (K, 4) contiguous, of the coordinate type. A single row has any
+// stride.
 void* boxes_like(const Array& array, const Rois& rois, DType map) {
+  const bool contiguous = array.stride[1] == 1 && (rois.count == 1 || array.stride[0] == 4);
   if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != 4 ||
-      array.dtype != coordinate_type(map) ||
-      (rois.count > 0 && (array.stride[0] != 4 || array.stride[1] != 1))) {
-    throw nb::value_error("_core: box tangents and gradients must be contiguous (K, 4)");
+      array.dtype != coordinate_type(map) || !is_aligned(array) || (rois.count && !contiguous)) {
+    throw nb::value_error("_core: box tangents and gradients must be aligned, contiguous (K, 4)");
   }
   return array.data;
 }

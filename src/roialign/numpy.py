@@ -203,6 +203,11 @@ def _native_boxes(boxes: np.ndarray, coordinate: np.dtype) -> np.ndarray:
         return boxes.astype(coordinate)
 
 
+def _native_tangent(tangent: np.ndarray, coordinate: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # as of boxes
+        return np.require(tangent, coordinate, ["C", "ALIGNED"])
+
+
 def _native_index(index: np.ndarray) -> np.ndarray:
     if index.dtype.kind in "iu":  # beyond int64: negative, and so refused
         return _native(index.astype(np.int64, copy=False))
@@ -223,7 +228,7 @@ def _run(operation, arrays, boxes, index, tangent, rule, result) -> Any:
         coordinate = _coordinate(arrays[0].dtype)
         inputs = [*map(_native, arrays), (_native_boxes(boxes, coordinate), _native_index(index))]
     if operation is not _core.box_gradient:
-        inputs.append(None if tangent is None else np.ascontiguousarray(tangent, coordinate))
+        inputs.append(None if tangent is None else _native_tangent(tangent, coordinate))
     target = result if _addressable(result) else np.empty(result.shape, result.dtype)
     bad = operation(*inputs, rule.numbers, _bits(target), _threads.get_num_threads())
     if bad >= 0:

@@ -249,8 +249,12 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    """With its values in memory: those of a lazy negation are not."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+    """With its values in memory, which those of a lazy negation are not, and aligned there."""
+    return _aligned(tensor.resolve_neg() if tensor.is_neg() else tensor)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
 
 def _run(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
@@ -270,13 +274,16 @@ def _run(name, arrays, boxes, index, tangent, rule, result) -> Tensor:
         rois = boxes, index if index.dtype in _FLOATS else index.to(torch.int64)
     tangents = () if name == "box_gradient" else (tangent,)
     threads = min(_threads.get_num_threads(), torch.get_num_threads())
-    bad = getattr(_core, name)(*arrays, rois, *tangents, rule, result, threads)
+    target = _aligned(result)
+    bad = getattr(_core, name)(*arrays, rois, *tangents, rule, target, threads)
     if bad >= 0:
         images = (result if name == "adjoint" else arrays[-1]).shape[0]
         got = (boxes[bad, 0] if index is None else index[bad]).item()
         raise IndexError(
             f"`image_index` of RoI {bad} must be an integer in [0, {images}), got {got}"
         )
+    if target is not result:
+        result.copy_(target)
     return result
 
 
