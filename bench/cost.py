@@ -8,12 +8,14 @@ outside of the innermost loop are not in it, so a GPU takes longer.
 
 import argparse
 import sys
-from dataclasses import astuple, dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
 from bench import floor, reference, report, run
+from bench.peers import LAYOUTS, MAIN, OPERATIONS, ROUNDING
+from roialign import _checks
 from roialign._triton import launch
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
@@ -27,163 +29,134 @@ RATES = {  # per second: assumptions
 # of the innermost loop per value that it loads, in NCHW and channels_last, as Triton 3.9.0 compiles
 # it for sm_90
 INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (21.5, 18.0)}
+WEIGHTS = {"forward": 1, "adjoint": 1, "box_gradient": 3}  # of a tap: the latter has slopes too
 
 
-@dataclass
-class Cost:
-    dram: int  # bytes: what is touched of the map, and the output, once
-    l2: int  # bytes: what each program reads, once
-    l1: int  # bytes: the sectors that each load of a warp touches
-    instructions: int  # of lanes, those too that wait while others of their program load
-    loads: int  # likewise
-    multiply_adds: int
-    programs: int
-    private: int  # bytes: tables, bits, partial sums
+def launched(workload, operation, dtype, layout, convention):
+    """The kernels of an operation: the programs and the constants of each, and the private memory."""
+    kernels, made = [], []
 
-    @property
-    def expected(self):
-        """(seconds, what takes them)"""
-        counts = astuple(self)[: len(RATES)]
-        return max((n / rate, name) for n, (name, rate) in zip(counts, RATES.items(), strict=False))
-
-
-class Launches:
-    """An operation's kernels: their programs, private memory, and the constants of the last."""
-
-    def __init__(self, workload, operation, dtype, layout):
-        self.programs, self.private, self.constants = 0, 0, {}
-        kind = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        features, output = (
-            torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=kind)
-            for shape in (workload.shape, workload.output_shape)
-        )
-        boxes = launch.New((workload.rois_number, 4), "float32")
-        index = launch.New((workload.rois_number,), "int64")
-        # of the rule only the number of samples counts
-        rule = (1.0, 1.0, workload.sampling, 0.0, 0.0, 0.0, 1.0, False)
-        arguments = {
-            "forward": (features, boxes, index, None, rule, output),
-            "adjoint": (output, boxes, index, None, rule, features),
-            "box_gradient": (output, features, boxes, index, rule),
-        }[operation]
-        getattr(launch, operation)(self._call, *arguments)
-
-    def _call(self, kernel, grid, inputs, outputs, **constants):
-        self.programs += grid[0]
-        self.constants = constants
-        made = (output for output in outputs if isinstance(output, launch.New))
-        self.private += sum(int(np.prod(new.shape)) * np.dtype(new.dtype).itemsize for new in made)
+    def call(kernel, grid, inputs, outputs, **constants):
+        kernels.append((grid[0], constants))
+        made.extend(new for new in outputs if isinstance(new, launch.New))
         return outputs
+
+    kind = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    features, output = (
+        torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=kind)
+        for shape in (workload.shape, workload.output_shape)
+    )
+    boxes = launch.New((workload.rois_number, 4), "float32")
+    index = launch.New((workload.rois_number,), "int64")
+    rule = _checks.rule(workload.scale, workload.sampling, convention, "mean").numbers
+    arguments = {
+        "forward": (features, boxes, index, None, rule, output),
+        "adjoint": (output, boxes, index, None, rule, features),
+        "box_gradient": (output, features, boxes, index, rule),
+    }[operation]
+    getattr(launch, operation)(call, *arguments)
+    return kernels, sum(np.prod(new.shape) * np.dtype(new.dtype).itemsize for new in made)
 
 
 def cost(workload, operation, dtype="float32", layout="nchw", convention="asymmetric"):
-    rois = workload.rois()
-    axes = reference.axes(
-        rois, workload.shape, workload.output_size, workload.scale, workload.sampling, convention
-    )
-    itemsize = 4 if dtype == "float32" else 2
-    through, _ = floor.traffic(
-        operation, workload.shape, workload.output_shape, rois, axes, itemsize, layout
-    )
-    launches = Launches(workload, operation, dtype, layout)
-    constants = launches.constants
-    count = by_columns if operation == "adjoint" else by_rows
-    boxes = [count(y, x, itemsize, constants) for y, x in axes]
-    values, table, sectors, loads, outer = np.sum(boxes, 0, dtype=np.int64)
-    channels, parts = workload.shape[1], parts_of(constants)
-    if constants["INNERMOST"]:  # lanes go along channels
-        taps = sum(y_weights.sum() * x_weights.sum() for y_weights, x_weights in map(used, axes))
+    """Counts by name, of bytes where it says so; those of lanes too that wait for others."""
+    rois, itemsize = workload.rois(), 4 if dtype == "float32" else 2
+    axes = reference.axes(workload, rois, convention)
+    through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
+    kernels, private = launched(workload, operation, dtype, layout, convention)
+    constants, weights = kernels[-1][1], WEIGHTS[operation]
+    of_box, row = bins, workload.shape[3]
+    if operation == "adjoint":
+        of_box, row = tiles, workload.output_size[1]
+    counts = [
+        (*count(lanes_y, lanes_x, row, itemsize), table)
+        for y, x in axes
+        for lanes_y, lanes_x, table in of_box(y, x, weights, constants)
+    ]
+    values, sectors, loads, outer, table = np.sum(counts, 0, dtype=np.int64).tolist()
+    channels, last = workload.shape[1], constants["INNERMOST"]
+    if last:  # lanes go along channels
+        taps = sum((y.weights != 0).sum() * (x.weights != 0).sum() for y, x in axes)
         sectors = taps * itemsize / SECTOR
     blocks = -(-channels // constants["BLOCK_C"])
-    channels_of_blocks = blocks * constants["BLOCK_C"]
+    lanes = blocks * constants["BLOCK_C"]  # of the channels
     d_output = np.prod(workload.output_shape) * itemsize if operation == "box_gradient" else 0
-    loads *= channels_of_blocks
-    return Cost(
-        dram=int(through),
-        l2=int(values * channels * itemsize + table * blocks + d_output),
-        l1=int(sectors * channels * SECTOR + 2 * d_output),
-        instructions=int(loads * INSTRUCTIONS[operation][constants["INNERMOST"]]),
-        loads=int(loads),
-        multiply_adds=int(parts * loads + (4 if parts == 3 else 1) * outer * channels_of_blocks),
-        programs=launches.programs,
-        private=launches.private,
-    )
+    steps = weights * loads + (4 if weights == 3 else 1) * outer
+    found = {
+        "DRAM": through,  # bytes: what is touched of the map, and the output, once
+        "L2": values * channels * itemsize
+        + table * blocks
+        + d_output,  # what each program reads, once
+        "L1": sectors * channels * SECTOR
+        + 2 * d_output,  # the sectors that each load of a warp touches
+        "instructions": loads * lanes * INSTRUCTIONS[operation][last],
+        "loads": loads * lanes,
+        "multiply-adds": steps * lanes,
+        "programs": sum(programs for programs, _ in kernels),
+        "private": private,  # bytes: tables, bits, partial sums
+    }
+    return {name: int(number) for name, number in found.items()}
 
 
-def parts_of(constants):
-    """Weights of an entry: the box gradient has slopes too."""
-    return constants.get("PARTS", 3)
+def expected(counts):
+    """(seconds, what takes them)"""
+    return max((counts[name] / rate, name) for name, rate in RATES.items())
 
 
-def used(pair):
-    """[bins, pixels] bool of y and of x."""
-    return [axis.weights != 0 for axis in pair]
+def count(lanes_y, lanes_x, row, itemsize):
+    """Of one program, per channel: values, sectors, loads, steps over y.
 
-
-def by_rows(y, x, itemsize, constants):
-    """Of one RoI: values and bytes of the table that programs read, sectors, loads, steps over y.
-
-    Per channel, but the table is read for a block of channels. A program has BLOCK_B bins.
+    Each lane [L, most], -1 for none, has its rows and columns of an array with rows of that length.
     """
-    of_y, of_x = used((y, x))
-    bins_y, bins_x = len(of_y), len(of_x)
+    lanes = len(lanes_y)
+    there = (lanes_y >= 0)[:, :, None] & (lanes_x >= 0)[:, None]
+    most_y, most_x = ((of_lanes >= 0).sum(1).max() for of_lanes in (lanes_y, lanes_x))
+    at = lanes_y[:, :, None] * row + lanes_x[:, None]  # [L, most of y, most of x]
+    sectors = np.where(there, at * itemsize // SECTOR, -1)
+    sectors = np.sort(sectors.reshape(-1, min(WARP, lanes), *at.shape[1:]), axis=1)
+    new = sectors >= 0
+    new[:, 1:] &= sectors[:, 1:] != sectors[:, :-1]
+    return len(np.unique(at[there])), new.sum(), lanes * most_y * most_x, lanes * most_y
+
+
+def bins(y, x, weights, constants):
+    """Of one RoI, for each program: its lanes, which have bins, with their pixels; bytes of a table."""
+    of_y, of_x = y.weights != 0, x.weights != 0
+    pixels_y, pixels_x = listed(of_y, y.pixels), listed(of_x, x.pixels)
+    p, q = np.indices((len(of_y), len(of_x))).reshape(2, -1)
+    entry = 4 + 4 * weights  # a pixel, and its weights
+    table = (len(of_y) + len(of_x)) * 16 + (of_y.sum() + of_x.sum()) * entry
     lanes = constants["BLOCK_B"]
-    entries = of_y.sum() + of_x.sum()
-    entry = 4 + 4 * parts_of(constants)  # bytes: a pixel, and its weights
-    values = table = loads = outer = 0
-    for block in range(0, bins_y * bins_x, lanes):
-        b = np.arange(block, min(block + lanes, bins_y * bins_x))
-        rows, columns = of_y[np.unique(b // bins_x)], of_x[np.unique(b % bins_x)]
-        values += rows.any(0).sum() * columns.any(0).sum()
-        table += (bins_y + bins_x) * 16 + entries * entry
-        most_y, most_x = rows.sum(1).max(), columns.sum(1).max()
-        loads += most_y * most_x * lanes
-        outer += most_y * lanes
-    b = np.arange(-(-bins_y * bins_x // WARP) * WARP)
-    exists = b < bins_y * bins_x
-    pixels_y = listed(of_y, y.pixels)[np.where(exists, b // bins_x, 0)]  # [lanes, most]
-    pixels_x = listed(of_x, x.pixels)[b % bins_x]
-    sectors = np.where(pixels_x < 0, -1, pixels_x * itemsize // SECTOR)
-    keys = pixels_y[:, :, None] * 2**32 + sectors[:, None, :]
-    there = exists[:, None, None] & (pixels_y >= 0)[:, :, None] & (sectors >= 0)[:, None, :]
-    return values, table, distinct(np.where(there, keys, -1)), loads, outer
+    for first in range(0, len(p), lanes):
+        block = np.s_[first : first + lanes]
+        rest = ((0, max(0, first + lanes - len(p))), (0, 0))  # lanes without a bin
+        none = {"constant_values": -1}
+        yield (
+            np.pad(pixels_y[p[block]], rest, **none),
+            np.pad(pixels_x[q[block]], rest, **none),
+            table,
+        )
 
 
-def by_columns(y, x, itemsize, constants):
-    """The same of the adjoint: a program has a tile of pixels, and those RoIs that reach it."""
-    bins_x = len(x.weights)
-    tile = constants["TILE_Y"], constants["TILE_X"]
-    maps = [whole_tiles(axis, length) for axis, length in zip((y, x), tile, strict=True)]
-    if any(A.size == 0 for A in maps):
-        return 0, 0, 0, 0, 0
-    of_y, of_x = (A.reshape(len(A), -1, length) for A, length in zip(maps, tile, strict=True))
-    tiles = of_y.shape[1] * of_x.shape[1]
-    values = of_y.any(2).sum() * of_x.any(2).sum()
-    table = tiles * (24 + 8 * sum(tile))
-    table += 4 * (of_y.sum() * of_x.shape[1] + of_x.sum() * of_y.shape[1])
-    most_y, most_x = (A.sum(0).max(1) for A in (of_y, of_x))  # of each row of tiles
-    loads = most_y.sum() * most_x.sum() * np.prod(tile)
-    outer = most_y.sum() * len(most_x) * np.prod(tile)
-    bins_of_y, bins_of_x = (listed(A.T, np.arange(len(A))) for A in maps)  # [pixels, most]
-    at = (bins_of_y[:, None, :, None] * bins_x + bins_of_x[None, :, None, :]) * itemsize // SECTOR
-    there = (bins_of_y >= 0)[:, None, :, None] & (bins_of_x >= 0)[None, :, None, :]
-    keys = np.where(there, at, -1)  # [rows, columns, most, most]
-    rows, columns, *most = keys.shape
-    lines = WARP // tile[1]  # of a tile, in a warp
-    keys = keys.reshape(rows // lines, lines, columns // tile[1], tile[1], *most).swapaxes(1, 2)
-    return values, table, distinct(keys.reshape(-1, *most)), loads, outer
+def tiles(y, x, weights, constants):
+    """The same of the adjoint: a program has a tile of pixels, with their bins."""
+    sizes = constants["TILE_Y"], constants["TILE_X"]
+    for of_y, of_x in product(*map(tiles_of_axis, (y, x), sizes)):
+        entries = (of_y >= 0).sum() + (of_x >= 0).sum()
+        lanes_y, lanes_x = np.repeat(of_y, sizes[1], axis=0), np.tile(of_x, (sizes[0], 1))
+        yield lanes_y, lanes_x, 24 + 8 * sum(sizes) + 4 * entries
 
 
-def whole_tiles(axis, length):
-    """[bins, pixels] bool, of the tiles from the first to the last that is reached."""
-    weights = used((axis,))[0]
-    reached = axis.pixels[weights.any(0)]
-    if reached.size == 0:
-        return np.zeros((len(weights), 0), bool)
-    first = reached[0] // length * length
-    whole = np.zeros((len(weights), (reached[-1] // length + 1) * length - first), bool)
-    whole[:, reached - first] = weights[:, weights.any(0)]
-    return whole
+def tiles_of_axis(axis, size):
+    """[size, most] of each tile from the first to the last that is reached: its pixels' bins."""
+    bins = len(axis.weights)
+    if not axis.pixels.size:
+        return []
+    first, last = axis.pixels[[0, -1]] // size
+    chosen = np.zeros(((last + 1) * size, bins), bool)
+    chosen[axis.pixels] = axis.weights.T != 0
+    parts = chosen.reshape(-1, size, bins)[first:]
+    return [listed(part, np.arange(bins)) for part in parts]
 
 
 def listed(chosen, values):
@@ -193,49 +166,22 @@ def listed(chosen, values):
     return np.where(np.arange(order.shape[1]) < count[:, None], values[order], -1)
 
 
-def distinct(keys):
-    """How many keys, of lanes [L, ...], are different in a warp, with -1 for none; of all loads."""
-    keys = np.sort(keys.reshape(-1, WARP, int(np.prod(keys.shape[1:]))), axis=1)
-    new = np.ones(keys.shape, bool)
-    new[:, 1:] = keys[:, 1:] != keys[:, :-1]
-    return (new & (keys >= 0)).sum()
-
-
-def table(workloads, operations, dtype, layout):
-    header = ["", "DRAM, MB", "L2, MB", "L1, MB", "instructions, 1e6", "loads, 1e6"]
-    header += [
-        "multiply-adds, 1e6",
-        "programs",
-        "private, MB",
-        "expected, ms",
-        "of",
-        "copy floor, ms",
-    ]
-    lines = []
-    for workload in workloads:
-        for operation in operations:
-            found = cost(workload, operation, dtype, layout)
-            seconds, name = found.expected
-            counts = [f"{count / 1e6:.4g}" for count in astuple(found)]
-            counts[6] = found.programs
-            floor_seconds = found.dram / RATES["DRAM"]
-            times = [f"{seconds * 1e3:.3g}", name, f"{floor_seconds * 1e3:.3g}"]
-            title = f"{workload.name} {report.OPERATIONS[operation].lower()}"
-            lines.append([title, *counts, *times])
-    return report.markdown(header, lines)
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench.cost", description=__doc__)
     add = parser.add_argument
-    add("--workloads", nargs="+", default=list(run.WORKLOADS), choices=run.WORKLOADS)
-    add("--operations", nargs="+", default=list(report.OPERATIONS), choices=report.OPERATIONS)
-    add("--dtype", default="float32", choices=run.ROUNDING)
-    add("--layout", default="nchw", choices=("nchw", "nhwc"))
+    add("workloads", nargs="*", default=list(run.WORKLOADS))
+    add("--dtype", default="float32", choices=ROUNDING)
+    add("--layout", default="nchw", choices=LAYOUTS)
     given = parser.parse_args(arguments)
-    workloads = [run.WORKLOADS[name] for name in given.workloads]
+    lines = []
+    for name, operation in product(given.workloads, MAIN):
+        counts = cost(run.WORKLOADS[name], operation, given.dtype, given.layout)
+        seconds, of = expected(counts)
+        numbers = [f"{number:.4g}" for number in counts.values()]
+        times = [f"{1e3 * seconds:.3g}", of, f"{1e3 * counts['DRAM'] / RATES['DRAM']:.3g}"]
+        lines.append([f"{name} {OPERATIONS[operation][0].lower()}", *numbers, *times])
     print(f"Expected on an H200, not measured: {given.dtype}, {given.layout}.\n")
-    print(table(workloads, given.operations, given.dtype, given.layout))
+    print(report.markdown(["", *counts, "expected, ms", "of", "copy floor, ms"], lines))
 
 
 if __name__ == "__main__":

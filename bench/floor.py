@@ -1,64 +1,25 @@
-"""What the memory of this machine allows: measured bandwidths and the bytes a workload must move.
+"""The bytes that a workload must move, and the seconds that they take at measured bandwidths.
 
 The DRAM floor counts each touched cache line of the map and each byte of the result once. The
 cache floor adds the windows: every RoI loads its touched pixels once from the L2 cache.
 """
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
-LARGE = 256 * 2**20  # bytes, beyond any L3
-CACHED = 256 * 2**10  # beyond L1, within L2
 LINE = 64
 
 
-def bandwidths(threads):
-    """Bytes per second from and to DRAM, and loaded from L2, for `threads` threads together."""
-    return {
-        "copy": parallel(threads, copying),
-        "read": parallel(threads, lambda: reading(LARGE, 1)),
-        "cache": parallel(threads, lambda: reading(CACHED, 2000)),
-    }
-
-
-def copying():
-    source, target = np.ones(LARGE // 2, np.uint8), np.ones(LARGE // 2, np.uint8)
-    return LARGE, lambda: np.copyto(target, source)  # LARGE / 2 read, LARGE / 2 written
-
-
-def reading(size, times):
-    source = np.broadcast_to(np.ones(size // 4, np.float32), (times, size // 4))
-    maxima = np.empty(times, np.float32)
-    return size * times, lambda: np.maximum.reduce(source, axis=1, out=maxima)
-
-
-def parallel(threads, make, tries=5):
-    made = [make() for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        best = np.inf
-        for _ in range(tries + 1):  # the first touches everything
-            start = time.perf_counter()
-            list(pool.map(lambda bytes_and_run: bytes_and_run[1](), made))
-            best = min(best, time.perf_counter() - start)
-    return sum(size for size, _ in made) / best
-
-
-def traffic(operation, shape, output_shape, rois, axes, itemsize, layout):
+def traffic(operation, workload, rois, axes, itemsize, layout):
     """(bytes through DRAM, bytes between L2 and registers) that an operation cannot avoid."""
-    channels = shape[1]
-    map_bytes = np.prod(shape, dtype=np.int64) * itemsize
-    touched = touched_pixels(shape, rois, axes, LINE // itemsize if layout == "nchw" else 1)
-    touched_bytes = touched * channels * itemsize
-    output_bytes = np.prod(output_shape, dtype=np.int64) * itemsize
-    windows = sum(y.pixels.size * x.pixels.size for y, x in axes) * channels * itemsize
-    through_dram, through_cache = {
-        "forward": (touched_bytes + output_bytes, windows),
-        "adjoint": (map_bytes + output_bytes, 2 * windows),  # read, added to, written
-        "box_gradient": (touched_bytes + output_bytes, windows),
-    }[operation]
-    return int(through_dram), int(through_cache)
+    channels = workload.shape[1]
+    group = LINE // itemsize if layout == "nchw" else 1
+    pixels = touched_pixels(workload.shape, rois, axes, group) * channels
+    if operation == "adjoint":
+        pixels = np.prod(workload.shape, dtype=np.int64)
+    output = np.prod(workload.output_shape, dtype=np.int64)
+    windows = sum(y.pixels.size * x.pixels.size for y, x in axes) * channels
+    passes = 2 if operation == "adjoint" else 1  # read, added to, written
+    return int(pixels + output) * itemsize, int(passes * windows) * itemsize
 
 
 def touched_pixels(shape, rois, axes, group):
@@ -73,6 +34,7 @@ def touched_pixels(shape, rois, axes, group):
 
 
 def seconds(through_dram, through_cache, bandwidth):
-    """(DRAM floor, DRAM-plus-cache floor)."""
-    dram = through_dram / max(bandwidth["copy"], bandwidth["read"])
-    return dram, dram + through_cache / bandwidth["cache"]
+    """The DRAM floor and, where the cache's bandwidth is known, the one with the cache."""
+    dram = through_dram / max(bandwidth["copy"], bandwidth.get("read", 0))
+    cache = bandwidth.get("cache")
+    return {"dram": dram} | ({"dram_and_cache": dram + through_cache / cache} if cache else {})

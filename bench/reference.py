@@ -1,88 +1,96 @@
-"""RoIAlign as Out = Ay F Ax^T with dense rows of weights, in float64, for a part of the channels.
+"""What is right: Out = Ay F Ax^T with the oracle's weights, in float64, for a part of a workload."""
 
-Coordinates are float32 in the order that the specification states; this checks every
-implementation before it is timed.
-"""
-
-from dataclasses import dataclass
+import sys
+from typing import NamedTuple
 
 import numpy as np
 
-RULES = {  # pixel_offset, end_offset, min_size, adaptive
-    "asymmetric": (0.0, 0.0, 1.0, np.ceil),
-    "half_pixel": (0.5, 0.0, None, np.ceil),
-    "mindspore": (0.0, 1.0, None, lambda size: max(1.0, np.floor(size)) if size > 0 else 0.0),
-}
+import roialign
+from bench.environments import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+from oracle import Problem  # noqa: E402
+
+CHECKED_CHANNELS = 3
+CHECKED_BOXES = 64  # of a box gradient
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Weights of one box on one axis, over the window of pixels that it touches."""
+class Axis(NamedTuple):
+    """One box on one axis: the pixels that count, and what they count in the mean of each bin."""
 
-    pixels: np.ndarray  # [V], the pixels with a weight
+    pixels: np.ndarray  # [V]
     weights: np.ndarray  # [P, V]
-    start_slope: np.ndarray  # [P, V], d weights / d start of the box
-    end_slope: np.ndarray
+    slopes: np.ndarray | None = None  # [2, P, V], of the weights in the box's start and end
 
 
-def axis(start, end, bins, length, scale, sampling, convention):
-    f = np.float32
-    pixel_offset, end_offset, min_size, adaptive = RULES[convention]
-    scale = f(scale)
-    a = f(start) * scale - f(pixel_offset)
-    b = (f(end) + f(end_offset)) * scale - f(pixel_offset)
-    size = b - a
-    clamped = min_size is not None and size < min_size
-    if clamped:
-        size = f(min_size)
-    n = sampling if sampling > 0 else int(adaptive(size / f(bins)))
-    k, i = np.repeat(np.arange(bins), n), np.tile(np.arange(n), bins)  # [P * n]
-    step = size / f(bins)
-    p = a + k.astype(f) * step + ((i.astype(f) + f(0.5)) * step) / f(max(n, 1))
-    inside = (p >= -1) & (p <= length)
-    k, i, p = k[inside], i[inside], p[inside].astype(np.float64)
-    fixed = (p < 0) | (p >= length - 1)
-    p = p.clip(0, length - 1)
-    low = np.floor(p).astype(int)
-    high = np.minimum(low + 1, length - 1)
-    toward_end = 0.0 if clamped else (k + (i + 0.5) / max(n, 1)) / bins
-    slope = np.where(fixed, 0.0, float(scale)) / max(n, 1)
-
-    weights, start_slope, end_slope = np.zeros((3, bins, length))
-    np.add.at(weights, (k, low), (1 - (p - low)) / max(n, 1))
-    np.add.at(weights, (k, high), (p - low) / max(n, 1))
-    for matrix, part in ((start_slope, 1 - toward_end), (end_slope, toward_end)):
-        np.add.at(matrix, (k, high), part * slope)
-        np.add.at(matrix, (k, low), -part * slope)
-    pixels = np.unique(np.concatenate([low, high]))
-    return Axis(pixels, weights[:, pixels], start_slope[:, pixels], end_slope[:, pixels])
+def samples(workload, rois, convention):
+    """The oracle's (y, x) axes of every RoI."""
+    features = np.broadcast_to(np.float32(0), workload.shape)  # of which the shape counts
+    rule = workload.output_size, (workload.scale,) * 2, workload.sampling
+    boxes, image = rois[:, 1:], rois[:, 0].astype(int)
+    return Problem(features, boxes, image, *rule, roialign.conventions[convention]).axes
 
 
-def axes(rois, shape, output_size, scale, sampling, convention):
-    """The (y, x) axes of every RoI."""
-    return [
-        (
-            axis(y1, y2, output_size[0], shape[2], scale, sampling, convention),
-            axis(x1, x2, output_size[1], shape[3], scale, sampling, convention),
-        )
-        for _, x1, y1, x2, y2 in rois
-    ]
+def axes(workload, rois, convention, with_slopes=False):
+    pairs = samples(workload, rois, convention)
+    return [tuple(axis(whole, with_slopes) for whole in pair) for pair in pairs]
+
+
+def axis(whole, with_slopes):
+    rows = whole.weights[None] / max(whole.n, 1)
+    if with_slopes:
+        rows = np.concatenate([rows, whole.slopes() / max(whole.n, 1)])
+    pixels = rows.any((0, 1)).nonzero()[0]
+    weights, *slopes = rows[..., pixels]
+    return Axis(pixels, weights, slopes)
+
+
+class Arrays:
+    """A workload's arrays, and a part of its results."""
+
+    def __init__(self, workload):
+        self.workload, self._axes = workload, {}
+        self.rois, self.features = workload.rois(), workload.features()
+        self.d_output = workload.d_output()
+
+    def axes(self, convention):
+        if convention not in self._axes:
+            self._axes[convention] = axes(self.workload, self.rois, convention)
+        return self._axes[convention]
+
+    def expected(self, operation, convention):
+        """A part of the result, and its index in the whole."""
+        rois, d_output, channels = self.rois, self.d_output, self.workload.shape[1]
+        if operation == "box_gradient":
+            part = np.unique(np.linspace(0, len(rois) - 1, CHECKED_BOXES).astype(int))
+            slopes = axes(self.workload, rois[part], convention, with_slopes=True)
+            return box_gradient(d_output[part], self.features, rois[part], slopes), part
+        some = np.unique(np.linspace(0, channels - 1, CHECKED_CHANNELS).astype(int))
+        part = np.s_[:, some]
+        if operation == "forward":
+            return forward(self.features[part], rois, self.axes(convention)), part
+        return adjoint(d_output[part], rois, self.axes(convention), self.workload.shape), part
+
+
+def terms(rois, axes):
+    return zip(rois[:, 0].astype(int), axes, strict=True)
+
+
+def window(features, image, y, x):
+    return features[image][:, y.pixels[:, None], x.pixels].astype(np.float64)  # [C, h, w]
 
 
 def forward(features, rois, axes):
     """[K, C, P, Q]"""
     return np.stack(
-        [
-            y.weights @ window(features, image, y, x) @ x.weights.T
-            for image, (y, x) in zip(rois[:, 0].astype(int), axes, strict=True)
-        ]
+        [y.weights @ window(features, n, y, x) @ x.weights.T for n, (y, x) in terms(rois, axes)]
     )
 
 
 def adjoint(d_output, rois, axes, shape):
     """[N, C, H, W]"""
     d_features = np.zeros((shape[0], d_output.shape[1], *shape[2:]))
-    for d, image, (y, x) in zip(d_output, rois[:, 0].astype(int), axes, strict=True):
+    for d, (image, (y, x)) in zip(d_output, terms(rois, axes), strict=True):
         part = d_features[image]
         part[:, y.pixels[:, None], x.pixels] += y.weights.T @ d.astype(np.float64) @ x.weights
     return d_features
@@ -91,15 +99,8 @@ def adjoint(d_output, rois, axes, shape):
 def box_gradient(d_output, features, rois, axes):
     """[K, 5], the first column 0."""
     d_rois = np.zeros((len(rois), 5))
-    for row, d, image, (y, x) in zip(d_rois, d_output, rois[:, 0].astype(int), axes, strict=True):
-        F = window(features, image, y, x)
-        rows, columns = y.weights @ F, F @ x.weights.T  # [C, P, w], [C, h, Q]
-        row[1] = (d * (rows @ x.start_slope.T)).sum()
-        row[2] = (d * (y.start_slope @ columns)).sum()
-        row[3] = (d * (rows @ x.end_slope.T)).sum()
-        row[4] = (d * (y.end_slope @ columns)).sum()
+    for row, d, (image, (y, x)) in zip(d_rois, d_output, terms(rois, axes), strict=True):
+        rows, columns = y.weights @ (F := window(features, image, y, x)), F @ x.weights.T
+        row[1::2] = [(d * (rows @ slope.T)).sum() for slope in x.slopes]
+        row[2::2] = [(d * (slope @ columns)).sum() for slope in y.slopes]
     return d_rois
-
-
-def window(features, image, y, x):
-    return features[image][:, y.pixels[:, None], x.pixels].astype(np.float64)  # [C, h, w]

@@ -8,75 +8,79 @@ from pathlib import Path
 from statistics import median
 
 from bench.environments import ROOT
+from bench.peers import MAIN, OPERATIONS, PEERS, TITLES, VARIED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-NAMES = {
-    "ours": "roialign",
-    "onnxruntime": "ONNX Runtime",
-    "paddle": "Paddle",
-    "openvino": "OpenVINO",
-    "mindspore": "MindSpore",
-    "torchvision": "torchvision",
-}
-OPERATIONS = {"forward": "Forward", "adjoint": "Adjoint", "box_gradient": "Box gradient"}
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
-BASE = {"dtype": "float32", "layout": "nchw"}
+PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
+CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
+COLUMNS = ("", "ms", "times", "that of", "times the DRAM floor", "times the DRAM + cache floor")
+COLUMNS += ("us above the core alone", "before / after, of a round", "asked")
+
+FPN, HEADS = ("W1", "W1f", "W5"), ("W2", "W4")
+GOALS = (  # on a GPU, in NCHW: workloads (or all), whose, and of what
+    (FPN, "torchvision", "forward", "float32", "times >= 4"),
+    (HEADS, "torchvision", "forward", "float32", "times >= 6"),
+    (VARIED, "torchvision", "adjoint", "float32", "times >= 3"),
+    (VARIED, "torchvision_deterministic", "adjoint", "float32", "times >= 50"),
+    (VARIED, "torchvision_deterministic", "backward", "float32", "times >= 50"),  # in memory
+    (FPN, "ours", "forward", "float32", "times the floor <= 2.5"),
+    (FPN, "ours", "forward", "bfloat16", "times <= 0.625"),
+    ((), "ours", "box_gradient", "float32", "times <= 1.5"),
+)
+GOALS_OF_CALLS = tuple(
+    ((), by, operation, "float32", "times >= 1")
+    for by in ("torchvision", "torchvision_captured")
+    for operation in ("forward", "gradient")
+)
 
 
 class Rows:
     """The rows of a record, found by their fields."""
 
     def __init__(self, record):
-        self.record = record
-        self.rows = record["rows"]
-        self.settings = record["settings"]
+        self.record, self.settings = record, record["settings"]
+        self.rows = [{"build": "", **row} for row in record["rows"]]
+        self.device = self.settings.get("device", "cpu")
+        self.table = PEERS[self.device]
+        self.workloads = list(dict.fromkeys(row["workload"] for row in self.rows))
 
-    def select(self, **fields):
-        return [
-            row for row in self.rows if all(row[name] == value for name, value in fields.items())
-        ]
+    def find(self, has="samples", **fields):
+        """The row that has samples, in the main variant but for `fields`; None if there is none."""
+        wanted = {"by": "ours", "out": self.settings["out"], **PLAIN, **fields}
+        if wanted["by"] == "ours":
+            wanted.setdefault("convention", self.settings["convention"])
+        for row in self.rows:
+            if row.get(has) and all(row[name] == value for name, value in wanted.items()):
+                return row
+        return None
 
-    def ours(self, workload, operation, **fields):
-        """The timed row of ours, in the main variant but for `fields`; None if there is none."""
-        fields = {
-            **BASE,
-            "convention": self.settings["convention"],
-            "out": self.settings["out"],
-            **fields,
-        }
-        rows = self.select(workload=workload, operation=operation, by="ours", **fields)
-        return rows[0] if rows and "samples" in rows[0] else None
+    def other(self, row, has="samples"):
+        """The row that a row is divided by: ours, of ours float32 in NCHW, or the adjoint."""
+        same = {name: row[name] for name in CONTESTANT}
+        plain = same | PLAIN | {"out": self.settings["out"]}
+        if not self.table[row["by"]].ours:
+            names = self.table[row["by"]].beside
+            return next(filter(None, (self.find(has, **same | {"by": by}) for by in names)), None)
+        if plain == same and row["operation"] == "box_gradient":
+            plain["operation"] = "adjoint"
+        return self.find(has, **plain) if plain != same else None
 
-    def peers(self, workload, operation, **variant):
-        """Name -> (its row, the row of ours with the same convention)."""
-        variant = {**BASE, **variant}
-        found = {}
-        for row in self.select(workload=workload, operation=operation, **variant):
-            ours = self.ours(workload, operation, convention=row["convention"], **variant)
-            if row["by"] != "ours" and ours:
-                found[row["by"]] = row, ours
-        return found
+    def fastest(self, **fields):
+        """The fastest row that is not ours, and ours beside it; None if there is none."""
+        rows = [self.find(by=name, **fields) for name, peer in self.table.items() if not peer.ours]
+        pairs = [(row, self.other(row)) for row in rows if row]
+        return min((p for p in pairs if p[1]), key=lambda pair: middle(pair[0]), default=None)
 
-    def fastest(self, workload, operation, **variant):
-        """(name, its seconds, ratio to ours, the least and the largest ratio of a round)."""
-        peers = self.peers(workload, operation, **variant)
-        timed = {name: pair for name, pair in peers.items() if "samples" in pair[0]}
-        if not timed:
-            return None
-        name = min(timed, key=lambda name: middle(timed[name][0]))
-        return name, middle(timed[name][0]), *ratio(*timed[name])
-
-    @property
-    def workloads(self):
-        return list(dict.fromkeys(row["workload"] for row in self.rows))
+    def compared(self, operation):
+        for workload in self.workloads:
+            fields = {"workload": workload, "operation": operation}
+            ours, fastest = self.find(**fields), self.fastest(**fields)
+            if ours and fastest:
+                yield workload, ours, *fastest
 
     def title(self, workload):
         return f"{workload} {self.record['workloads'][workload]}"
-
-    @property
-    def names(self):
-        present = {row["by"] for row in self.rows}
-        return [name for name in NAMES if name != "ours" and name in present]
 
 
 def flat(row):
@@ -87,17 +91,20 @@ def middle(row):
     return median(flat(row))
 
 
+def rounds(row, other):
+    """The ratio of the medians of each round."""
+    pairs = zip(row["samples"], other["samples"], strict=True)
+    return [median(one) / median(two) for one, two in pairs]
+
+
 def ratio(row, other):
-    """Ratio of the medians, and the least and the largest ratio of the medians of one round."""
-    rounds = [
-        median(one) / median(two) for one, two in zip(row["samples"], other["samples"], strict=True)
-    ]
-    return middle(row) / middle(other), min(rounds), max(rounds)
+    return middle(row) / middle(other)
 
 
 def times_floor(row, kind="dram_and_cache"):
     """How many times the floor a row takes; "-" where all of it fits a cache."""
-    return f"{middle(row) / row['floor'][kind]:.1f}" if row["floor"]["bytes"] > CACHE else "-"
+    floor = row.get("floor", {})
+    return f"{middle(row) / floor[kind]:.1f}" if kind in floor and floor["bytes"] > CACHE else "-"
 
 
 def milliseconds(seconds):
@@ -105,127 +112,116 @@ def milliseconds(seconds):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def spread(row):
-    times = flat(row)
-    low, mid, high = (milliseconds(t) for t in (min(times), median(times), max(times)))
-    return f"{mid} ({low}..{high})"
+def spread(values, middle=None, form="{:.2f}".format):
+    """The median (or what is given), and the least and the largest."""
+    middle = median(values) if middle is None else middle
+    return f"{form(middle)} ({form(min(values))}..{form(max(values))})"
+
+
+def named(row):
+    """What a row is of."""
+    words = [TITLES[row["by"]], OPERATIONS[row["operation"]][0].lower()]
+    words += [row[name] for name in ("dtype", "layout") if row[name] != PLAIN[name]]
+    return ", ".join(words)
 
 
 def markdown(header, rows):
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows] if rows else []
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def main_table(rows, operation):
-    header = ["", "roialign, ms", *(f"{NAMES[name]}, ms" for name in rows.names)]
-    header += ["fastest / roialign", "roialign / DRAM floor", "/ DRAM + cache floor"]
-    lines = []
-    for workload in rows.workloads:
-        ours = rows.ours(workload, operation)
-        if not ours:
-            continue
-        peers = rows.peers(workload, operation)
-        cells = []
-        for name in rows.names:
-            row = peers.get(name, (None,))[0]
-            cells.append("-" if row is None else spread(row) if "samples" in row else "refused")
-        fastest = rows.fastest(workload, operation)
-        floors = [times_floor(ours, kind) for kind in ("dram", "dram_and_cache")]
-        lines.append(
-            [workload, spread(ours), *cells]
-            + ["{2:.1f} ({3:.1f}..{4:.1f})".format(*fastest) if fastest else "-"]
-            + floors
-        )
-    return markdown(header, lines) if lines else ""
+def cells(rows, row):
+    """A line of the table of all contestants."""
+    without = "" if row["out"] == rows.settings["out"] else ", without `out=`"
+    yield f"{row['workload']} {named(row)}{without}"
+    if not row.get("samples"):
+        yield f"refused: {row['refused']}"
+        return
+    other, core = rows.other(row), rows.find(by="core", workload=row["workload"])
+    yield spread(flat(row), form=milliseconds)
+    yield spread(rounds(row, other), ratio(row, other)) if other else "-"
+    yield named(other) if other else "-"
+    yield from (times_floor(row, kind) for kind in ("dram", "dram_and_cache"))
+    yield f"{1e6 * (middle(row) - middle(core)):.1f}" if core else "-"
+    before = rows.find(**{name: row[name] for name in CONTESTANT} | {"build": "before"})
+    yield spread(rounds(before, row), form="{:.3f}".format) if before else "-"
+    yield asked(rows, row)
 
 
-def variants_table(rows):
-    """Ratios of ours to ours: layout, dtype, box gradient to adjoint, without `out=`.
-
-    A peer that has the variant too follows, with its time over ours.
-    """
-    variants = ({"layout": "nhwc"}, {"dtype": "float16"}, {"dtype": "bfloat16"})
-    header = ["", "channels_last / NCHW", "float16 / float32", "bfloat16 / float32"]
-    header += ["without / with `out=`", "box gradient / adjoint"]
-    lines = []
-    for workload in rows.workloads:
-        for operation, title in OPERATIONS.items():
-            base = rows.ours(workload, operation)
-            if not base:
-                continue
-            cells = []
-            for change in (*variants, {"out": not rows.settings["out"]}):
-                row = rows.ours(workload, operation, **change)
-                cell = f"{ratio(row, base)[0]:.2f}" if row else "-"
-                fastest = (
-                    rows.fastest(workload, operation, **change) if change in variants else None
-                )
-                cells.append(
-                    cell + (f" ({NAMES[fastest[0]]} {fastest[2]:.0f}x)" if fastest else "")
-                )
-            adjoint = rows.ours(workload, "adjoint")
-            both = operation == "box_gradient" and adjoint
-            cells.append(f"{ratio(base, adjoint)[0]:.2f}" if both else "-")
-            lines.append([f"{workload} {title.lower()}", *cells])
-    return markdown(header, lines) if lines else ""
-
-
-def extras_lines(record):
-    if "import" in record:
-        yield f"`import roialign` beyond NumPy: {milliseconds(median(record['import']))} ms."
-    if "huge_box" in record:
-        of_map, huge = (
-            median(t for samples in record["huge_box"][name] for t in samples)
-            for name in ("map", "1e9 px")
-        )
-        yield (
-            f"One adaptive box of 1e9 px: {milliseconds(huge)} ms, "
-            f"{huge / of_map:.2f} times one of the map's size."
-        )
-
-
-def memory_table(record):
-    lines = [
-        [f"{row['workload']} {OPERATIONS[row['operation']].lower()}"]
-        + [f"{row[bytes_] / 2**20:.1f}" for bytes_ in ("bytes", "scratch")]
-        for row in record.get("memory", ())
+def asked(rows, row):
+    goals = GOALS_OF_CALLS if rows.settings.get("overhead") else GOALS
+    found = [
+        goal
+        for workloads, *of, goal in (goals if rows.device == "cuda" else ())
+        if [row["by"], row["operation"], row["dtype"]] == of and row["layout"] == "nchw"
+        if row["workload"] in (workloads or rows.workloads)
     ]
-    header = ["A first call beyond inputs and output", "MiB", "256 x H x W per thread"]
-    return markdown(header, lines) if lines else ""
+    return "; ".join(found) or "-"
+
+
+def main_table(rows):
+    """A line for each contestant; no column that would be empty."""
+    lines = [
+        [*cells(rows, row)]
+        for row in rows.rows
+        if row["build"] == "" and ("refused" in row or row.get("samples"))
+    ]
+    lines = [line + ["-"] * (len(COLUMNS) - len(line)) for line in lines]
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
+    return markdown([COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in lines])
+
+
+def memory_table(rows):
+    lines = []
+    for row in rows.rows:
+        if "memory" in row:
+            other = rows.other(row, "memory")
+            times = f"{row['memory'] / other['memory']:.1f}" if other else "-"
+            sizes = [f"{row[name] / 2**20:.1f}" for name in ("memory", "scratch")]
+            lines.append([f"{row['workload']} {named(row)}", *sizes, times, asked(rows, row)])
+    header = ["Beyond inputs and results", "MiB", "256 x H x W per thread, MiB", "times", "asked"]
+    return markdown(header, lines)
+
+
+def extras_lines(rows):
+    if "import" in rows.record:
+        seconds = median(rows.record["import"])
+        yield f"`import roialign` beyond NumPy: {milliseconds(seconds)} ms."
+    of_map, huge = (rows.find(workload=name, operation="forward") for name in ("map", "huge"))
+    if of_map and huge:
+        found = f"{milliseconds(middle(huge))} ms, {ratio(huge, of_map):.2f} times"
+        yield f"One adaptive box of 1e9 px: {found} one of the map's size."
 
 
 def machine_line(record):
     machine, settings = record["machine"], record["settings"]
-    versions = ", ".join(
+    versions = dict.fromkeys(
         f"{package} {version}"
         for packages in record["versions"].values()
         for package, version in packages.items()
     )
-    gigabytes = {name: f"{value / 1e9:.1f}" for name, value in record["bandwidth"].items()}
+    speeds = {"copy": "copy", "read": "read", "cache": "L2"}.items()
+    found = record["bandwidth"]
+    speeds = [f"{title} {found[name] / 1e9:.1f}" for name, title in speeds if name in found]
+    on = f"{machine['cpu']}, {settings['threads']} thread(s), huge pages `{machine['huge_pages']}`"
+    if "gpu" in machine:
+        on = f"{machine['gpu']}, driver {machine['driver']}"
     return (
-        f"{machine['cpu']}, {settings['threads']} thread(s), huge pages `{machine['huge_pages']}`, "
-        f"convention `{settings['convention']}` (MindSpore and ours against it: `mindspore`), "
+        f"{on}, convention `{settings['convention']}` (MindSpore and ours against it: `mindspore`), "
         f"{settings['rounds']} interleaved rounds, {record['date'][:10]}. "
-        f"Bandwidth in GB/s: copy {gigabytes['copy']}, read {gigabytes['read']}, "
-        f"L2 {gigabytes['cache']}. {versions}."
+        f"Bandwidth in GB/s: {', '.join(speeds) or '-'}. {', '.join(versions)}."
     )
 
 
 def tables(record):
     """Everything that a record says, in Markdown."""
     rows = Rows(record)
-    parts = [machine_line(record), "Median (least..largest)."]
-    for operation, title in OPERATIONS.items():
-        table = main_table(rows, operation)
-        if table:
-            parts += [f"**{title}**", table]
-    parts += ["**Ours against ours**", variants_table(rows)]
-    parts += [*extras_lines(record), memory_table(record)]
-    refused = [row for row in record["rows"] if "refused" in row]
-    parts += [
-        f"Refused: {NAMES[row['by']]}, {row['workload']} {row['operation']}: {row['refused']}."
-        for row in refused
-    ]
+    parts = [machine_line(record), "Median (least..largest); ratios of medians (of one round)."]
+    parts += [main_table(rows), *extras_lines(rows), memory_table(rows)]
+    if rows.device == "cuda" and {row["by"] for row in rows.rows} <= {"ours"}:
+        parts.append("torchvision was not there: ours and the floor only.")
+    if record.get("left_out"):
+        parts.append(f"No time was left for: {'; '.join(record['left_out'])}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -234,38 +230,30 @@ def short_tables(runs, image):
     record = main_run(runs)
     rows = Rows(record)
     parts = [f"![Milliseconds per call, roialign and others]({image})"]
-    for operation in ("forward", "adjoint"):
+    for operation in MAIN:
         lines = []
-        for workload, ours, fastest in compared(rows, operation):
-            name, seconds, times = fastest[:3]
-            cells = [milliseconds(middle(ours)), f"{milliseconds(seconds)} ({NAMES[name]})"]
-            lines.append([rows.title(workload), *cells, f"{times:.0f}x", times_floor(ours)])
-        header = [OPERATIONS[operation], "roialign, ms", "fastest other, ms", "faster"]
-        header += ["roialign / memory floor"]
-        if lines:
-            parts.append(markdown(header, lines))
+        for workload, ours, fastest, beside in rows.compared(operation):
+            seconds, theirs = (milliseconds(middle(row)) for row in (ours, fastest))
+            cells = [seconds, f"{theirs} ({TITLES[fastest['by']]})"]
+            times = f"{ratio(fastest, beside):.0f}x"
+            lines.append([rows.title(workload), *cells, times, times_floor(ours)])
+        header = [OPERATIONS[operation][0], "roialign, ms", "fastest other, ms", "faster"]
+        parts.append(markdown([*header, "roialign / memory floor"], lines))
     by_threads = {run["settings"]["threads"]: run for run in runs}  # the last of each
     for threads, run in sorted(by_threads.items()):
         if threads != record["settings"]["threads"]:
             found = ", ".join(
-                f"{workload} {milliseconds(middle(ours))} ms ({fastest[2]:.0f}x)"
-                for workload, ours, fastest in compared(Rows(run), "forward")
+                f"{workload} {milliseconds(middle(ours))} ms ({ratio(fastest, beside):.0f}x)"
+                for workload, ours, fastest, beside in Rows(run).compared("forward")
             )
             parts.append(f"Forward with {threads} threads: {found}.")
-    return "\n\n".join([*parts, machine_line(record)])
+    return "\n\n".join(part for part in [*parts, machine_line(record)] if part)
 
 
 def main_run(runs):
     """The last run of those with the fewest threads."""
     threads = min(run["settings"]["threads"] for run in runs)
     return [run for run in runs if run["settings"]["threads"] == threads][-1]
-
-
-def compared(rows, operation):
-    for workload in rows.workloads:
-        ours, fastest = rows.ours(workload, operation), rows.fastest(workload, operation)
-        if ours and fastest:
-            yield workload, ours, fastest
 
 
 def chart(record, path):
@@ -276,56 +264,43 @@ def chart(record, path):
     from matplotlib import pyplot
 
     rows = Rows(record)
-    panels = [name for name in ("forward", "adjoint") if rows.select(operation=name)]
-    names = ["ours", *rows.names]
-    colours = dict(zip(NAMES, pyplot.get_cmap("tab10").colors, strict=False))
+    present = {(row["operation"], row["by"]) for row in rows.rows}
+    panels = [name for name in ("forward", "adjoint") if (name, "ours") in present]
+    names = [name for name in rows.table if any((panel, name) in present for panel in panels)]
+    workloads = [name for name in rows.workloads if name not in ("map", "huge")]
+    colours = {name: f"C{i}" for i, name in enumerate(rows.table)}
     height = 0.8 / len(names)
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-        figsize=(5.5 * len(panels) + 1, 0.16 * len(names) * len(rows.workloads) + 1.6),
-    )
+    size = 5.5 * len(panels) + 1, 0.16 * len(names) * len(workloads) + 1.6
+    options = {"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, **options)
     for ax, operation in zip(axes[0], panels, strict=True):
-        for place, workload in enumerate(rows.workloads):
-            ours = rows.ours(workload, operation)
-            if not ours:
-                continue
-            peers = rows.peers(workload, operation)
+        for place, workload in enumerate(workloads):
+            fields = {"workload": workload, "operation": operation}
             for i, name in enumerate(names):
-                row = ours if name == "ours" else peers.get(name, ({},))[0]
-                if "samples" not in row:
-                    continue
-                times = [1000 * seconds for seconds in flat(row)]
-                y = place + (i + 0.5) * height - 0.4
-                ax.barh(y, median(times), height, color=colours[name])
-                ax.plot([min(times), max(times)], [y, y], color="black", linewidth=0.6)
-            if ours["floor"]["bytes"] > CACHE:
+                row = rows.find(by=name, **fields)
+                if row:
+                    times = [1000 * seconds for seconds in flat(row)]
+                    y = place + (i + 0.5) * height - 0.4
+                    ax.barh(y, median(times), height, color=colours[name])
+                    ax.plot([min(times), max(times)], [y, y], color="black", linewidth=0.6)
+            ours, fastest = rows.find(**fields), rows.fastest(**fields)
+            if ours and times_floor(ours) != "-":
                 floor = 1000 * ours["floor"]["dram_and_cache"]
                 ax.plot([floor, floor], [place - 0.4, place - 0.4 + height], color="black")
-            fastest = rows.fastest(workload, operation)
             if fastest:
-                y = place + 0.5 * height - 0.4
-                ax.text(
-                    1000 * max(flat(ours)) * 1.15, y, f"{fastest[2]:.0f}x", va="center", fontsize=8
-                )
-        ax.set_xscale("log")
-        ax.set_title(OPERATIONS[operation])
+                x, y = 1000 * max(flat(ours)) * 1.15, place + 0.5 * height - 0.4
+                ax.text(x, y, f"{ratio(*fastest):.0f}x", va="center", fontsize=8)
+        ax.set(xscale="log", title=OPERATIONS[operation][0], axisbelow=True)
         ax.set_xlabel("ms per call (the lower, the better)")
-        ax.set_axisbelow(True)
         ax.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(rows.workloads)), map(rows.title, rows.workloads))
+    axes[0, 0].set_yticks(range(len(workloads)), map(rows.title, workloads))
     axes[0, 0].margins(y=0.01)
     axes[0, 0].invert_yaxis()
     keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
     keys.append(pyplot.Line2D([], [], color="black", marker="|", linestyle="none", markersize=10))
-    labels = [*(NAMES[name] for name in names), "memory floor of roialign's bar"]
+    labels = [*(TITLES[name] for name in names), "memory floor of roialign's bar"]
     figure.legend(keys, labels, loc="outside lower center", ncols=4, frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -348,12 +323,12 @@ def records(path):
 def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
     add = parser.add_argument
-    add("file", nargs="?", help="a results file; the newest if not given")
+    add("file", nargs="?", help="a results file; the newest of the CPU if not given")
     add("--line", type=int, help="which run of the file, -1 the last; all if not given")
     add("--chart", metavar="PNG", help="where to draw the chart")
     add("--readme", metavar="FILE", help="rewrite the part of this file between the markers")
     given = parser.parse_args(arguments)
-    files = sorted((ROOT / "bench" / "results").glob("*.jsonl"), key=lambda f: f.stat().st_mtime)
+    files = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
     if not (given.file or files):
         raise SystemExit("no results yet: python -m bench")
     runs = records(given.file or files[-1])

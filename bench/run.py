@@ -2,67 +2,74 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
+import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from bench import floor, reference
+from bench import floor
 from bench.environments import ROOT
+from bench.peers import LAYOUTS, MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
+from bench.reference import Arrays
 
-sys.path.insert(0, str(ROOT / "tests"))
-from cases import WORKLOADS  # noqa: E402
+from cases import FPN, WORKLOADS, Workload  # isort: skip (found by the reference)
 
 ANSWER_LIMIT = 600  # seconds
 TOLERANCE = 1e-4  # of the largest magnitude
-ROUNDING = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7}  # of input and output
-WITHOUT_OUT = ("W1", "W4", "W6")  # where a call that makes its own output is timed too
-CHECKED_CHANNELS = 3
-CHECKED_BOXES = 64
+CALLS = 200  # in the mean that says what launching on a GPU costs
 
-
-# what a worker forks is stopped and ended with it
-OWN_GROUP = (
-    {"process_group": 0}
-    if sys.version_info >= (3, 11)
-    else {"preexec_fn": getattr(os, "setpgrp", None)}
+# Beside those of tests/cases.py: what a call costs, what MindSpore does in reasonable time; one box
+OTHERS = (
+    Workload("W0", "a pixel", (1,) * 4, 1.0, 1, (1, 1), 2, (1.0, 1.0, 1.0, 0.0), (1, 1, 1)),
+    replace(WORKLOADS["W5"], name="W5s", title="2 images", shape=(2, 64, 100, 152), per_image=128),
 )
+HUGE = {
+    name: Workload(name, title, FPN, 1 / 4, 1, (7, 7), 0, (side, side, side, 0.0), ())
+    for name, title, side in (
+        ("map", "one box of the map's size", 304.0),
+        ("huge", "one box of 1e9 px", 2.5e8),
+    )
+}
+EVERY = WORKLOADS | HUGE | {workload.name: workload for workload in OTHERS}
+WITHOUT_OUT = ("W1", "W4", "W6")  # where a call that makes its own output is timed too
+# those with a goal first, for as long as the time lasts
+ORDER = ("W1", "W5", "W4", "W6", "W1f", "W2")
+
+clock = time.monotonic
 
 
 class PeerError(Exception):
     """A worker raised, died, did not answer, or answered wrong."""
 
 
-class Unsupported(PeerError):
-    """The implementation lacks the case."""
-
-
 class Worker:
     """A process with one implementation. It is stopped unless it has something to answer."""
 
-    def __init__(self, name, python, threads):
-        self.name = name
+    def __init__(self, process, device, threads, python, path=None):
         self.errors = tempfile.TemporaryFile()
         environment = dict(os.environ)
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[variable] = str(threads)
+        if path is not None:
+            environment["PYTHONPATH"] = path
         self.process = subprocess.Popen(
-            [python, "-m", "bench.peers.worker", name],
+            [python, "-m", "bench.worker", process, device],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            **OWN_GROUP,
+            start_new_session=True,  # what it forks is stopped and ended with it
         )
 
     def ask(self, command, **arguments):
@@ -109,186 +116,130 @@ class Contestant:
     dtype: str = "float32"
     layout: str = "nchw"
     out: bool = True
+    build: str = ""  # "before": another one of ours
 
     @property
     def key(self):
-        return "-".join(map(str, asdict(self).values()))
+        return "-".join(map(str, asdict(self).values())).strip("-")
 
 
 @dataclass(frozen=True)
 class Settings:
+    device: str = "cpu"
     threads: int = 1
     rounds: int = 7
     slice: float = 0.2  # seconds that a contestant may take in a round
-    operations: tuple = ("forward", "adjoint", "box_gradient")
-    dtypes: tuple = ("float32", "float16", "bfloat16")
-    layouts: tuple = ("nchw", "nhwc")
+    operations: tuple = MAIN
+    dtypes: tuple = tuple(ROUNDING)
+    layouts: tuple = LAYOUTS
     out: bool = True
     convention: str = "asymmetric"  # the one that every peer but MindSpore differentiates rightly
+    peers: tuple = ()  # beside ours
+    before: str | None = None  # another build of ours
+    overhead: bool = False  # what a call costs: on a GPU wall time, else as always
+    budget: float | None = None  # seconds, after which nothing new is begun
+    extras: bool = True  # memory, one box, import
 
 
-class Arrays:
-    """A workload's arrays, and the files in memory by which the workers get them."""
-
-    def __init__(self, workload, folder):
-        self.workload = workload
-        self.rois = workload.rois()
-        self.features = workload.features()
-        self.d_output = workload.d_output()
-        self.files = {}
-        for name in ("rois", "features", "d_output"):
-            self.files[name] = str(Path(folder) / f"{name}.npy")
-            np.save(self.files[name], getattr(self, name))
-        self._axes = {}
-
-    def axes(self, convention):
-        if convention not in self._axes:
-            workload = self.workload
-            self._axes[convention] = reference.axes(
-                self.rois, workload.shape, workload.output_size, workload.scale,
-                workload.sampling, convention,
-            )  # fmt: skip
-        return self._axes[convention]
-
-    def expected(self, operation, convention):
-        """The reference's result and the index of the part of a whole result that it is."""
-        axes = self.axes(convention)
-        channels = self.workload.shape[1]
-        some = np.unique(np.linspace(0, channels - 1, CHECKED_CHANNELS).astype(int))
-        if operation == "forward":
-            part = np.s_[:, some]
-            return reference.forward(self.features[:, some], self.rois, axes), part
-        if operation == "adjoint":
-            part = np.s_[:, some]
-            d_output = self.d_output[:, some]
-            return reference.adjoint(d_output, self.rois, axes, self.workload.shape), part
-        boxes = np.unique(np.linspace(0, len(self.rois) - 1, CHECKED_BOXES).astype(int))
-        d_rois = reference.box_gradient(
-            self.d_output[boxes], self.features, self.rois[boxes], [axes[k] for k in boxes]
-        )
-        return d_rois, boxes
-
-
-def contestants(workload, names, settings):
-    """What takes turns on one workload: every variant of ours, and what each peer may have."""
-    variants = [
-        {"dtype": dtype, "layout": layout}
-        for dtype in settings.dtypes
-        for layout in settings.layouts
-        if dtype == "float32" or layout == "nchw" or len(settings.layouts) == 1
-    ]
+def contestants(workload, settings):
+    """What takes turns on one workload; float32 in NCHW first."""
+    peers, operations = PEERS[settings.device], settings.operations
+    names = ("ours", *settings.peers)
+    names = [name for name in names if workload.name in (peers[name].only or (workload.name,))]
+    if workload.name in HUGE:
+        names, operations = ["ours"], ("forward",)
+    everywhere = workload.name in (WORKLOADS if settings.device == "cpu" else VARIED)
     found = []
-    for operation in settings.operations:
-        for variant in variants:
-            ours = Contestant("ours", operation, settings.convention, out=settings.out, **variant)
-            found.append(ours)
-            for name in names if operation != "box_gradient" else ():  # which nobody else has
-                if name == "mindspore":  # its own convention, for both
-                    theirs = replace(ours, convention="mindspore")
-                    found += [theirs, replace(theirs, by=name)]
-                elif name != "ours":
-                    found.append(replace(ours, by=name))
-        if operation == "forward" and workload.name in WITHOUT_OUT and settings.out:
-            ours = Contestant("ours", operation, settings.convention, **variants[0])
-            found.append(replace(ours, out=False))
-    return found
-
-
-def run_workload(workload, workers, settings, bandwidth, say):
-    """One row per contestant: its seconds in every round, or why it was refused."""
-    rows = {}
-    results = {}
-    with memory_folder() as folder:
-        arrays = Arrays(workload, folder)
-        for name, worker in workers.items():
-            try:
-                worker.ask("load", **arrays.files)
-            except PeerError as error:
-                say(f"  {name}: {error}")
-        for contestant in contestants(workload, workers, settings):
-            row = {"workload": workload.name, **asdict(contestant)}
-            try:
-                worker = workers[contestant.by]
-                call_seconds = checked(contestant, worker, arrays, settings, results)
-            except Unsupported:
+    for dtype, layout in itertools.product(settings.dtypes, settings.layouts):
+        plain = (dtype, layout) == (settings.dtypes[0], settings.layouts[0])
+        varied = everywhere and (dtype == "float32" or layout == settings.layouts[0])
+        for operation, name in itertools.product(operations if plain or varied else (), names):
+            peer = peers[name]
+            has = operation in peer.operations and dtype in peer.dtypes and layout in peer.layouts
+            if not has:
                 continue
-            except PeerError as error:
-                row["refused"] = str(error)
-                say(f"  {contestant.key}: refused: {error}")
-            else:
-                row["floor"] = floors(arrays, contestant, bandwidth)
-                row["samples"] = []
-                row["turn"] = turn(call_seconds, settings.slice)
-            rows[contestant] = row
-        for _ in range(settings.rounds):
-            for contestant, row in rows.items():
-                if "samples" not in row:
-                    continue
-                try:
-                    times = workers[contestant.by].ask("time", key=contestant.key, **row["turn"])
-                    row["samples"].append([float(f"{t:.5g}") for t in times])
-                except PeerError as error:
-                    del row["samples"]
-                    row["refused"] = str(error)
-                    say(f"  {contestant.key}: refused: {error}")
-    return list(rows.values())
-
-
-def turn(call_seconds, slice_seconds):
-    """How often a contestant runs in its turn: about a slice of time, samples of 1 ms at least."""
-    number = max(1, round(0.001 / max(call_seconds, 1e-7)))
-    samples = int(np.clip(slice_seconds / (call_seconds * number), 1, 25))
-    return {"samples": samples, "number": number, "warm": number if samples > 1 else 0}
-
-
-def memory_folder():
-    memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
-
-
-def checked(contestant, worker, arrays, settings, results):
-    """Seconds of one call of a contestant whose result is right; PeerError if it is not."""
-    path = str(Path(arrays.files["rois"]).with_name("result.npy"))
-    reply = worker.ask(
-        "prepare",
-        key=contestant.key,
-        save=path,
-        **parameters(arrays.workload, contestant, settings.threads),
+            one = Contestant(name, operation, settings.convention, dtype, layout, settings.out)
+            if peer.conventions and settings.convention not in peer.conventions:
+                one = replace(one, convention=next(iter(peer.conventions)))
+                if operation in peers["ours"].operations:  # beside which it is seen
+                    found.append(replace(one, by="ours"))
+            found.append(one)
+            if name == "ours" and operation == "forward" and plain and settings.out:
+                found += [replace(one, out=False)] * (workload.name in WITHOUT_OUT)
+    builds = ("", "before") if settings.before else ("",)
+    return list(
+        dict.fromkeys(
+            replace(one, build=build)
+            for one, build in itertools.product(found, builds)
+            if not build or peers[one.by].ours
+        )
     )
-    if "unsupported" in reply:
-        raise Unsupported(reply["unsupported"])
-    result = np.load(path)
-    shapes = {
-        "forward": arrays.workload.output_shape,
-        "adjoint": arrays.workload.shape,
-        "box_gradient": arrays.rois.shape,
-    }
-    if result.shape != shapes[contestant.operation]:
-        raise PeerError(f"has shape {result.shape}")
-    rule = contestant.operation, contestant.convention
-    if rule not in results:
-        results[rule] = {"reference": arrays.expected(*rule)}
-    expected, part = results[rule]["reference"]
-    scale = np.abs(arrays.features if contestant.operation == "forward" else expected).max()
-    allowed = (TOLERANCE + ROUNDING[contestant.dtype]) * scale
-    agree(result[part], expected, allowed, "the reference")
-    if contestant.by == "ours" and contestant.dtype == "float32":
-        results[rule].setdefault("ours", result)
-    elif "ours" in results[rule]:
-        agree(result, results[rule]["ours"], allowed, "ours")
-    return reply["seconds"]
 
 
-def parameters(workload, contestant, threads):
-    named = asdict(contestant)
-    del named["by"]
-    return {
-        "output_size": workload.output_size,
-        "spatial_scale": workload.scale,
-        "sampling_ratio": workload.sampling,
-        "threads": threads,
-        **named,
-    }
+class Answers:
+    """A workload's arrays in files for the workers, and what their results must be."""
+
+    def __init__(self, workload, folder, judge, threads):
+        self.workload, self.judge, self.threads = workload, judge, threads
+        self.arrays, self._right = Arrays(workload), {}
+        self.files = {name: f"{folder}/{name}.npy" for name in ("rois", "features", "d_output")}
+        self.path = f"{folder}/result.npy"
+        for name, path in self.files.items():
+            np.save(path, getattr(self.arrays, name))
+        judge.ask("load", **self.files)
+
+    def asked(self, contestant):
+        """What a worker is asked for."""
+        named = asdict(contestant)
+        del named["build"]
+        return named | {
+            "output_size": self.workload.output_size,
+            "spatial_scale": self.workload.scale,
+            "sampling_ratio": self.workload.sampling,
+            "threads": self.threads,
+        }
+
+    def result(self, contestant, worker):
+        key, asked = contestant.key, self.asked(contestant)
+        reply = worker.ask("prepare", key=key, save=self.path, **asked)
+        return np.load(self.path), reply
+
+    def right(self, operation, convention):
+        """All that the core gives on the CPU, a part by the reference, and its index."""
+        if (operation, convention) not in self._right:
+            whole, _ = self.result(Contestant("ours", operation, convention), self.judge)
+            expected = self.arrays.expected(operation, convention)
+            self._right[operation, convention] = whole, *expected
+        return self._right[operation, convention]
+
+    def check(self, contestant, worker, ours):
+        """Seconds of a call of a contestant whose result is right; PeerError if it is not."""
+        result, reply = self.result(contestant, worker)
+        operation = OPERATIONS[contestant.operation][1]
+        if operation:
+            whole, part, index = self.right(operation, contestant.convention)
+            if result.shape != whole.shape:
+                raise PeerError(f"has shape {result.shape}")
+            scale = np.abs(self.arrays.features if operation == "forward" else part).max()
+            allowed = (TOLERANCE + ROUNDING[contestant.dtype]) * scale
+            agree(result[index], part, allowed, "the reference")
+            agree(result, whole, allowed, "ours")
+        if ours and not reply["same"]:
+            raise PeerError("has other bits the second time")
+        return reply["seconds"]
+
+    def floor(self, contestant, bandwidth):
+        """Bytes and seconds that one of the three operations takes at least."""
+        through = floor.traffic(
+            contestant.operation,
+            self.workload,
+            self.arrays.rois,
+            self.arrays.axes(contestant.convention),
+            4 if contestant.dtype == "float32" else 2,
+            contestant.layout,
+        )
+        named = dict(zip(("bytes", "cache_bytes"), through, strict=True))
+        return named | floor.seconds(*through, bandwidth)
 
 
 def agree(result, expected, allowed, whose):
@@ -297,68 +248,118 @@ def agree(result, expected, allowed, whose):
         raise PeerError(f"differs from {whose} by {error:.2g}, allowed {allowed:.2g}")
 
 
-def floors(arrays, contestant, bandwidth):
-    workload = arrays.workload
-    through = floor.traffic(
-        contestant.operation,
-        workload.shape,
-        workload.output_shape,
-        arrays.rois,
-        arrays.axes(contestant.convention),
-        4 if contestant.dtype == "float32" else 2,
-        contestant.layout,
-    )
-    dram, cache = floor.seconds(*through, bandwidth)
-    return {"bytes": through[0], "cache_bytes": through[1], "dram": dram, "dram_and_cache": cache}
+def turn(call_seconds, settings):
+    """How often a contestant runs in its turn: about a slice of time, samples of 1 ms at least."""
+    number = max(1, round(0.001 / max(call_seconds, 1e-7)))
+    if settings.device == "cuda":  # each call after a flush, which takes its time too
+        number, call_seconds = (CALLS if settings.overhead else 1), max(call_seconds, 1e-3)
+    samples = int(np.clip(settings.slice / (call_seconds * number), 1, 25))
+    return {"samples": samples, "number": number, "warm": number if samples > 1 else 0}
 
 
-def run_huge_box(worker, settings):
-    """Seconds of one adaptive box of the map's size and of one of 1e9 pixels."""
-    workload = replace(WORKLOADS["W1"], sampling=0)
-    _, _, height, width = workload.shape
-    boxes = {
-        "map": [0, 0, 0, width / workload.scale, height / workload.scale],
-        "1e9 px": [0, -5e8, -5e8, 5e8, 5e8],
-    }
-    contestant = Contestant("ours", "forward", settings.convention)
-    samples = {name: [] for name in boxes}
+def memory_folder():
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
+
+
+@contextlib.contextmanager
+def refusing(row, say):
+    """An error is the row's, and is told: the others go on."""
+    try:
+        yield
+    except PeerError as error:
+        row.pop("samples", None)
+        row["refused"] = str(error)
+        say(f"  {row['by']} {row['operation']}: refused: {error}")
+
+
+def opened(settings, pythons, say, start, stack):
+    """(process, build) -> its worker, and versions by its name. What does not work is left out."""
+    peers = PEERS[settings.device]
+    chosen = [peers[name] for name in ("ours", *settings.peers)]
+    builds = {(peer.process, ""): pythons[peer.environment] for peer in chosen}
+    if settings.before:
+        ours = {peer.process for peer in chosen if peer.ours}
+        builds |= {(process, "before"): builds[process, ""] for process in ours}
+    workers, versions, places = {}, {}, {}
+    for (process, build), python in builds.items():
+        found = place_of(settings.before, python) if build else (python,)
+        worker = start(process, settings.device, settings.threads, *found)
+        stack.callback(worker.close)
+        name = f"{process} {build}".strip()
+        try:
+            versions[name] = worker.ask("versions")
+        except PeerError as error:
+            if process == peers["ours"].process:
+                raise
+            say(f"{name} left out: {error}")
+            continue
+        place = versions[name].pop("at", None)
+        if place and place == places.setdefault(process, place) and build:
+            raise PeerError(f"{name}: both builds are at {place}")
+        workers[process, build] = worker
+    return workers, versions
+
+
+def place_of(before, python):
+    """The Python and the search path of another build: that of an environment, or a folder."""
+    folder = Path(before).resolve()
+    if folder.is_file():
+        return before, ""
+    return python, str(folder / "src" if (folder / "src").is_dir() else folder)
+
+
+def run_workload(workload, workers, judge, fresh, settings, bandwidth, end, say):
+    """Rows of seconds in every round and of memory, or why not; and what there was no time for."""
+    peers = PEERS[settings.device]
+    rows, timed, left_out = [], [], []
+
+    def begun(contestant):
+        """Its row and its worker, if both are there in time."""
+        worker = workers.get((peers[contestant.by].process, contestant.build))
+        if worker and clock() >= end:
+            left_out.append(f"{workload.name}-{contestant.key}")
+        elif worker:
+            rows.append({"workload": workload.name, **asdict(contestant)})
+            yield rows[-1], worker
+
     with memory_folder() as folder:
-        arrays = Arrays(workload, folder)
-        worker.ask("load", **arrays.files)
-        rois, result = (str(Path(folder) / name) for name in ("box.npy", "result.npy"))
-        for name, box in boxes.items():
-            np.save(rois, np.array([box], np.float32))
-            asked = parameters(workload, contestant, settings.threads)
-            worker.ask("prepare", key=name, save=result, rois=rois, **asked)
-            largest = np.abs(np.load(result)).max()
-            if not largest <= np.abs(arrays.features).max():
-                raise PeerError(f"gives {largest} for the box {name}")
-        for _ in range(settings.rounds):
-            for name in boxes:
-                samples[name].append(worker.ask("time", key=name, samples=5, number=1, warm=1))
-    return samples
+        answers = Answers(workload, folder, judge, settings.threads)
+        for worker in workers.values():
+            worker.ask("load", **answers.files)
+        for contestant in contestants(workload, settings):
+            for row, worker in begun(contestant):
+                with refusing(row, say):
+                    seconds = answers.check(contestant, worker, peers[contestant.by].ours)
+                    if contestant.operation in MAIN and not settings.overhead:
+                        row["floor"] = answers.floor(contestant, bandwidth)
+                    row |= {"samples": [], "turn": turn(seconds, settings)}
+                    timed.append((row, partial(worker.ask, "time", key=contestant.key)))
+        for done in range(settings.rounds):
+            if done and clock() >= end:
+                left_out.append(f"{workload.name}: rounds after {done}")
+                break
+            for row, ask in timed:
+                if "refused" not in row:
+                    with refusing(row, say):
+                        times = ask(**row["turn"])
+                        row["samples"].append([float(f"{t:.5g}") for t in times])
+        for contestant in weighed(workload, settings):
+            for row, worker in begun(contestant):
+                with refusing(row, say), fresh(worker) as worker:
+                    worker.ask("load", **answers.files)
+                    row["memory"] = worker.ask("memory", **answers.asked(contestant))
+                    row["scratch"] = 256 * np.prod(workload.shape[2:]).item() * settings.threads
+    return rows, left_out
 
 
-def run_memory(python, settings, names=("W1", "W4", "W5")):
-    """Bytes at the peak of a process's first call beyond its inputs and its output."""
-    rows = []
-    for name in names:
-        workload = WORKLOADS[name]
-        with memory_folder() as folder:
-            arrays = Arrays(workload, folder)
-            for operation in settings.operations:
-                contestant = Contestant("ours", operation, settings.convention)
-                worker = Worker("ours", python, settings.threads)
-                try:
-                    worker.ask("load", **arrays.files)
-                    asked = parameters(workload, contestant, settings.threads)
-                    beyond = worker.ask("memory", **asked)
-                finally:
-                    worker.close()
-                scratch = 256 * workload.shape[2] * workload.shape[3] * settings.threads
-                row = {"workload": name, "operation": operation, "bytes": beyond}
-                rows.append({**row, "scratch": scratch})
-    return rows
+def weighed(workload, settings):
+    """Whose memory is taken: of ours a first call; on a GPU, of all a forward and its backward."""
+    only = replace(settings, dtypes=settings.dtypes[:1], layouts=settings.layouts[:1], before=None)
+    change = {"peers": ()} if settings.device == "cpu" else {"operations": ("backward",)}
+    if workload.name not in VARIED or not settings.extras:
+        return []
+    return [c for c in contestants(workload, replace(only, **change)) if c.out == settings.out]
 
 
 def run_import(python, tries=9):
@@ -371,83 +372,57 @@ def run_import(python, tries=9):
     ]
 
 
-def machine():
-    return {
-        "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "huge_pages": text_of("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def cpu_model():
-    for line in (text_of("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return platform.processor() or platform.machine()
-
-
-def text_of(path):
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
-def commit():
+def commit(folder=ROOT):
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
-def run(workloads, pythons, settings, extras=True, say=print):
-    """The record of a run, ready for JSON. `pythons`: name -> Python, "ours" among them."""
-    record = {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "settings": asdict(settings),
-        "bandwidth": floor.bandwidths(settings.threads),
-        "versions": {},
-        "workloads": {workload.name: workload.title for workload in workloads},
-        "rows": [],
-    }
-    workers = {}
-    try:
-        for name, python in pythons.items():
-            worker = Worker(name, python, settings.threads)
-            try:
-                record["versions"][name] = worker.ask("versions")
-                workers[name] = worker
-            except PeerError as error:
-                worker.close()
-                if name == "ours":
-                    raise
-                say(f"{name} left out: {error}")
+def run(workloads, pythons, settings, say=print, start=Worker):
+    """The record of a run, ready for JSON. `pythons`: environment -> Python."""
+    end = clock() + (float("inf") if settings.budget is None else settings.budget)
+    here = settings.device == "cpu"
+    with contextlib.ExitStack() as stack:
+        workers, versions = opened(settings, pythons, say, start, stack)
+        base = judge = workers[PEERS[settings.device]["ours"].process, ""]
+        if not here:
+            judge = start("ours", "cpu", os.cpu_count(), pythons["ours"])
+            stack.callback(judge.close)
+
+        def fresh(worker):
+            """A process of ours that has done nothing; a GPU's memory is counted by what it holds."""
+            new = start("ours", "cpu", settings.threads, pythons["ours"]) if here else None
+            return contextlib.closing(new) if new else contextlib.nullcontext(worker)
+
+        record = {
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": base.ask("machine"),
+            "settings": asdict(settings),
+            "bandwidth": base.ask("bandwidth", threads=settings.threads),
+            "versions": versions,
+            "workloads": {workload.name: workload.title for workload in workloads},
+            "rows": [],
+            "left_out": [],
+        }
+        if settings.budget is not None:
+            wanted = [*ORDER, *EVERY]
+            workloads = sorted(workloads, key=lambda workload: wanted.index(workload.name))
         for workload in workloads:
             say(f"{workload.name}: {workload.title}")
-            rows = run_workload(workload, workers, settings, record["bandwidth"], say)
+            rows, left_out = run_workload(
+                workload, workers, judge, fresh, settings, record["bandwidth"], end, say
+            )
             record["rows"] += rows
-        if extras:
-            say("one huge box, memory, import")
-            record["huge_box"] = run_huge_box(workers["ours"], settings)
+            record["left_out"] += left_out
+        if here and settings.extras:
             record["import"] = run_import(pythons["ours"])
-            if sys.platform == "linux":
-                record["memory"] = run_memory(pythons["ours"], settings)
-    finally:
-        for worker in workers.values():
-            worker.close()
     return record
 
 
 def write(record, folder):
     """Appends the record to `<date>-<cpu or gpu>.jsonl`; the path."""
-    device = record["machine"].get("gpu", record["machine"]["cpu"])
+    device = record["machine"]["cpu" if record["settings"]["device"] == "cpu" else "gpu"]
     slug = "-".join("".join(c if c.isalnum() else " " for c in device).split())
     path = Path(folder) / f"{record['date'][:10]}-{slug.lower()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,14 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import floor, reference, report, run
-from bench.peers.worker import converted
+from bench import devices, floor, reference, report, run, worker
+from bench.peers import MAIN, PEERS
 from cases import WORKLOADS, Workload
 
 TINY = Workload(
@@ -17,21 +18,54 @@ TINY = Workload(
 )
 
 
-def windows(workload):
-    """[K, 2]: pixels from the first to the last that a box touches, y and x."""
-    axes = reference.axes(
-        workload.rois(), workload.shape, workload.output_size, workload.scale, 2, "half_pixel"
-    )
-    return np.array([[axis.pixels[-1] - axis.pixels[0] + 1 for axis in pair] for pair in axes])
+class Here:
+    """A worker of this process. What it does to results can be changed."""
+
+    def __init__(self, process, device, threads=1, python=None, path=None):
+        self.of, self.path, self.session = (process, device), path, None
+
+    def ask(self, command, **asked):
+        try:
+            self.session = self.session or worker.Session(*self.of)
+            reply = getattr(self.session, command)(**json.loads(json.dumps(asked)))
+        except Exception as error:
+            raise run.PeerError(f"{type(error).__name__}: {error}") from error
+        return reply | {"at": str(self.path)} if command == "versions" else reply
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(run.EVERY, "tiny", TINY)
+    monkeypatch.setitem(run.WORKLOADS, "tiny", TINY)
+    monkeypatch.setattr(devices, "LARGE", 2**20)
+    return ["--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
+
+
+def ran(arguments, folder, start=Here):
+    """The record of a command, as it is written."""
+    assert command.main([*arguments, "--results", str(folder)], start=start) == 0
+    (path,) = folder.rglob("*.jsonl")
+    (line,) = path.read_text().splitlines()
+    return json.loads(line)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
 def test_windows_are_as_stated(workload):
-    found = windows(workload)
+    """Pixels from the first to the last that a box touches, y and x."""
+    axes = reference.samples(replace(workload, sampling=2), workload.rois(), "half_pixel")
+    found = np.array([[window(axis) for axis in pair] for pair in axes])
     least, mean, largest = workload.window
     assert abs(found.mean() - mean) <= 0.1 * mean
     assert abs(found.min() - least) <= 1
     assert abs(found.max() - largest) <= max(2, 0.05 * largest)
+
+
+def window(axis):
+    first, last = axis.position(0, 0), axis.position(axis.bins - 1, axis.n - 1)
+    return min(int(last) + 2, axis.length) - int(max(first, 0))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
@@ -40,132 +74,170 @@ def test_boxes_are_inside_and_in_image_order(workload):
     height, width = (length / workload.scale for length in workload.shape[2:])
     assert rois.shape == (workload.rois_number, 5)
     assert (np.diff(rois[:, 0]) >= 0).all() and rois[-1, 0] == workload.shape[0] - 1
-    assert (
-        (rois[:, 1:3] >= 0).all() and (rois[:, 3] <= width).all() and (rois[:, 4] <= height).all()
-    )
+    assert (rois[:, 1:3] >= 0).all() and (rois[:, 3:] <= [width, height]).all()
     assert (rois[:, 3:] > rois[:, 1:3]).all()
     np.testing.assert_array_equal(rois, workload.rois())
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(run.WORKLOADS, "tiny", TINY)
-    return ["--workloads", "tiny", "--peers", "--no-extras", "--rounds", "2", "--slice", "0.002"]
-
-
-def test_runs_end_to_end_without_peers(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(floor, "LARGE", 2**20)
-    command.main([*tiny, "--results", str(tmp_path)])
-    (path,) = tmp_path.glob("*.jsonl")
-    (line,) = path.read_text().splitlines()
-    record = json.loads(line)
+def test_runs_end_to_end_without_peers(tiny, tmp_path, capsys):
+    record = ran([*tiny, "--peers", "--no-extras"], tmp_path, start=run.Worker)
     assert record["versions"]["ours"]["isa"] and record["machine"]["cpu"]
-    ran = {(row["operation"], row["dtype"], row["layout"]) for row in record["rows"]}
+    found = {(row["operation"], row["dtype"], row["layout"]) for row in record["rows"]}
     variants = {("float32", "nchw"), ("float32", "nhwc"), ("float16", "nchw"), ("bfloat16", "nchw")}
-    assert ran == {(operation, *v) for operation in report.OPERATIONS for v in variants}
+    assert found == {(operation, *variant) for operation in MAIN for variant in variants}
     for row in record["rows"]:
         assert "refused" not in row
         assert len(row["samples"]) == 2 and min(map(min, row["samples"])) > 0
         assert 0 < row["floor"]["dram"] < row["floor"]["dram_and_cache"]
-    assert "tiny adjoint" in capsys.readouterr().out
+    assert "tiny roialign, adjoint, nhwc" in capsys.readouterr().out
 
 
-def contestant(**changes):
-    return replace(run.Contestant("ours", "forward", "asymmetric"), **changes)
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_one_box_memory_and_import(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "VARIED", ("tiny",))
+    for name, workload in run.HUGE.items():
+        monkeypatch.setitem(run.EVERY, name, replace(workload, shape=(1, 4, 200, 304)))
+    record = ran(["--workloads", "map", "huge", *tiny[1:], "--peers"], tmp_path)
+    timed = [row["workload"] for row in record["rows"] if row.get("samples")]
+    assert timed == ["map", "huge", *["tiny"] * 12]
+    weighed = {row["operation"]: row["memory"] for row in record["rows"] if "memory" in row}
+    assert set(weighed) == {*MAIN} and min(weighed.values()) >= 0
+    assert len(record["import"]) == 9 and min(record["import"]) > 0
+    printed = capsys.readouterr().out
+    assert "One adaptive box of 1e9 px" in printed and "`import roialign` beyond NumPy" in printed
 
 
-class Answering:
-    """A worker that answers with the reference's result, changed by `spoil`."""
-
-    def __init__(self, arrays, spoil):
-        self.arrays, self.spoil = arrays, spoil
-
-    def ask(self, command, save, operation, convention, **_):
-        arrays = self.arrays
-        axes = arrays.axes(convention)
-        result = {
-            "forward": lambda: reference.forward(arrays.features, arrays.rois, axes),
-            "adjoint": lambda: reference.adjoint(arrays.d_output, arrays.rois, axes, TINY.shape),
-            "box_gradient": lambda: reference.box_gradient(
-                arrays.d_output, arrays.features, arrays.rois, axes
-            ),
-        }[operation]().astype(np.float32)
-        np.save(save, self.spoil(result))
-        return {"seconds": 0.001}
+def test_what_a_call_costs(tiny, tmp_path, capsys):
+    record = ran(["--overhead", "--peers", "core", *tiny[2:]], tmp_path)
+    assert [(row["by"], row["workload"]) for row in record["rows"]] == [
+        ("ours", "W0"),
+        ("core", "W0"),
+    ]
+    assert all(len(row["samples"]) == 2 for row in record["rows"])
+    assert "us above the core alone" in capsys.readouterr().out
 
 
-def spoilt(result, value):
-    result = result.copy()
-    result.flat[result.size - 1] += value
-    return result
+def test_another_build_takes_turns(tiny, tmp_path, capsys):
+    plain = ["--dtype", "float32", "--layout", "nchw"]
+    record = ran([*tiny, *plain, "--before", str(tmp_path / "other")], tmp_path)
+    found = [(row["operation"], row["build"]) for row in record["rows"]]
+    assert found == [(operation, build) for operation in MAIN for build in ("", "before")]
+    for row in record["rows"]:
+        row["samples"] = [[3.0], [2.0]] if row["build"] else [[2.0], [2.0]]
+    assert "| 1.250 (1.000..1.500) |" in report.tables(record)
+    with pytest.raises(SystemExit, match="both builds are at"):
+        command.main([*tiny, "--before", "x"], start=lambda *a: Here(*a[:4]))
 
 
-@pytest.mark.parametrize("operation", report.OPERATIONS)
-def test_refuses_wrong_code(operation, tmp_path):
-    arrays = run.Arrays(TINY, tmp_path)
-    right = Answering(arrays, lambda result: result)
-    asked = contestant(operation=operation), arrays, run.Settings()
+def test_where_another_build_is(tmp_path):
+    assert run.place_of(str(tmp_path), "python") == ("python", str(tmp_path))
+    (tmp_path / "src").mkdir()
+    assert run.place_of(str(tmp_path), "python") == ("python", str(tmp_path / "src"))
+    assert run.place_of(sys.executable, "python") == (sys.executable, "")
 
-    def check(worker, by="ours", results=None):
-        one, *others = asked
-        return run.checked(replace(one, by=by), worker, *others, {} if results is None else results)
 
-    assert check(right) == 0.001
-    for wrong in (0.1, np.nan):
-        with pytest.raises(run.PeerError, match="differs from the reference"):
-            check(Answering(arrays, lambda result, wrong=wrong: spoilt(result, wrong)))
-    with pytest.raises(run.PeerError, match="has shape"):
-        check(Answering(arrays, lambda result: result[:-1]))
+def test_a_peer_of_another_convention_stands_beside_ours_of_the_same():
+    settings = run.Settings(
+        peers=("mindspore", "jnp_gathers"), dtypes=("float32",), layouts=("nchw",)
+    )
+    found = [(c.by, c.operation, c.convention) for c in run.contestants(TINY, settings)]
+    for operation in ("forward", "adjoint"):
+        for by in ("ours", "mindspore"):
+            assert found.count((by, operation, "mindspore")) == 1
+    assert ("jnp_gathers", "forward", "asymmetric") in found
+
+
+def test_every_peer_says_what_it_is():
+    for peers in PEERS.values():
+        for peer in peers.values():
+            source = Path(run.ROOT / "bench" / "peers" / f"{peer.module}.py").read_text()
+            assert all(f"def {operation}(" in source for operation in peer.operations)
+            assert {peers[name].ours for name in peer.beside} == {True}
+
+
+class Spoiling(Here):
+    """Its results go through `spoil`."""
+
+    def __init__(self, spoil):
+        super().__init__("ours", "cpu")
+        self.spoil = spoil
+
+    def ask(self, command, **asked):
+        reply = super().ask(command, **asked)
+        if command == "prepare":
+            result = np.load(asked["save"])
+            np.save(asked["save"], self.spoil(result))
+        return reply
+
+
+def added(value, at):
+    def spoil(result):
+        result[at] += value
+        return result
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refused"),
+    [
+        (lambda result: result, None),
+        (lambda result: result[:-1], "has shape"),
+        (added(0.1, np.s_[-1:, -1:]), "differs from the reference"),
+        (added(np.nan, np.s_[-1:, -1:]), "differs from the reference"),
+    ],
+)
+@pytest.mark.parametrize("operation", MAIN)
+def test_refuses_wrong_code(operation, spoil, refused, tmp_path):
+    answers = run.Answers(TINY, tmp_path, Here("ours", "cpu"), 1)
+    spoiling = Spoiling(spoil)
+    spoiling.ask("load", **answers.files)
+    contestant = run.Contestant("ours", operation, "asymmetric")
+    if not refused:
+        assert answers.check(contestant, spoiling, ours=True) > 0
+        return
+    with pytest.raises(run.PeerError, match=refused):
+        answers.check(contestant, spoiling, ours=False)
 
 
 def test_refuses_a_peer_that_differs_from_ours_outside_the_checked_channels(tmp_path):
-    arrays = run.Arrays(TINY, tmp_path)
-    results = {}
-    run.checked(
-        contestant(), Answering(arrays, lambda result: result), arrays, run.Settings(), results
-    )
-
-    def other_channel(result):
-        result[:, 1] += 0.1  # of 0, 2 and 4 the reference checks each
-        return result
-
+    answers = run.Answers(TINY, tmp_path, Here("ours", "cpu"), 1)
+    other_channel = Spoiling(added(0.1, np.s_[:, 1]))  # of 0, 2 and 4 the reference checks each
+    other_channel.ask("load", **answers.files)
     with pytest.raises(run.PeerError, match="differs from ours"):
-        run.checked(
-            contestant(by="paddle"),
-            Answering(arrays, other_channel),
-            arrays,
-            run.Settings(),
-            results,
-        )
+        answers.check(run.Contestant("ours", "forward", "asymmetric"), other_channel, ours=False)
 
 
 def test_a_worker_that_dies_or_raises_is_a_peer_error():
-    worker = run.Worker("ours", sys.executable, 1)
+    one = run.Worker("ours", "cpu", 1, sys.executable)
     try:
         with pytest.raises(run.PeerError, match="AttributeError"):
-            worker.ask("no_such_command")
-        worker.process.kill()
+            one.ask("no_such_command")
+        one.process.kill()
         with pytest.raises(run.PeerError, match="ended"):
-            worker.ask("versions")
+            one.ask("versions")
     finally:
-        worker.close()
+        one.close()
 
 
 def test_touched_bytes():
-    shape, rois = (1, 3, 8, 16), np.array([[0, 2, 2, 4, 4]], np.float32)
-    axes = reference.axes(rois, shape, (2, 2), 1.0, 1, "half_pixel")
-    # samples at 2 and 3: rows and columns 2, 3 and the one after
+    workload = replace(
+        TINY, shape=(1, 3, 8, 16), per_image=1, output_size=(2, 2), scale=1, sampling=1
+    )
+    rois = np.array([[0, 2.25, 2.25, 4.25, 4.25]], np.float32)
+    axes = reference.axes(workload, rois, "half_pixel")
+    # samples at 2.25 and 3.25
     assert [axis.pixels.tolist() for axis in axes[0]] == [[2, 3, 4], [2, 3, 4]]
-    asked = shape, (1, 3, 2, 2), rois, axes, 4
-    out, windows_bytes = 3 * 4 * 4, 9 * 3 * 4
-    assert floor.traffic("forward", *asked, "nhwc") == (9 * 3 * 4 + out, windows_bytes)
-    assert floor.traffic("forward", *asked, "nchw") == (3 * 16 * 3 * 4 + out, windows_bytes)
-    assert floor.traffic("adjoint", *asked, "nchw")[0] == 3 * 8 * 16 * 4 + out
+    out, window = 3 * 4 * 4, 9 * 3 * 4
+    asked = workload, rois, axes, 4
+    assert floor.traffic("forward", *asked, "nhwc") == (9 * 3 * 4 + out, window)
+    assert floor.traffic("forward", *asked, "nchw") == (3 * 16 * 3 * 4 + out, window)
+    assert floor.traffic("adjoint", *asked, "nchw") == (3 * 8 * 16 * 4 + out, 2 * window)
 
 
 def test_layout_conversion_keeps_values():
     array = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
-    last = converted(array, "float32", "nhwc")
+    last = worker.converted(array, "float32", "nhwc")
     np.testing.assert_array_equal(last, array)
     assert last.strides == (96, 4, 32, 8)
 
@@ -178,3 +250,10 @@ def test_readme_part_is_rewritten(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(SystemExit):
         report.rewrite(readme, "new")
+
+
+def test_the_readme_is_what_a_record_says():
+    found = map(report.records, (run.ROOT / "bench" / "results").glob("*.jsonl"))
+    parts = [report.short_tables(runs, "docs/images/bench.png") for runs in found]
+    readme = (run.ROOT / "README.md").read_text()
+    assert any(f"{report.BEGIN}\n{part}\n{report.END}" in readme for part in parts)

@@ -1,280 +1,47 @@
-"""The benchmark's GPU part, where there is no GPU: the device is a stand-in with a wall clock."""
+"""The benchmark on a GPU, where there is none: torch's driver is a stand-in."""
 
 import contextlib
 import itertools
 import json
 import os
 import sys
-import time
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-
-from cases import Workload
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import roialign  # noqa: E402
 from bench import __main__ as command  # noqa: E402
-from bench import gpu, gpu_report, report, run  # noqa: E402
+from bench import devices, report, run  # noqa: E402
+from bench.peers import MAIN, OVERHEAD, PEERS, ROUNDING, USUAL  # noqa: E402
+from bench.peers import torch as of_torch  # noqa: E402
+from test_bench import TINY, Here  # noqa: E402
 
-TINY = Workload(
-    "tiny", "smoke test", (2, 5, 12, 14), 1 / 2, 3, (3, 2), 2, (2.0, 4.0, 8.0, 0.5), (2, 5, 10)
-)
-Cuda = gpu.Cuda
-PEERS = gpu.OURS, gpu.THEIRS, gpu.DETERMINISTIC
-
-
-class Clock:
-    """The CPU, with the calls of `gpu.Cuda`."""
-
-    name = "cpu"
-
-    def __init__(self):
-        self.done = []  # in their order: flushes and samples
-
-    def machine(self):
-        return {"gpu": "a stand-in", "driver": "none"}
-
-    def flush(self):
-        self.done.append("flush")
-
-    def seconds(self, call, number):
-        samples = []
-        for _ in range(number):
-            state = call.before()
-            self.flush()
-            start = time.perf_counter()
-            call.timed(state)
-            samples.append(time.perf_counter() - start)
-            self.done.append("sample")
-        return samples
-
-    def synchronize(self):
-        pass
-
-    def allocated(self):
-        return 1000
-
-    def peak(self, function):
-        result = function()
-        return result, 1000 + 2 * result.nbytes + 24
-
-    def captured(self, function):
-        return function
+OURS, THEIRS, DETERMINISTIC = "ours", "torchvision", "torchvision_deterministic"
+FLUSH = devices.Cuda.flush
+PLAIN = {"dtypes": ("float32",), "layouts": ("nchw",)}
 
 
-def roi_align_of(spoil):
-    """torchvision's function, made of ours."""
+class Apart(Here):
+    """With a deterministic mode of its own, as a process has."""
 
-    def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
-        assert input.dtype == boxes.dtype == torch.float32
-        output = roialign.roi_align(
-            input, boxes, output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio,
-            convention=f"torchvision:aligned={aligned}",
-        )  # fmt: skip
-        return spoil(output)
+    mode = False
 
-    return roi_align
-
-
-@pytest.fixture
-def with_torchvision(monkeypatch):
-    """Puts a stand-in of torchvision there; its results go through `spoil`."""
-
-    def put(spoil=lambda output: output):
-        module = SimpleNamespace(
-            __version__="0", ops=SimpleNamespace(roi_align=roi_align_of(spoil))
-        )
-        monkeypatch.setitem(sys.modules, "torchvision", module)
-
-    return put
+    def ask(self, command, **asked):
+        torch.use_deterministic_algorithms(self.mode)
+        try:
+            return super().ask(command, **asked)
+        finally:
+            self.mode = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(run.WORKLOADS, "tiny", TINY)
-    monkeypatch.setattr(gpu, "Cuda", Clock)
-    monkeypatch.setattr(gpu, "FLUSHED", 2**16)
-    monkeypatch.setattr(gpu, "VARIED", ("tiny",))
-    monkeypatch.setattr(gpu, "SMALL", ("tiny",))
-    monkeypatch.setattr(gpu, "CALLS", 2)
-
-
-def settings(**changes):
-    return run.Settings(
-        **{"rounds": 2, "slice": 0.002, "dtypes": ("float32", "bfloat16"), **changes}
-    )
-
-
-def measured(device=None, budget=60.0, workload=TINY, **changes):
-    return gpu.measure(
-        [workload], device or Clock(), settings(**changes), budget, say=lambda _: None
-    )
-
-
-def test_the_command_writes_a_record_and_prints_its_tables(with_torchvision, tmp_path, capsys):
-    with_torchvision()
-    narrow = ["--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
-    assert command.main(["--device", "cuda", *narrow, "--results", str(tmp_path)]) == 0
-    (path,) = (tmp_path / "gpu").glob("*-a-stand-in.jsonl")
-    (line,) = path.read_text().splitlines()
-    record = json.loads(line)
-    assert record["machine"]["gpu"] and record["machine"]["driver"] and record["machine"]["cpu"]
-    assert {"roialign", "torch", "cuda", "triton"} == set(record["versions"]["ours"])
-    assert record["versions"]["torchvision"] == {"torchvision": "0"}
-    assert record["bandwidth"]["copy"] > 0 and record["left_out"] == []
-    variants = {(d, "nchw") for d in run.ROUNDING} | {("float32", "nhwc")}
-    wanted = {(by, o, *v) for by in PEERS[:2] for o in report.OPERATIONS for v in variants}
-    wanted -= {(gpu.THEIRS, "box_gradient", *v) for v in variants}
-    wanted |= {(gpu.DETERMINISTIC, "adjoint", "float32", "nchw")}
-    rows = record["rows"]
-    assert {(r["by"], r["operation"], r["dtype"], r["layout"]) for r in rows} == wanted
-    assert len(rows) == len(wanted)
-    for row in rows:
-        assert "refused" not in row
-        assert len(row["samples"]) == 2 and min(map(min, row["samples"])) > 0
-        assert row["floor"]["dram"] == row["floor"]["bytes"] / record["bandwidth"]["copy"]
-    assert [row["by"] for row in record["memory"]] == [*PEERS]
-    assert {row["operation"] for row in record["launches"]} == {
-        "forward", "forward and backward", "forward, captured in a graph",
-    }  # fmt: skip
-    printed = capsys.readouterr().out
-    for title in ("**Forward**", "**Adjoint**", "**Box gradient**", "tiny box gradient"):
-        assert title in printed
-    assert "asked >= 50" in printed and "Refused" not in printed
-
-
-def test_without_torchvision_it_is_ours_and_the_floor(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    record = measured()
-    assert {row["by"] for row in record["rows"]} == {gpu.OURS}
-    assert "torchvision was not there" in gpu_report.tables(record)
-
-
-def test_a_cache_flush_comes_before_every_sample(with_torchvision):
-    with_torchvision()
-    device = Clock()
-    measured(device)
-    assert device.done[::2] == ["flush"] * (len(device.done) // 2)
-    assert device.done[1::2] == ["sample"] * (len(device.done) // 2) != []
-
-
-def test_contestants_take_turns(with_torchvision):
-    with_torchvision()
-    turns = []
-
-    class Turns(Clock):
-        def seconds(self, call, number):
-            turns.append(id(call))
-            return super().seconds(call, number)
-
-    record = measured(Turns(), operations=("forward",), dtypes=("float32",), layouts=("nchw",))
-    contestants = len(record["rows"])
-    assert contestants == 2
-    after = turns[1 + contestants :]  # the copy and the first sample of each
-    assert len(after) == 2 * contestants and after[:contestants] == after[contestants:]
-
-
-@pytest.mark.parametrize("value", [0.1, np.nan])
-def test_a_wrong_result_is_not_timed(with_torchvision, value):
-    def spoil(output):
-        wrong = torch.zeros_like(output)
-        wrong.view(-1)[-1] = value
-        return output + wrong
-
-    with_torchvision(spoil)
-    record = measured(operations=("forward",), dtypes=("float32",), layouts=("nchw",))
-    ours, theirs = record["rows"]
-    assert "samples" in ours and "refused" not in ours
-    assert "samples" not in theirs and "differs from the CPU core" in theirs["refused"]
-    assert "Refused: torchvision, tiny forward" in gpu_report.tables(record)
-
-
-def test_a_wrong_result_of_ours_fails_the_command(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    agree = run.agree
-    monkeypatch.setattr(run, "agree", lambda result, *others: agree(result + 1, *others))
-    arguments = ["--workloads", "tiny", "--rounds", "1", "--results", str(tmp_path)]
-    assert command.main(["--device", "cuda", *arguments]) == 1
-
-
-def test_ours_is_refused_if_its_bits_change(with_torchvision, monkeypatch):
-    with_torchvision()
-    count, adjoint = itertools.count(), roialign.roi_align_adjoint
-    monkeypatch.setattr(
-        roialign, "roi_align_adjoint", lambda *a, **k: adjoint(*a, **k) + 1e-7 * next(count)
-    )
-    record = measured(operations=("adjoint",), dtypes=("float32",), layouts=("nchw",))
-    refused = {row["by"]: row.get("refused", "") for row in record["rows"]}
-    assert "other bits" in refused[gpu.OURS] and not refused[gpu.THEIRS]
-
-
-@pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)])
-def test_the_deterministic_mode_is_for_one_contestant_and_then_as_before(with_torchvision, mode):
-    seen = []
-
-    def spoil(output):
-        seen.append(torch.are_deterministic_algorithms_enabled())
-        if seen[-1] and output.numel() > 1:  # not in the trial of whether it works
-            raise torch.OutOfMemoryError("out of memory")
-        return output
-
-    with_torchvision(spoil)
-    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
-    try:
-        record = measured(operations=("adjoint",), dtypes=("float32",), layouts=("nchw",))
-        assert mode == (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert {True, False} == set(seen)
-    refused = [row["by"] for row in record["rows"] if "refused" in row]
-    assert refused == [gpu.DETERMINISTIC]
-    assert "out of memory" in gpu_report.tables(record)
-
-
-def test_memory_is_what_is_beyond_inputs_and_results(with_torchvision):
-    with_torchvision()
-    problem = gpu.Arrays(TINY, "asymmetric").problem("float32", "nchw", "cpu")
-    # the stand-in has each result twice, and 24 bytes
-    output, d_features = problem.d_output.nbytes, problem.features.nbytes
-    expected = max(output + 24, d_features - output + 24)
-    for by in PEERS:
-        assert gpu.memory_of(by, problem, Clock()) == expected
-
-
-def test_the_budget_ends_a_run(with_torchvision, monkeypatch):
-    with_torchvision()
-    assert measured(budget=0)["rows"] == []
-    seconds = itertools.count()
-    monkeypatch.setattr(gpu, "clock", lambda: next(seconds))
-    record = measured(budget=4)  # the clock is read once to set the end, and before each contestant
-    assert [len(row["samples"]) for row in record["rows"]] == [1, 1, 1]
-    left_out = record["left_out"]
-    assert "tiny: rounds after 1" in left_out and "tiny: launches" in left_out
-    assert any("torchvision, deterministic-adjoint" in name for name in left_out)
-    assert "No time was left for: tiny-" in gpu_report.tables(record)
-
-
-def test_the_results_folder_takes_records_of_a_gpu_only(tmp_path):
-    record = {"machine": {"cpu": "a CPU"}, "date": "2026-01-01"}
-    with pytest.raises(SystemExit, match="not measured on a GPU"):
-        gpu.write(record, gpu.ROOT / "bench" / "results" / "gpu")
-    assert gpu.write(record, tmp_path).read_text()
-
-
-def test_what_has_a_goal_comes_first():
-    assert set(gpu.ORDER) >= {name for goals in gpu_report.GOALS.values() for name in goals}
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """`gpu.Cuda` on a driver that is a stand-in and says what it was asked."""
+def asked(monkeypatch):
+    """What the driver was asked, in order."""
     asked = []
 
     class Event:
@@ -302,58 +69,229 @@ def cuda(monkeypatch):
         "graph": lambda graph: contextlib.nullcontext(),
         "synchronize": lambda: asked.append("synchronize"),
         "reset_peak_memory_stats": lambda: asked.append("reset"),
-        "memory_allocated": lambda: 5,
-        "max_memory_allocated": lambda: 7,
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 5000,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(Cuda, "name", "cpu")
-    monkeypatch.setattr(Cuda, "flush", lambda self: asked.append("flush"))
-    device = Cuda()
-    device.asked = asked
-    return device
+    monkeypatch.setattr(devices.Cuda, "name", "cpu")
+    monkeypatch.setattr(devices, "FLUSHED", 2**16)
+    monkeypatch.setattr(devices.Cuda, "flush", lambda self: asked.append("flush"))
+    monkeypatch.setattr(devices, "smi", lambda fields: [f"<{field}>" for field in fields])
+    monkeypatch.setitem(run.EVERY, "tiny", TINY)
+    monkeypatch.setattr(run, "VARIED", ("tiny",))
+    monkeypatch.setattr(run, "CALLS", 2)
+    slow = replace(PEERS["cuda"][DETERMINISTIC], only=("tiny",))
+    monkeypatch.setitem(PEERS["cuda"], DETERMINISTIC, slow)
+    with_torchvision(monkeypatch)
+    return asked
 
 
-def test_a_sample_is_between_two_events_after_a_flush(cuda):
-    call = gpu.Call(lambda: cuda.asked.append("before"), lambda _: cuda.asked.append("call"))
-    assert cuda.seconds(call, 2) == [0.003, 0.003]
+def with_torchvision(monkeypatch, spoil=lambda output: output):
+    """torchvision's function, made of ours; its results go through `spoil`."""
+
+    def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
+        assert input.dtype == boxes.dtype == torch.float32
+        output = roialign.roi_align(
+            input, boxes, output_size, spatial_scale=spatial_scale, sampling_ratio=sampling_ratio,
+            convention=f"torchvision:aligned={aligned}",
+        )  # fmt: skip
+        return spoil(output)
+
+    ops = ModuleType("torchvision.ops")
+    ops.roi_align = roi_align
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.ops", ops)
+
+
+def without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+
+
+def measured(workload=TINY, start=Apart, **changes):
+    usual = {"device": "cuda", "rounds": 2, "slice": 0.002, "out": False, "peers": USUAL["cuda"]}
+    settings = run.Settings(**usual | changes)
+    pythons = dict.fromkeys(("ours", "torch", "torchvision"), "")
+    return run.run([workload], pythons, settings, say=lambda _: None, start=start)
+
+
+def by(record, has="samples"):
+    return [row["by"] for row in record["rows"] if has in row]
+
+
+COMMAND = ["--device", "cuda", "--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
+COMMAND += ["--peer", "torchvision=python", "--peer", "torch=python"]
+
+
+def test_the_command_writes_a_record_and_prints_its_tables(tmp_path, capsys):
+    assert command.main([*COMMAND, "--results", str(tmp_path)], start=Apart) == 0
+    (path,) = (tmp_path / "cuda").glob("*-a-stand-in.jsonl")
+    (line,) = path.read_text().splitlines()
+    record = json.loads(line)
+    machine = record["machine"]
+    assert machine["gpu"] and machine["driver"] == "<driver_version>" and machine["cpu"]
+    assert machine["clocks"]["clocks.sm"] == "<clocks.sm>" and "cuda" in machine
+    assert record["versions"]["torch"]["torch"] == torch.__version__
+    assert record["bandwidth"]["copy"] > 0 and record["left_out"] == []
+    variants = {(dtype, "nchw") for dtype in ROUNDING} | {("float32", "nhwc")}
+    wanted = {(name, o, *v) for name in (OURS, THEIRS) for o in MAIN for v in variants}
+    wanted -= {(THEIRS, "box_gradient", *v) for v in variants}
+    wanted |= {(DETERMINISTIC, "adjoint", "float32", "nchw")}
+    rows = [row for row in record["rows"] if "samples" in row]
+    assert {(r["by"], r["operation"], r["dtype"], r["layout"]) for r in rows} == wanted
+    assert len(rows) == len(wanted)
+    for row in rows:
+        assert [set(samples) for samples in row["samples"]] == [{0.003}, {0.003}]
+        assert row["floor"]["dram"] == row["floor"]["bytes"] / record["bandwidth"]["copy"]
+    assert by(record, "memory") == [OURS, THEIRS, DETERMINISTIC] and not by(record, "refused")
+    printed = capsys.readouterr().out
+    for title in ("forward", "adjoint", "box gradient", "backward, its forward untimed"):
+        assert f"tiny roialign, {title} |" in printed
+    assert "times <= 1.5" in printed and "torchvision was not there" not in printed
+
+
+def test_what_launching_costs():
+    called = {name: OVERHEAD["cuda"][name] for name in ("peers", "operations")}
+    record = measured(**called, overhead=True, extras=False, **PLAIN)
+    found = {(row["by"], row["operation"]) for row in record["rows"] if "refused" not in row}
+    both = {(name, operation) for name in (OURS, THEIRS) for operation in ("forward", "gradient")}
+    assert found == both | {(f"{name}_captured", "forward") for name in (OURS, THEIRS)}
+    samples = [row["samples"] for row in record["rows"]]
+    assert all(len(rounds) == 2 and rounds[0] != [0.003] for rounds in samples)
+    assert "times >= 1" in report.tables(record)
+
+
+def test_without_torchvision_it_is_ours_and_the_floor(monkeypatch):
+    without_torchvision(monkeypatch)
+    record = measured()
+    assert set(by(record)) == {OURS}
+    assert "torchvision was not there" in report.tables(record)
+
+
+def test_a_sample_is_between_two_events_after_a_flush(asked):
+    def call(made):
+        asked.append(made)
+
+    call.before = lambda: (asked.append("before") or "call",)
+    assert devices.Cuda().samples(call, 2, 1) == [0.003, 0.003]
     one = ["before", "flush", "event", "call", "event"]
-    assert cuda.asked == [*one, *one, "synchronize"]
+    assert asked == [*one, *one, "synchronize"]
 
 
-def test_peak_memory_and_graphs(cuda):
-    assert cuda.peak(lambda: cuda.asked.append("call") or 4) == (4, 7)
-    assert cuda.asked == ["synchronize", "reset", "call", "synchronize"]
-    assert cuda.allocated() == 5
-    replay = cuda.captured(lambda: 6)
-    assert replay() == 6 and cuda.asked[-1] == "replay"
+def test_a_mean_of_calls_is_wall_time_without_flushes(asked):
+    (seconds,) = devices.Cuda().samples(lambda: asked.append("call"), 1, 3)
+    assert asked == ["synchronize", "call", "call", "call", "synchronize"] and seconds > 0
 
 
-def test_a_flush_leaves_the_buffer_written(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Cuda, "name", "cpu")
-    device = Cuda()
+def test_contestants_take_turns():
+    turns = []
+
+    class Turns(Apart):
+        def ask(self, command, **asked):
+            turns.append(asked["key"]) if command == "time" else None
+            return super().ask(command, **asked)
+
+    measured(start=Turns, operations=("forward",), **PLAIN)
+    assert len(turns) == 4 and turns[:2] == turns[2:] and turns[0] != turns[1]
+
+
+@pytest.mark.parametrize("value", [0.1, np.nan])
+def test_a_wrong_result_is_not_timed(monkeypatch, value):
+    def spoil(output):
+        wrong = torch.zeros_like(output)
+        wrong.view(-1)[-1] = value
+        return output + wrong
+
+    with_torchvision(monkeypatch, spoil)
+    record = measured(operations=("forward",), extras=False, **PLAIN)
+    ours, theirs = record["rows"]
+    assert "samples" in ours and "refused" not in ours
+    assert "samples" not in theirs and "differs from the reference" in theirs["refused"]
+    assert "| tiny torchvision, forward | refused: differs" in report.tables(record)
+
+
+def test_a_wrong_result_of_ours_fails_the_command(monkeypatch, tmp_path):
+    agree = run.agree
+    monkeypatch.setattr(run, "agree", lambda result, *others: agree(result + 1, *others))
+    assert command.main([*COMMAND, "--results", str(tmp_path), "--peers"], start=Apart) == 1
+
+
+def test_ours_is_refused_if_its_bits_change(monkeypatch):
+    count, adjoint = itertools.count(), roialign.roi_align_adjoint
+    monkeypatch.setattr(
+        roialign, "roi_align_adjoint", lambda *a, **k: adjoint(*a, **k) + 1e-7 * next(count)
+    )
+    record = measured(operations=("adjoint",), extras=False, **PLAIN)
+    refused = {row["by"]: row.get("refused", "") for row in record["rows"]}
+    assert "other bits" in refused[OURS] and not refused[THEIRS]
+
+
+def test_the_deterministic_mode_is_for_one_contestant(monkeypatch):
+    seen = []
+
+    def spoil(output):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        if seen[-1] and output.numel() > 1:  # not in the trial of whether it works
+            raise torch.OutOfMemoryError("out of memory")
+        return output
+
+    with_torchvision(monkeypatch, spoil)
+    record = measured(operations=("adjoint",), **PLAIN)
+    assert {True, False} == set(seen)
+    assert by(record, "refused") == [DETERMINISTIC, DETERMINISTIC]  # time, and memory
+    assert "out of memory" in report.tables(record)
+    processes = [peer.process for peer in PEERS["cuda"].values()]
+    assert processes.count(PEERS["cuda"][DETERMINISTIC].process) == 1
+
+
+def test_memory_is_what_is_beyond_inputs_and_results(asked, monkeypatch):
+    peaks = iter([5000, 6000])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    output, gradient = torch.zeros(100), torch.zeros(300)
+
+    def call(made):
+        assert made is output and asked[-1] == "reset"
+        return gradient
+
+    call.before = lambda: (output,)
+    found = devices.Cuda().memory(call)
+    assert found == max(5000, 6000 - gradient.nbytes) - output.nbytes - 1000
+    assert asked == ["synchronize", "reset", "synchronize"] * 2
+
+
+def test_the_budget_ends_a_run(monkeypatch):
+    assert measured(budget=0)["rows"] == []
+    seconds = itertools.count()
+    monkeypatch.setattr(run, "clock", lambda: next(seconds))
+    record = measured(budget=4)  # the clock is read once to set the end, and before each contestant
+    assert [len(row["samples"]) for row in record["rows"]] == [1, 1, 1]
+    left_out = record["left_out"]
+    assert "tiny: rounds after 1" in left_out
+    for operation in ("adjoint", "backward"):
+        assert any(f"{DETERMINISTIC}-{operation}" in name for name in left_out)
+    assert "No time was left for: tiny-" in report.tables(record)
+
+
+def test_what_has_a_goal_comes_first():
+    assert set(run.ORDER) >= {name for names, *_ in report.GOALS for name in names}
+
+
+def test_a_replay_is_of_the_captured_call(asked):
+    replay = of_torch._captured(lambda: 6)
+    assert replay() == 6 and asked[-1] == "replay"
+
+
+def test_a_flush_leaves_the_buffer_written():
+    device = devices.Cuda()
     device.buffer.fill_(1)
-    device.flush()
-    assert device.buffer.nbytes == gpu.FLUSHED and not device.buffer.any()
+    FLUSH(device)
+    assert device.buffer.nbytes == devices.FLUSHED and not device.buffer.any()
 
 
-def test_a_machine_without_a_driver_is_none(cuda, monkeypatch):
-    monkeypatch.setattr(gpu, "smi", lambda fields: [f"<{field}>" for field in fields])
-    machine = cuda.machine()
-    assert machine["gpu"] == "a stand-in" and machine["driver"] == "<driver_version>"
-    assert machine["clocks"]["clocks.sm"] == "<clocks.sm>" and json.dumps(machine)
-    monkeypatch.setattr(gpu, "smi", lambda fields: [])
-    monkeypatch.setattr(run, "text_of", lambda path: None)
-    with pytest.raises(SystemExit, match="driver's version is not known"):
-        cuda.machine()
-
-
-def test_a_whole_run_on_the_stand_in(cuda, with_torchvision, monkeypatch):
-    monkeypatch.setattr(gpu, "smi", lambda fields: ["1"] * len(fields))
-    with_torchvision()
-    record = measured(cuda)
-    assert not [row for row in (*record["rows"], *record["launches"]) if "refused" in row]
-    assert {t for row in record["rows"] for round_ in row["samples"] for t in round_} == {0.003}
+def test_a_machine_without_a_driver_is_none(monkeypatch):
+    monkeypatch.setattr(devices, "smi", lambda fields: [])
+    monkeypatch.setattr(devices, "text_of", lambda path: None)
+    with pytest.raises(run.PeerError, match="driver's version is not known"):
+        measured()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
@@ -361,33 +299,23 @@ def test_what_is_measured_are_the_kernels_of_the_gpu(monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     import roialign.torch
 
-    names, launch, expected = set(), roialign.torch._launch, gpu.Arrays.expected
+    names, launch = set(), roialign.torch._launch
 
     def spy(kernel, *arguments, **constants):
         names.add(kernel.fn.__name__)
         return launch(kernel, *arguments, **constants)
 
-    def by_the_core(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(roialign.torch, "_triton_module", lambda tensor: None)
-            return expected(*arguments)
-
-    monkeypatch.setattr(gpu.Arrays, "expected", by_the_core)
     monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: "launch")
     monkeypatch.setattr(roialign.torch, "_launch", spy)
-    for name in ("VARIED", "SMALL"):
-        monkeypatch.setattr(gpu, name, ())
-    monkeypatch.setitem(sys.modules, "torchvision", None)
     small = replace(TINY, shape=(1, 2, 8, 8), per_image=1, output_size=(2, 1), sampling=1)
-    rows = measured(workload=small, rounds=1, slice=0)["rows"]
-    assert [row["operation"] for row in rows] == [*report.OPERATIONS]
+    rows = measured(small, rounds=1, slice=0, peers=(), extras=False, **PLAIN)["rows"]
+    assert [row["operation"] for row in rows] == [*MAIN]
     assert not any("refused" in row for row in rows)
-    assert names == {"axis_taps", "touched", *report.OPERATIONS}
+    assert names == {"axis_taps", "touched", *MAIN}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured(monkeypatch, tmp_path):
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no GPU"):
-        command.main(["--device", "cuda", "--results", str(tmp_path)])
+        command.main([*COMMAND, "--results", str(tmp_path)], start=Apart)
     assert not list(tmp_path.iterdir())

@@ -1,47 +1,73 @@
-"""MindSpore: the CPU kernels of ROIAlign and ROIAlignGrad, in PyNative mode."""
+"""MindSpore on the CPU: `mindspore.ops.ROIAlign` and ours, in PyNative or in Graph mode."""
 
 import mindspore
-from mindspore.ops import operations
+from mindspore import Tensor, nn, ops
 from mindspore.ops.operations import _grad_ops
 
-mindspore.set_context(mode=mindspore.PYNATIVE_MODE, device_target="CPU")
-DTYPES = ("float32", "float16")
-MODES = {"mindspore": 1, "mindspore_legacy": 0}
+PACKAGES = ("roialign", "mindspore")
+MODES = {"mindspore": mindspore.PYNATIVE_MODE, "mindspore graph": mindspore.GRAPH_MODE}
+
+
+def given(array, device):
+    return Tensor(array)
 
 
 def array(result):
     return result.asnumpy()
 
 
-def versions():
-    return {"mindspore": mindspore.__version__}
+class Pool(nn.Cell):
+    def __init__(self, problem):
+        super().__init__()
+        mindspore.set_context(mode=MODES[problem.peer.process], device_target="CPU")
+        layer = ops.ROIAlign
+        if problem.peer.ours:
+            import roialign.mindspore
+
+            roialign.set_num_threads(problem.threads)
+            layer = roialign.mindspore.ROIAlign
+        self.operator = layer(*_numbers(problem), problem.convention)
+
+    def construct(self, features, rois):
+        return self.operator(features, rois)
 
 
-def _mode(problem, modes):
-    if problem.convention not in modes:
-        raise ValueError(f"has no {problem.convention}")
-    return modes[problem.convention]
+class Gradient(nn.Cell):
+    """The features' gradient of a weighted sum. PyNative mode makes the forward and the boxes' too."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.pool, self.d_output = Pool(problem), problem.d_output
+        self.gradient = mindspore.grad(self.loss)
+
+    def loss(self, features, rois):
+        return (self.pool(features, rois) * self.d_output).sum()
+
+    def construct(self, features, rois):
+        return self.gradient(features, rois)
 
 
-def _finished(result):
-    mindspore.runtime.synchronize()
-    return result
+def _numbers(problem):
+    return *problem.output_size, problem.spatial_scale, problem.sampling_ratio
+
+
+def _finished(function, *arguments):
+    def call():
+        result = function(*arguments)
+        mindspore.runtime.synchronize()
+        return result
+
+    return call
 
 
 def forward(problem):
-    mode = _mode(problem, MODES)
-    operator = operations.ROIAlign(
-        *problem.output_size, problem.spatial_scale, problem.sampling_ratio, mode
-    )
-    features, rois = mindspore.Tensor(problem.features), mindspore.Tensor(problem.rois)
-    return lambda: _finished(operator(features, rois))
+    return _finished(Pool(problem), problem.features, problem.rois)
+
+
+def gradient(problem):
+    return _finished(Gradient(problem), problem.features, problem.rois)
 
 
 def adjoint(problem):
-    _mode(problem, {"mindspore": 1})  # its backward knows no other mode
-    operator = _grad_ops.ROIAlignGrad(
-        *problem.output_size, problem.spatial_scale, problem.sampling_ratio
-    )
-    d_output, rois = mindspore.Tensor(problem.d_output), mindspore.Tensor(problem.rois)
-    shape = problem.features.shape
-    return lambda: _finished(operator(d_output, rois, shape))
+    operator = _grad_ops.ROIAlignGrad(*_numbers(problem))  # of roi_end_mode 1 alone
+    return _finished(operator, problem.d_output, problem.rois, problem.features.shape)

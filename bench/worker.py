@@ -1,0 +1,157 @@
+"""`python -m bench.worker PROCESS DEVICE`: JSON requests on stdin, one JSON reply each on stdout.
+
+Runs in the environment of the implementation, so it needs NumPy and nothing else of the bench.
+"""
+
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+
+from bench.devices import DEVICES
+from bench.peers import PEERS, Peer
+
+
+@dataclass
+class Problem:
+    """What an implementation is asked: arrays of its own kind, in a dtype and layout, and numbers."""
+
+    peer: Peer
+    features: object  # [N, C, H, W]
+    rois: object  # [K, 5]: image, x1, y1, x2, y2
+    d_output: object  # [K, C, P, Q]
+    output_size: tuple
+    spatial_scale: float
+    sampling_ratio: int
+    convention: object  # in the peer's words
+    out: bool = False
+    threads: int = 1
+
+    @property
+    def options(self):
+        """Arguments of our functions."""
+        names = ("spatial_scale", "sampling_ratio", "convention")
+        return {name: getattr(self, name) for name in names}
+
+
+class Session:
+    """Answers for the peers of one process on one device."""
+
+    def __init__(self, process, device):
+        self.peers = {p.name: p for p in PEERS[device].values() if p.process == process}
+        self.first = next(iter(self.peers.values()))
+        self.module = importlib.import_module(f"bench.peers.{self.first.module}")
+        self.device = DEVICES[device]()
+        self.arrays, self.given, self.calls = {}, {}, {}
+
+    def versions(self):
+        """Of what answers: the first peer has pooled a pixel."""
+        pixel = np.ones((1, 1, 1, 1), np.float32)
+        self.arrays = {"features": pixel, "d_output": pixel, "rois": np.float32([[0, 0, 0, 1, 1]])}
+        convention = next(iter(self.first.conventions or ["asymmetric"]))
+        asked = {"output_size": (1, 1), "spatial_scale": 1.0, "sampling_ratio": 2}
+        self._call(self.first.name, "forward", convention, "float32", "nchw", **asked)()
+        found = {name: version(name) for name in self.module.PACKAGES}
+        ours = sys.modules.get("roialign")
+        found |= {"isa": ours._core.isa, "at": ours.__file__} if ours else {}
+        return {name: number for name, number in found.items() if number}
+
+    def machine(self):
+        return self.device.machine()
+
+    def bandwidth(self, threads):
+        return self.device.bandwidth(threads)
+
+    def load(self, **files):
+        """Reads a workload's `.npy` files; what was prepared before is dropped."""
+        self.given.clear()
+        if self.calls:
+            self.calls.clear()
+            gc.collect()
+        self.arrays = {name: np.load(file) for name, file in files.items()}
+
+    def prepare(self, key, save, **asked):
+        """Builds a call and saves its first result; its seconds, and whether the bits are the same."""
+        call = self._call(**asked)
+        first, second = self._result(call), self._result(call)
+        np.save(save, first)
+        self.calls[key] = call
+        (seconds,) = self.device.samples(call, 1, 1)
+        return {"seconds": seconds, "same": first.tobytes() == second.tobytes()}
+
+    def time(self, key, samples, number, warm):
+        """Seconds per call: `samples` means over `number` calls, after `warm` untimed ones."""
+        call = self.calls[key]
+        for _ in range(warm):
+            call(*getattr(call, "before", tuple)())
+        return self.device.samples(call, samples, number)
+
+    def memory(self, **asked):
+        return self.device.memory(self._call(**asked))
+
+    def _call(self, by, operation, convention, dtype, layout, **numbers):
+        if (dtype, layout) not in self.given:
+            given = getattr(self.module, "given", lambda array, device: array)
+            self.given[dtype, layout] = {
+                name: given(converted(array, dtype, layout), self.device.name)
+                for name, array in self.arrays.items()
+            }
+        peer = self.peers[by]
+        problem = Problem(
+            peer=peer,
+            convention=peer.conventions[convention] if peer.conventions else convention,
+            **self.given[dtype, layout],
+            **numbers,
+        )
+        return getattr(self.module, operation)(problem)
+
+    def _result(self, call):
+        result = call(*getattr(call, "before", tuple)())
+        return np.array(getattr(self.module, "array", np.asarray)(result), np.float32, order="C")
+
+
+def converted(array, dtype, layout):
+    """Of maps and outputs; boxes stay as they are."""
+    if array.ndim != 4:
+        return array
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    array = array.astype(dtype, copy=False)
+    if layout == "nhwc":
+        array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    return array
+
+
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main(process, device):
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    gc.disable()
+    session = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            session = session or Session(process, device)
+            reply = {"reply": getattr(session, request.pop("command"))(**request)}
+        except Exception:
+            reply = {"error": traceback.format_exc()}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
