@@ -218,6 +218,14 @@ def test_numbers_are_finite(field, value):
         Convention(**{field: value})
 
 
+@pytest.mark.parametrize("field", FIELDS[:4])
+@pytest.mark.parametrize("kind", [int, Fraction])
+def test_numbers_beyond_floats_are_not_finite(field, kind):
+    for sign, got in ((1, "inf"), (-1, "-inf")):
+        with pytest.raises(ValueError, match=f"`{field}` must be finite, got {got}"):
+            Convention(**{field: kind(sign * 10**400)})
+
+
 @pytest.mark.parametrize(
     "value, error",
     [

@@ -144,7 +144,7 @@ def test_threads_from_the_environment():
     isolated(check_threads, 3, env={"ROIALIGN_NUM_THREADS": "3"})
 
 
-@pytest.mark.parametrize("setting", ["0", "2.5"])
+@pytest.mark.parametrize("setting", ["0", "2.5", "000", "\N{ARABIC-INDIC DIGIT THREE}"])
 def test_a_meaningless_thread_setting_is_an_error(setting):
     isolated(check_thread_setting_is_refused, setting, env={"ROIALIGN_NUM_THREADS": setting})
 
@@ -158,7 +158,7 @@ def check_thread_setting_is_refused(setting):
         raise AssertionError("no ValueError")
 
 
-@pytest.mark.parametrize("setting", ["", "99999999999999999999"])
+@pytest.mark.parametrize("setting", ["", "99999999999999999999", "9" * 5000, "0" * 5000 + "1"])
 def test_a_small_call_with_any_number_of_threads(setting):
     isolated(check_small_call, env={"ROIALIGN_NUM_THREADS": setting})
 

@@ -347,10 +347,11 @@ class ROIAlign:
         _checks.exactly("roi_end_mode", roi_end_mode, int)
         _checks.bin_count("pooled_height", pooled_height)
         _checks.bin_count("pooled_width", pooled_width)
+        _checks.bins("(pooled_height, pooled_width)", (pooled_height, pooled_width))
         _checks.scales("spatial_scale", (spatial_scale,) * 2)
         _checks.samples("sample_num", sample_num)
         if roi_end_mode not in (0, 1):
-            raise ValueError(f"`roi_end_mode` must be 0 or 1, got {roi_end_mode}")
+            raise ValueError(f"`roi_end_mode` must be 0 or 1, got {_checks.shown(roi_end_mode)}")
         self.pooled_height = pooled_height
         self.pooled_width = pooled_width
         self.spatial_scale = spatial_scale

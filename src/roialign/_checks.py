@@ -29,30 +29,30 @@ def shown(value: object) -> str:
     try:
         return repr(value)
     except ValueError:
-        return f"{type_name(value)} of too many digits to show"
+        return "<too many digits to show>"
 
 
 # Types
 
 
-def integer(name: str, value: object) -> int:
+def integer(name: str, value: object, expected: str = "an int") -> int:
     """Anything with ``__index__`` but a bool."""
     if type(value) is int:
         return value
-    kind = getattr(getattr(value, "dtype", None), "kind", "")  # NumPy 1's bool has an __index__
-    if not isinstance(value, bool) and kind != "b":
+    dtype = str(getattr(value, "dtype", ""))  # some bools have an __index__
+    if not isinstance(value, bool) and "bool" not in dtype.lower():
         try:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"`{name}` must be an int, got {type_name(value)} {value!r}")
+    raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
 
 
 def integers(name: str, value: object) -> tuple[int, ...]:
     """An int, or a tuple or list of them; how many is a question of values."""
     if isinstance(value, (tuple, list)):
         return tuple([integer(name, item) for item in value])
-    return (integer(name, value),) * 2
+    return (integer(name, value, "an int or a pair (height, width)"),) * 2
 
 
 def sequence(name: str, expected: str, value: object) -> None:
@@ -60,13 +60,10 @@ def sequence(name: str, expected: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a tuple {expected}, got {type_name(value)}")
 
 
-def real(name: str, value: object) -> float:
+def real(name: str, value: object, expected: str = "a real number") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a real number, got {type_name(value)} {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
+    return _conventions.float_of(value)
 
 
 def reals(name: str, value: object) -> tuple[float, ...]:
@@ -75,7 +72,7 @@ def reals(name: str, value: object) -> tuple[float, ...]:
         return (value, value)
     if isinstance(value, (tuple, list)):
         return tuple([real(name, item) for item in value])
-    return (real(name, value),) * 2
+    return (real(name, value, "a number or a pair (scale_y, scale_x)"),) * 2
 
 
 def rois(
@@ -131,7 +128,7 @@ def exactly(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         article = "an" if kind is int else "a"
         raise TypeError(
-            f"`{name}` must be {article} {kind.__name__}, got {type_name(value)} {value!r}: "
+            f"`{name}` must be {article} {kind.__name__}, got {type_name(value)} {shown(value)}: "
             f"write {kind.__name__}(...)"
         )
 
@@ -140,13 +137,14 @@ def exactly(name: str, value: object, kind: type) -> None:
 
 
 def bin_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if not 1 <= value <= MAX_BINS:
+        limit = "at least 1" if value < 1 else f"at most {MAX_BINS}"
+        raise ValueError(f"`{name}` must be {limit}, got {shown(value)}")
 
 
 def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
     if len(value) != 2:
-        raise ValueError(f"`{name}` must be an int or a pair (height, width), got {value}")
+        raise ValueError(f"`{name}` must be an int or a pair (height, width), got {shown(value)}")
     for count in value:
         bin_count(name, count)
     if value[0] * value[1] > MAX_BINS:
@@ -209,8 +207,18 @@ def _box_shape(name: str, got: Sequence[int]) -> None:
 
 def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 4 or min(value) < 0:
-        raise ValueError(f"`feature_shape` must be (N, C, H, W), got {value}")
+        raise ValueError(f"`feature_shape` must be (N, C, H, W), got {shown(value)}")
+    size("feature_shape", value)
     return value
+
+
+def size(name: str, shape: Sequence[int]) -> None:
+    """The bytes of an array are counted in 63 bits, by most libraries without regard to a 0.
+
+    While a compiler reads, a side may not be known.
+    """
+    if math.prod([side for side in shape if isinstance(side, int) and side]) >= 2**60:
+        raise ValueError(f"`{name}` must have fewer than 2**60 elements, got {shown(tuple(shape))}")
 
 
 def pixels(name: str, shape: Sequence[int], rois: int) -> None:

@@ -16,6 +16,14 @@ from typing import NamedTuple
 __all__ = ["Convention", "conventions"]
 
 
+def float_of(value: numbers.Real) -> float:
+    """Infinite where it is too large for a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 @dataclass(frozen=True, kw_only=True)
 class Convention:
     """How a box in image pixels becomes sample positions in feature pixels.
@@ -58,7 +66,7 @@ class Convention:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, float_of(value))
         for name in ("pixel_offset", "input_offset", "end_offset", "min_size"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

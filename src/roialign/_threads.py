@@ -13,9 +13,10 @@ def _default() -> int:
     text = os.environ.get("ROIALIGN_NUM_THREADS", "")
     if not text:
         return _core.available_cpus()
-    if not text.isdecimal() or int(text) < 1:
+    digits = text.lstrip("0")
+    if not (digits.isdecimal() and digits.isascii()):
         raise ValueError(f"ROIALIGN_NUM_THREADS must be an integer >= 1, got {text!r}")
-    return min(int(text), 2**15)
+    return min(int(digits[:6]), 2**15)
 
 
 def set_num_threads(n: int) -> None:
@@ -40,7 +41,7 @@ def set_num_threads(n: int) -> None:
     global _chosen
     n = _checks.integer("n", n)
     if n < 1:
-        raise ValueError(f"`n` must be at least 1, got {n}")
+        raise ValueError(f"`n` must be at least 1, got {_checks.shown(n)}")
     _chosen = min(n, 2**15)
     _core.set_xla_threads(_chosen)  # compiled programs of JAX run without Python
 

@@ -147,6 +147,7 @@ def _int32(index: Array, images: int) -> Array:
             return index.astype(np.int32)
     elif index.dtype.itemsize < 4:
         index = index.astype(np.float32)
+    images = min(images, 2**31 - 1) if isinstance(images, int) else images
     good = (index >= 0) & (index < images) & (index == jnp.floor(index))
     return jnp.where(good, index, -1).astype(np.int32)
 
@@ -655,7 +656,8 @@ def forward(
     out: None = None,
 ) -> Array:
     """Pooled features (K, C, P, Q)."""
-    images, _, *pixels = features.shape
+    images, channels, *pixels = features.shape
+    _checks.size("output", (boxes.shape[0], channels, *output_size))
     arrays = {"features": features}
     return _run("forward", arrays, boxes, image_index, output_size, (images, *pixels), rule.numbers)
 

@@ -400,6 +400,16 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
 
 
 @ops.constexpr
+def _bins(value: tuple[int, ...]) -> tuple[int, int]:
+    return _checks.bins("output_size", value)
+
+
+@ops.constexpr
+def _feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
+    return _checks.feature_shape(value)
+
+
+@ops.constexpr
 def _rule_in_graph(given: tuple) -> Tensor:
     return _numbers(_checks.rule(*given))
 
@@ -418,7 +428,7 @@ def roi_align_in_graph(features, rois, output_size, rule, out):
     if out is not None:
         check_out("out", out, features.dtype)
     rule = _rule_in_graph(rule)
-    return _pool(features, rois, _checks.bins("output_size", bins), rule)
+    return _pool(features, rois, _bins(bins), rule)
 
 
 def seed_in_graph(features, rois, bins, rule):
@@ -446,7 +456,7 @@ def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, ou
     if out is not None:
         check_out("out", out, d_output.dtype)
     rule = _rule_in_graph(rule)
-    shape = _checks.feature_shape(shape)
+    shape = _feature_shape(shape)
     boxes, index = _boxes_and_index(rois, shape[0])
     _checks.d_output(d_output.shape, boxes.shape[0], shape[1])
     rule = _with_pixels(rule, "feature_shape", shape, boxes.shape[0])

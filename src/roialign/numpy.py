@@ -168,7 +168,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, channels_last: bool) -> np.nd
     n, c, h, w = shape
     stored = (n, h, w, c) if channels_last else shape
     size = math.prod(stored) * dtype.itemsize
-    if _LARGE <= size < 2**62:
+    if size >= _LARGE:
+        _checks.size("output", shape)
         array = np.ndarray(stored, dtype, buffer=_core.allocate(size))
     else:
         array = np.empty(stored, dtype)

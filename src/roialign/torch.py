@@ -240,7 +240,8 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape) * like.itemsize
     if not like.is_cpu:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if _LARGE <= size < 2**62:
+    if size >= _LARGE:
+        _checks.size("output", shape)
         return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
     return torch.empty(shape, dtype=like.dtype, device="cpu")
 
