@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from bench import report, run
@@ -21,12 +20,12 @@ def main(arguments=None, start=run.Worker):
     add("--setup", nargs="*", metavar="PEER", choices=REQUIREMENTS, help="make environments")
     add("--workloads", nargs="+", choices=run.EVERY)
     add("--operations", nargs="+", choices=OPERATIONS)
-    add("--dtype", nargs="+", default=tuple(ROUNDING), choices=ROUNDING)
-    add("--layout", nargs="+", default=LAYOUTS, choices=LAYOUTS)
+    add("--dtypes", nargs="+", default=[*ROUNDING], choices=ROUNDING)
+    add("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     add("--convention", default="asymmetric", choices=("asymmetric", "half_pixel"))
     add("--threads", nargs="+", type=int, default=[1], help="one run for each number")
     add("--rounds", type=int, help="5, with --before 15; 0 checks the results and times nothing")
-    add("--slice", type=float, help="seconds of one turn: 0.2, 0.1")
+    add("--slice", type=float, help="seconds of one turn: 0.2, with --before 0.1")
     add("--budget", type=float, help="seconds; then nothing new is begun. 360 on a GPU")
     add("--peers", nargs="*", choices=TITLES, help="which of them; none: ours alone")
     add("--peer", action="append", default=[], metavar="NAME=PYTHON", help="`ours` is a name too")
@@ -38,54 +37,37 @@ def main(arguments=None, start=run.Worker):
     if given.setup is not None:
         return 1 if set_up(given.setup or REQUIREMENTS) else 0
 
-    on_gpu = given.device != "cpu"
-    chosen = {"workloads": run.WORKLOADS, "peers": USUAL[given.device], "operations": MAIN}
-    chosen |= {"rounds": 5, "slice": 0.2, "budget": 360.0 if on_gpu else None}
-    extras = given.extras and not (given.before or given.overhead or given.quick)
-    if extras and not on_gpu:
-        chosen["workloads"] = [*run.WORKLOADS, *run.HUGE]
+    on_gpu, peers = given.device != "cpu", PEERS[given.device]
+    given.extras &= not (given.before or given.overhead or given.quick or given.rounds == 0)
+    given.out &= not on_gpu
+    usual = {"workloads": run.WORKLOADS, "peers": USUAL[given.device], "operations": MAIN}
+    usual |= {"rounds": 5, "slice": 0.2, "budget": 360.0 if on_gpu else None}
+    if given.extras and not on_gpu:
+        usual["workloads"] = [*run.WORKLOADS, *run.HUGE]
     if given.before:
-        chosen |= {"peers": (), "rounds": 15, "slice": 0.1}
-    if given.overhead:
-        chosen |= OVERHEAD[given.device]
-    if given.quick:
-        chosen |= QUICK
-    asked = {name: getattr(given, name) for name in chosen}
-    chosen |= {name: value for name, value in asked.items() if value is not None}
-    workloads = [run.EVERY[name] for name in chosen.pop("workloads")]
+        usual |= {"peers": (), "rounds": 15, "slice": 0.1}
+    usual |= (OVERHEAD[given.device] if given.overhead else {}) | (QUICK if given.quick else {})
+    vars(given).update({n: value for n, value in usual.items() if getattr(given, n) is None})
 
-    pythons = dict(peer.split("=", 1) for peer in given.peer)
-    peers = PEERS[given.device]
-    environments = {peers[name].environment for name in ("ours", *chosen["peers"])}
-    pythons = find({"ours", *environments}, pythons)
-    for name in sorted(environments - pythons.keys()):
-        print(f"{name} is not installed: python -m bench --setup {name}")
-    chosen["peers"] = [name for name in chosen["peers"] if peers[name].environment in pythons]
-    settings = run.Settings(
-        device=given.device,
-        dtypes=tuple(given.dtype),
-        layouts=tuple(given.layout),
-        out=given.out and not on_gpu,
-        convention=given.convention,
-        before=given.before,
-        overhead=given.overhead,
-        extras=extras and chosen["rounds"] > 0,
-        **chosen,
-    )
-    kind = (
-        given.device if on_gpu else "overhead" if given.overhead else "before" * bool(given.before)
-    )
-    wrong = []
+    named = dict(peer.split("=", 1) for peer in given.peer)
+    pythons = find({"ours", *(peers[name].environment for name in ("ours", *given.peers))}, named)
+    for name in given.peers:
+        if peers[name].environment not in pythons:
+            print(f"{name} is not installed: python -m bench --setup {peers[name].environment}")
+    given.peers = [name for name in given.peers if peers[name].environment in pythons]
+    kind = given.device if on_gpu else "overhead" * given.overhead or "before" * bool(given.before)
+    wrong = False
     for threads in given.threads:
+        settings = argparse.Namespace(**vars(given) | {"threads": threads})
         try:
-            record = run.run(workloads, pythons, replace(settings, threads=threads), start=start)
+            record = run.run(settings, pythons, start=start)
         except run.PeerError as error:
             raise SystemExit(f"nothing was measured: {error}") from error
-        if settings.rounds:
+        if given.rounds:
             print(run.write(record, given.results / kind))
         print(report.tables(record))
-        wrong += [row for row in record["rows"] if "refused" in row and peers[row["by"]].ours]
-    return 1 if wrong else 0
+        wrong |= any("refused" in row and peers[row["by"]].ours for row in record["rows"])
+    return int(wrong)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def launched(workload, operation, dtype, layout, convention):
 def cost(workload, operation, dtype="float32", layout="nchw", convention="asymmetric"):
     """Counts by name, of bytes where it says so; those of lanes too that wait for others."""
     rois, itemsize = workload.rois(), 4 if dtype == "float32" else 2
-    axes = reference.axes(workload, rois, convention)
+    axes = reference.axes_of(workload, rois, convention)
     through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
     kernels, private = launched(workload, operation, dtype, layout, convention)
     constants, weights = kernels[-1][1], WEIGHTS[operation]

@@ -81,22 +81,16 @@ class Cuda(Cpu):
         self.buffer = torch.empty(FLUSHED // 4, dtype=torch.float32, device=self.name)
 
     def machine(self):
-        properties = self.torch.cuda.get_device_properties(self.name)
-        asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-        answers = dict(zip(asked, smi(asked), strict=False))
-        drivers = answers.pop("driver_version", None), *map(text_of, DRIVERS)
+        found = self.torch.cuda.get_device_properties(self.name)
+        clocks = smi("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+        drivers = clocks.pop("driver_version", None), *map(text_of, DRIVERS)
         driver = next(filter(None, drivers), None)
         if not driver:
             raise RuntimeError("the driver's version is not known: a record needs it")
-        return super().machine() | {
-            "gpu": properties.name,
-            "driver": driver,
-            "cuda": self.torch.version.cuda or self.torch.version.hip,
-            "memory": properties.total_memory,
-            "l2": properties.L2_cache_size,
-            "processors": properties.multi_processor_count,
-            "clocks": answers,
-        }
+        version = self.torch.version.cuda or self.torch.version.hip
+        size = {"memory": found.total_memory, "l2": found.L2_cache_size}
+        size |= {"processors": found.multi_processor_count, "clocks": clocks}
+        return super().machine() | {"gpu": found.name, "driver": driver, "cuda": version} | size
 
     def bandwidth(self, threads):
         """Bytes per second, read and written, of the best of some copies."""
@@ -156,15 +150,16 @@ def reading(size, times):
     return size * times, lambda: np.maximum.reduce(source, axis=1, out=maxima)
 
 
-def parallel(threads, make, tries=5):
-    made = [make() for _ in range(threads)]
+def parallel(threads, make):
+    sizes, calls = zip(*(make() for _ in range(threads)), strict=True)
     with ThreadPoolExecutor(threads) as pool:
-        best = np.inf
-        for _ in range(tries + 1):  # the first touches everything
+
+        def once():
             start = time.perf_counter()
-            list(pool.map(lambda bytes_and_run: bytes_and_run[1](), made))
-            best = min(best, time.perf_counter() - start)
-    return sum(size for size, _ in made) / best
+            list(pool.map(lambda call: call(), calls))
+            return time.perf_counter() - start
+
+        return sum(sizes) / min(once() for _ in range(6))  # the first touches everything
 
 
 def cpu_model():
@@ -189,14 +184,14 @@ def status(field):
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def smi(fields):
+def smi(*fields):
     """What nvidia-smi answers of the first device; nothing where it is not there."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines()[0].split(", ") if done.stdout and not done.returncode else []
+        lines = subprocess.check_output(command, text=True, timeout=20).splitlines()
+    except (OSError, subprocess.SubprocessError):
+        lines = []
+    return dict(zip(fields, lines[0].split(", "), strict=False)) if lines else {}
 
 
 DEVICES = {"cpu": Cpu, "cuda": Cuda}

@@ -22,14 +22,9 @@ REQUIREMENTS = {
 
 def find(names, given):
     """Name -> Python: from the command line, from `--setup`, or this one where it has the library."""
-    found = {}
-    for name in names:
-        own = python_of(ENVIRONMENTS / name)
-        if name in given:
-            found[name] = given[name]
-        elif own.exists():
-            found[name] = str(own)
-        elif name == "ours" or importlib.util.find_spec(name):
+    found = {name: str(python_of(name)) for name in names if python_of(name).exists()} | given
+    for name in names - found.keys():
+        if name == "ours" or importlib.util.find_spec(name):
             found[name] = sys.executable
     return found
 
@@ -40,27 +35,28 @@ def set_up(names):
     (ENVIRONMENTS / ".gitignore").write_text("*\n")
     failed = []
     for name in names:
-        folder = ENVIRONMENTS / name
-        reason = fault(name, folder) if folder.exists() else "is new"
+        python, reason = python_of(name), "is new"
+        if python.exists():
+            reason = fault(name)
         if reason:
-            venv.create(folder, with_pip=True, clear=True)
-            pip = [python_of(folder), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
-            reason = error_of(pip) or fault(name, folder)
+            venv.create(ENVIRONMENTS / name, with_pip=True, clear=True)
+            pip = [python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
+            reason = error_of(pip) or fault(name)
         print(f"{name}: {reason or 'ready'}", flush=True)
         if reason:
             failed.append(name)
-            shutil.rmtree(folder)
+            shutil.rmtree(ENVIRONMENTS / name)
     return failed
 
 
-def python_of(folder):
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def python_of(name):
+    return ENVIRONMENTS / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def fault(name, folder):
+def fault(name):
     """Why the library cannot pool a pixel; None if it can."""
     code = f"from bench.worker import Session; Session({name!r}, 'cpu').versions()"
-    return error_of([python_of(folder), "-c", code])
+    return error_of([python_of(name), "-c", code])
 
 
 def error_of(command):

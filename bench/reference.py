@@ -31,7 +31,7 @@ def samples(workload, rois, convention):
     return Problem(features, boxes, image, *rule, roialign.conventions[convention]).axes
 
 
-def axes(workload, rois, convention, with_slopes=False):
+def axes_of(workload, rois, convention, with_slopes=False):
     pairs = samples(workload, rois, convention)
     return [tuple(axis(whole, with_slopes) for whole in pair) for pair in pairs]
 
@@ -45,31 +45,17 @@ def axis(whole, with_slopes):
     return Axis(pixels, weights, slopes)
 
 
-class Arrays:
-    """A workload's arrays, and a part of its results."""
-
-    def __init__(self, workload):
-        self.workload, self._axes = workload, {}
-        self.rois, self.features = workload.rois(), workload.features()
-        self.d_output = workload.d_output()
-
-    def axes(self, convention):
-        if convention not in self._axes:
-            self._axes[convention] = axes(self.workload, self.rois, convention)
-        return self._axes[convention]
-
-    def expected(self, operation, convention):
-        """A part of the result, and its index in the whole."""
-        rois, d_output, channels = self.rois, self.d_output, self.workload.shape[1]
-        if operation == "box_gradient":
-            part = np.unique(np.linspace(0, len(rois) - 1, CHECKED_BOXES).astype(int))
-            slopes = axes(self.workload, rois[part], convention, with_slopes=True)
-            return box_gradient(d_output[part], self.features, rois[part], slopes), part
-        some = np.unique(np.linspace(0, channels - 1, CHECKED_CHANNELS).astype(int))
-        part = np.s_[:, some]
-        if operation == "forward":
-            return forward(self.features[part], rois, self.axes(convention)), part
-        return adjoint(d_output[part], rois, self.axes(convention), self.workload.shape), part
+def part(operation, workload, axes, convention, rois, features, d_output):
+    """A part of a result, and its index in the whole."""
+    if operation == "box_gradient":
+        some = np.unique(np.linspace(0, len(rois) - 1, CHECKED_BOXES).astype(int))
+        slopes = axes_of(workload, rois[some], convention, with_slopes=True)
+        return box_gradient(d_output[some], features, rois[some], slopes), some
+    channels = np.linspace(0, workload.shape[1] - 1, CHECKED_CHANNELS).astype(int)
+    some = np.s_[:, np.unique(channels)]
+    if operation == "forward":
+        return forward(features[some], rois, axes), some
+    return adjoint(d_output[some], rois, axes, workload.shape), some
 
 
 def terms(rois, axes):

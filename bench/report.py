@@ -132,8 +132,9 @@ def markdown(header, rows):
 
 def cells(rows, row):
     """A line of the table of all contestants."""
-    without = "" if row["out"] == rows.settings["out"] else ", without `out=`"
-    yield f"{row['workload']} {named(row)}{without}"
+    title = f"{row['workload']} {named(row)}"
+    title += f", {row['convention']}" * (row["convention"] != rows.settings["convention"])
+    yield title + ", without `out=`" * (row["out"] != rows.settings["out"])
     if not row.get("samples"):
         yield f"refused: {row['refused']}"
         return

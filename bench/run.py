@@ -4,22 +4,23 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from bench import floor
+from bench import floor, reference
 from bench.environments import ROOT
-from bench.peers import LAYOUTS, MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
-from bench.reference import Arrays
+from bench.peers import MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
 
 from cases import FPN, WORKLOADS, Workload  # isort: skip (found by the reference)
 
@@ -33,16 +34,14 @@ OTHERS = (
     replace(WORKLOADS["W5"], name="W5s", title="2 images", shape=(2, 64, 100, 152), per_image=128),
 )
 HUGE = {
-    name: Workload(name, title, FPN, 1 / 4, 1, (7, 7), 0, (side, side, side, 0.0), ())
-    for name, title, side in (
-        ("map", "one box of the map's size", 304.0),
-        ("huge", "one box of 1e9 px", 2.5e8),
-    )
+    name: Workload(name, f"one box of {size}", FPN, 1 / 4, 1, (7, 7), 0, (side,) * 3 + (0.0,), ())
+    for name, size, side in (("map", "the map's size", 304.0), ("huge", "1e9 px", 2.5e8))
 }
 EVERY = WORKLOADS | HUGE | {workload.name: workload for workload in OTHERS}
 WITHOUT_OUT = ("W1", "W4", "W6")  # where a call that makes its own output is timed too
 # those with a goal first, for as long as the time lasts
 ORDER = ("W1", "W5", "W4", "W6", "W1f", "W2")
+CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
 
 clock = time.monotonic
 
@@ -56,29 +55,22 @@ class Worker:
 
     def __init__(self, process, device, threads, python, path=None):
         self.errors = tempfile.TemporaryFile()
-        environment = dict(os.environ)
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            environment[variable] = str(threads)
-        if path is not None:
-            environment["PYTHONPATH"] = path
-        self.process = subprocess.Popen(
-            [python, "-m", "bench.worker", process, device],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            start_new_session=True,  # what it forks is stopped and ended with it
-        )
+        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = os.environ | dict.fromkeys(variables, str(threads))
+        environment |= {} if path is None else {"PYTHONPATH": path}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        # a group of its own: what it forks is stopped and ended with it
+        options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
+        command = [python, "-m", "bench.worker", process, device]
+        self.process = subprocess.Popen(command, **pipes, **options)
 
     def ask(self, command, **arguments):
         self._signal("SIGCONT")
         limit = threading.Timer(ANSWER_LIMIT, self.process.kill)
         limit.start()
         try:
-            self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self.process.stdin.flush()
+            request = json.dumps({"command": command, **arguments})
+            print(request, file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -108,138 +100,96 @@ class Worker:
             os.killpg(self.process.pid, getattr(signal, name))
 
 
-@dataclass(frozen=True)
-class Contestant:
-    by: str
-    operation: str
-    convention: str
-    dtype: str = "float32"
-    layout: str = "nchw"
-    out: bool = True
-    build: str = ""  # "before": another one of ours
-
-    @property
-    def key(self):
-        return "-".join(map(str, asdict(self).values())).strip("-")
-
-
-@dataclass(frozen=True)
-class Settings:
-    device: str = "cpu"
-    threads: int = 1
-    rounds: int = 7
-    slice: float = 0.2  # seconds that a contestant may take in a round
-    operations: tuple = MAIN
-    dtypes: tuple = tuple(ROUNDING)
-    layouts: tuple = LAYOUTS
-    out: bool = True
-    convention: str = "asymmetric"  # the one that every peer but MindSpore differentiates rightly
-    peers: tuple = ()  # beside ours
-    before: str | None = None  # another build of ours
-    overhead: bool = False  # what a call costs: on a GPU wall time, else as always
-    budget: float | None = None  # seconds, after which nothing new is begun
-    extras: bool = True  # memory, one box, import
-
-
 def contestants(workload, settings):
-    """What takes turns on one workload; float32 in NCHW first."""
+    """Rows of what takes turns on one workload; float32 in NCHW first."""
     peers, operations = PEERS[settings.device], settings.operations
-    names = ("ours", *settings.peers)
-    names = [name for name in names if workload.name in (peers[name].only or (workload.name,))]
+    names = ["ours", *settings.peers]
     if workload.name in HUGE:
-        names, operations = ["ours"], ("forward",)
+        names, operations = ["ours"], ["forward"]
     everywhere = workload.name in (WORKLOADS if settings.device == "cpu" else VARIED)
-    found = []
-    for dtype, layout in itertools.product(settings.dtypes, settings.layouts):
+    without_out = [("ours", "forward", True)] if workload.name in WITHOUT_OUT else []
+    outs, builds = {settings.out, False}, ["", "before"] if settings.before else [""]
+    every = settings.dtypes, settings.layouts, operations, names, sorted(outs)[::-1], builds
+    found = {}
+    for dtype, layout, operation, name, out, build in itertools.product(*every):
+        peer, convention, by = peers[name], settings.convention, [name]
         plain = (dtype, layout) == (settings.dtypes[0], settings.layouts[0])
-        varied = everywhere and (dtype == "float32" or layout == settings.layouts[0])
-        for operation, name in itertools.product(operations if plain or varied else (), names):
-            peer = peers[name]
-            has = operation in peer.operations and dtype in peer.dtypes and layout in peer.layouts
-            if not has:
-                continue
-            one = Contestant(name, operation, settings.convention, dtype, layout, settings.out)
-            if peer.conventions and settings.convention not in peer.conventions:
-                one = replace(one, convention=next(iter(peer.conventions)))
-                if operation in peers["ours"].operations:  # beside which it is seen
-                    found.append(replace(one, by="ours"))
-            found.append(one)
-            if name == "ours" and operation == "forward" and plain and settings.out:
-                found += [replace(one, out=False)] * (workload.name in WITHOUT_OUT)
-    builds = ("", "before") if settings.before else ("",)
-    return list(
-        dict.fromkeys(
-            replace(one, build=build)
-            for one, build in itertools.product(found, builds)
-            if not build or peers[one.by].ours
-        )
-    )
+        varied = plain or (everywhere and (dtype == "float32" or layout == settings.layouts[0]))
+        wanted = out == settings.out or (name, operation, plain) in without_out
+        able = peer.has(workload.name, operation, dtype, layout) and (peer.ours or not build)
+        if convention not in (peer.conventions or [convention]):
+            convention, by = next(iter(peer.conventions)), ["ours", name]  # beside which it is seen
+        for one in by if varied and wanted and able else ():
+            if operation in peers[one].operations:
+                row = workload.name, one, operation, convention, dtype, layout, out, build
+                found[row] = dict(zip(CONTESTANT, row, strict=True))
+    return [*found.values()]
+
+
+def key_of(row):
+    return "-".join(str(row[name]) for name in CONTESTANT).strip("-")
 
 
 class Answers:
     """A workload's arrays in files for the workers, and what their results must be."""
 
     def __init__(self, workload, folder, judge, threads):
-        self.workload, self.judge, self.threads = workload, judge, threads
-        self.arrays, self._right = Arrays(workload), {}
-        self.files = {name: f"{folder}/{name}.npy" for name in ("rois", "features", "d_output")}
-        self.path = f"{folder}/result.npy"
-        for name, path in self.files.items():
-            np.save(path, getattr(self.arrays, name))
+        self.workload, self.judge = workload, judge
+        self.arrays = {n: getattr(workload, n)() for n in ("rois", "features", "d_output")}
+        self.files = {name: f"{folder}/{name}.npy" for name in self.arrays}
+        self.path, self.right = f"{folder}/result.npy", {}
+        self.axes = cache(partial(reference.axes_of, workload, self.arrays["rois"]))
+        for name, array in self.arrays.items():
+            np.save(self.files[name], array)
+        self.numbers = {
+            "output_size": workload.output_size,
+            "spatial_scale": workload.scale,
+            "sampling_ratio": workload.sampling,
+            "threads": threads,
+        }
         judge.ask("load", **self.files)
 
-    def asked(self, contestant):
+    def asked(self, row):
         """What a worker is asked for."""
-        named = asdict(contestant)
-        del named["build"]
-        return named | {
-            "output_size": self.workload.output_size,
-            "spatial_scale": self.workload.scale,
-            "sampling_ratio": self.workload.sampling,
-            "threads": self.threads,
-        }
+        return {name: row[name] for name in CONTESTANT[1:-1]} | self.numbers
 
-    def result(self, contestant, worker):
-        key, asked = contestant.key, self.asked(contestant)
-        reply = worker.ask("prepare", key=key, save=self.path, **asked)
+    def result(self, row, worker):
+        reply = worker.ask("prepare", key=key_of(row), save=self.path, **self.asked(row))
         return np.load(self.path), reply
 
-    def right(self, operation, convention):
-        """All that the core gives on the CPU, a part by the reference, and its index."""
-        if (operation, convention) not in self._right:
-            whole, _ = self.result(Contestant("ours", operation, convention), self.judge)
-            expected = self.arrays.expected(operation, convention)
-            self._right[operation, convention] = whole, *expected
-        return self._right[operation, convention]
+    def expected(self, row, operation):
+        """All that the core gives on the CPU, and a part by the reference with its index."""
+        convention = row["convention"]
+        if (operation, convention) not in self.right:
+            plain = {"by": "ours", "operation": operation, "dtype": "float32", "layout": "nchw"}
+            whole, _ = self.result(row | plain, self.judge)
+            asked = operation, self.workload, self.axes(convention), convention
+            self.right[operation, convention] = whole, *reference.part(*asked, **self.arrays)
+        return self.right[operation, convention]
 
-    def check(self, contestant, worker, ours):
+    def check(self, row, worker, ours):
         """Seconds of a call of a contestant whose result is right; PeerError if it is not."""
-        result, reply = self.result(contestant, worker)
-        operation = OPERATIONS[contestant.operation][1]
+        result, reply = self.result(row, worker)
+        operation = OPERATIONS[row["operation"]][1]
         if operation:
-            whole, part, index = self.right(operation, contestant.convention)
+            whole, part, index = self.expected(row, operation)
             if result.shape != whole.shape:
                 raise PeerError(f"has shape {result.shape}")
-            scale = np.abs(self.arrays.features if operation == "forward" else part).max()
-            allowed = (TOLERANCE + ROUNDING[contestant.dtype]) * scale
+            scale = np.abs(self.arrays["features"] if operation == "forward" else part).max()
+            allowed = (TOLERANCE + ROUNDING[row["dtype"]]) * scale
             agree(result[index], part, allowed, "the reference")
             agree(result, whole, allowed, "ours")
         if ours and not reply["same"]:
             raise PeerError("has other bits the second time")
         return reply["seconds"]
 
-    def floor(self, contestant, bandwidth):
+    def floor(self, row, bandwidth):
         """Bytes and seconds that one of the three operations takes at least."""
-        through = floor.traffic(
-            contestant.operation,
-            self.workload,
-            self.arrays.rois,
-            self.arrays.axes(contestant.convention),
-            4 if contestant.dtype == "float32" else 2,
-            contestant.layout,
-        )
-        named = dict(zip(("bytes", "cache_bytes"), through, strict=True))
-        return named | floor.seconds(*through, bandwidth)
+        itemsize, axes = 4 if row["dtype"] == "float32" else 2, self.axes(row["convention"])
+        rest = self.arrays["rois"], axes, itemsize, row["layout"]
+        through = floor.traffic(row["operation"], self.workload, *rest)
+        bytes_ = dict(zip(("bytes", "cache_bytes"), through, strict=True))
+        return bytes_ | floor.seconds(*through, bandwidth)
 
 
 def agree(result, expected, allowed, whose):
@@ -270,7 +220,7 @@ def refusing(row, say):
     except PeerError as error:
         row.pop("samples", None)
         row["refused"] = str(error)
-        say(f"  {row['by']} {row['operation']}: refused: {error}")
+        say(f"  {key_of(row)}: refused: {error}")
 
 
 def opened(settings, pythons, say, start, stack):
@@ -279,8 +229,7 @@ def opened(settings, pythons, say, start, stack):
     chosen = [peers[name] for name in ("ours", *settings.peers)]
     builds = {(peer.process, ""): pythons[peer.environment] for peer in chosen}
     if settings.before:
-        ours = {peer.process for peer in chosen if peer.ours}
-        builds |= {(process, "before"): builds[process, ""] for process in ours}
+        builds |= {(p.process, "before"): pythons[p.environment] for p in chosen if p.ours}
     workers, versions, places = {}, {}, {}
     for (process, build), python in builds.items():
         found = place_of(settings.before, python) if build else (python,)
@@ -309,79 +258,67 @@ def place_of(before, python):
     return python, str(folder / "src" if (folder / "src").is_dir() else folder)
 
 
-def run_workload(workload, workers, judge, fresh, settings, bandwidth, end, say):
-    """Rows of seconds in every round and of memory, or why not; and what there was no time for."""
-    peers = PEERS[settings.device]
-    rows, timed, left_out = [], [], []
+def run_workload(workload, team, record):
+    """Adds rows of seconds in every round and of memory, or why not; and what there was no time for."""
+    settings, peers, timed = team.settings, PEERS[team.settings.device], []
 
-    def begun(contestant):
-        """Its row and its worker, if both are there in time."""
-        worker = workers.get((peers[contestant.by].process, contestant.build))
-        if worker and clock() >= end:
-            left_out.append(f"{workload.name}-{contestant.key}")
-        elif worker:
-            rows.append({"workload": workload.name, **asdict(contestant)})
-            yield rows[-1], worker
+    def begun(rows):
+        """Those for which there are a worker, which comes with them, and time."""
+        for row in rows:
+            worker = team.workers.get((peers[row["by"]].process, row["build"]))
+            if worker and clock() >= team.end:
+                record["left_out"].append(key_of(row))
+            elif worker:
+                record["rows"].append(row)
+                yield row, worker
 
     with memory_folder() as folder:
-        answers = Answers(workload, folder, judge, settings.threads)
-        for worker in workers.values():
+        answers = Answers(workload, folder, team.judge, settings.threads)
+        for worker in team.workers.values():
             worker.ask("load", **answers.files)
-        for contestant in contestants(workload, settings):
-            for row, worker in begun(contestant):
-                with refusing(row, say):
-                    seconds = answers.check(contestant, worker, peers[contestant.by].ours)
-                    if contestant.operation in MAIN and not settings.overhead:
-                        row["floor"] = answers.floor(contestant, bandwidth)
-                    row |= {"samples": [], "turn": turn(seconds, settings)}
-                    timed.append((row, partial(worker.ask, "time", key=contestant.key)))
+        for row, worker in begun(contestants(workload, settings)):
+            with refusing(row, team.say):
+                seconds = answers.check(row, worker, peers[row["by"]].ours)
+                if row["operation"] in MAIN and not settings.overhead:
+                    row["floor"] = answers.floor(row, record["bandwidth"])
+                row |= {"samples": [], "turn": turn(seconds, settings)}
+                timed.append((row, worker))
         for done in range(settings.rounds):
-            if done and clock() >= end:
-                left_out.append(f"{workload.name}: rounds after {done}")
+            if done and clock() >= team.end:
+                record["left_out"].append(f"{workload.name}: rounds after {done}")
                 break
-            for row, ask in timed:
+            for row, worker in timed:
                 if "refused" not in row:
-                    with refusing(row, say):
-                        times = ask(**row["turn"])
+                    with refusing(row, team.say):
+                        times = worker.ask("time", key=key_of(row), **row["turn"])
                         row["samples"].append([float(f"{t:.5g}") for t in times])
-        for contestant in weighed(workload, settings):
-            for row, worker in begun(contestant):
-                with refusing(row, say), fresh(worker) as worker:
-                    worker.ask("load", **answers.files)
-                    row["memory"] = worker.ask("memory", **answers.asked(contestant))
-                    row["scratch"] = 256 * np.prod(workload.shape[2:]).item() * settings.threads
-    return rows, left_out
+        for row, worker in begun(weighed(workload, settings)):
+            with refusing(row, team.say), team.fresh(worker) as one:
+                one.ask("load", **answers.files)
+                row["memory"] = one.ask("memory", **answers.asked(row))
+                row["scratch"] = 256 * math.prod(workload.shape[2:]) * settings.threads
 
 
 def weighed(workload, settings):
     """Whose memory is taken: of ours a first call; on a GPU, of all a forward and its backward."""
-    only = replace(settings, dtypes=settings.dtypes[:1], layouts=settings.layouts[:1], before=None)
-    change = {"peers": ()} if settings.device == "cpu" else {"operations": ("backward",)}
-    if workload.name not in VARIED or not settings.extras:
-        return []
-    return [c for c in contestants(workload, replace(only, **change)) if c.out == settings.out]
+    only = {"peers": ()} if settings.device == "cpu" else {"operations": ("backward",)}
+    only |= {"dtypes": settings.dtypes[:1], "layouts": settings.layouts[:1], "before": None}
+    rows = contestants(workload, SimpleNamespace(**vars(settings) | only))
+    there = settings.extras and workload.name in VARIED
+    return [row for row in rows if there and row["out"] == settings.out]
 
 
-def run_import(python, tries=9):
-    """Seconds of `import roialign` in fresh processes, NumPy imported before."""
-    code = "import numpy; t = clock(); import roialign; print(clock() - t)"
-    command = [python, "-c", f"from time import perf_counter as clock; {code}"]
-    return [
-        float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
-        for _ in range(tries)
-    ]
+def import_seconds(python, tries=9):
+    """Of `import roialign` in fresh processes, NumPy imported before."""
+    code = "from time import perf_counter as clock; import numpy; t = clock(); import roialign"
+    command = [python, "-c", f"{code}; print(clock() - t)"]
+    return [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(tries)]
 
 
-def commit(folder=ROOT):
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def run(workloads, pythons, settings, say=print, start=Worker):
+def run(settings, pythons, say=print, start=Worker):
     """The record of a run, ready for JSON. `pythons`: environment -> Python."""
-    end = clock() + (float("inf") if settings.budget is None else settings.budget)
-    here = settings.device == "cpu"
+    here, budget = settings.device == "cpu", settings.budget
+    end = clock() + (float("inf") if budget is None else budget)
     with contextlib.ExitStack() as stack:
         workers, versions = opened(settings, pythons, say, start, stack)
         base = judge = workers[PEERS[settings.device]["ours"].process, ""]
@@ -394,29 +331,30 @@ def run(workloads, pythons, settings, say=print, start=Worker):
             new = start("ours", "cpu", settings.threads, pythons["ours"]) if here else None
             return contextlib.closing(new) if new else contextlib.nullcontext(worker)
 
+        team = {"workers": workers, "judge": judge, "fresh": fresh, "end": end, "say": say}
+        team = SimpleNamespace(settings=settings, **team)
+        workloads = [EVERY[name] for name in settings.workloads]
+        if budget is not None:
+            wanted = [*ORDER, *EVERY]
+            workloads.sort(key=lambda workload: wanted.index(workload.name))
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         record = {
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "commit": commit(),
+            "commit": commit or None,
             "machine": base.ask("machine"),
-            "settings": asdict(settings),
+            "settings": {n: v for n, v in vars(settings).items() if n not in ("peer", "results")},
             "bandwidth": base.ask("bandwidth", threads=settings.threads),
             "versions": versions,
             "workloads": {workload.name: workload.title for workload in workloads},
             "rows": [],
             "left_out": [],
         }
-        if settings.budget is not None:
-            wanted = [*ORDER, *EVERY]
-            workloads = sorted(workloads, key=lambda workload: wanted.index(workload.name))
         for workload in workloads:
             say(f"{workload.name}: {workload.title}")
-            rows, left_out = run_workload(
-                workload, workers, judge, fresh, settings, record["bandwidth"], end, say
-            )
-            record["rows"] += rows
-            record["left_out"] += left_out
+            run_workload(workload, team, record)
         if here and settings.extras:
-            record["import"] = run_import(pythons["ours"])
+            record["import"] = import_seconds(pythons["ours"])
     return record
 
 
@@ -427,5 +365,5 @@ def write(record, folder):
     path = Path(folder) / f"{record['date'][:10]}-{slug.lower()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as lines:
-        lines.write(json.dumps(record) + "\n")
+        print(json.dumps(record), file=lines)
     return path

@@ -1,9 +1,11 @@
 """The benchmark: its workloads are the ones it states, it runs, and it refuses wrong code."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,14 +41,20 @@ class Here:
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(run.EVERY, "tiny", TINY)
-    monkeypatch.setitem(run.WORKLOADS, "tiny", TINY)
+    monkeypatch.setitem(run.WORKLOADS, "tiny", TINY)  # and so in every dtype and layout
     monkeypatch.setattr(devices, "LARGE", 2**20)
     return ["--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
 
 
-def ran(arguments, folder, start=Here):
+def settings(**changes):
+    usual = {"device": "cpu", "operations": MAIN, "dtypes": ["float32"], "layouts": ["nchw"]}
+    usual |= {"peers": ["mindspore", "jnp_gathers"], "convention": "asymmetric", "out": True}
+    return SimpleNamespace(**usual | {"before": None} | changes)
+
+
+def ran(arguments, folder, start=Here, status=0):
     """The record of a command, as it is written."""
-    assert command.main([*arguments, "--results", str(folder)], start=start) == 0
+    assert command.main([*arguments, "--results", str(folder)], start=start) == status
     (path,) = folder.rglob("*.jsonl")
     (line,) = path.read_text().splitlines()
     return json.loads(line)
@@ -136,14 +144,10 @@ def test_where_another_build_is(tmp_path):
     assert run.place_of(sys.executable, "python") == (sys.executable, "")
 
 
-def test_a_peer_of_another_convention_stands_beside_ours_of_the_same():
-    settings = run.Settings(
-        peers=("mindspore", "jnp_gathers"), dtypes=("float32",), layouts=("nchw",)
-    )
-    found = [(c.by, c.operation, c.convention) for c in run.contestants(TINY, settings)]
-    for operation in ("forward", "adjoint"):
-        for by in ("ours", "mindspore"):
-            assert found.count((by, operation, "mindspore")) == 1
+def test_a_peer_of_another_convention_stands_beside_ours_of_the_same(tiny):
+    found = [(r["by"], r["operation"], r["convention"]) for r in run.contestants(TINY, settings())]
+    for name, operation in itertools.product(("ours", "mindspore"), ("forward", "adjoint")):
+        assert found.count((name, operation, "mindspore")) == 1
     assert ("jnp_gathers", "forward", "asymmetric") in found
 
 
@@ -158,54 +162,43 @@ def test_every_peer_says_what_it_is():
 class Spoiling(Here):
     """Its results go through `spoil`."""
 
-    def __init__(self, spoil):
-        super().__init__("ours", "cpu")
-        self.spoil = spoil
+    spoil = staticmethod(lambda result: None)
 
     def ask(self, command, **asked):
         reply = super().ask(command, **asked)
         if command == "prepare":
             result = np.load(asked["save"])
-            np.save(asked["save"], self.spoil(result))
+            changed = self.spoil(result)
+            np.save(asked["save"], result if changed is None else changed)
         return reply
 
 
+def checked(spoil, operation, folder):
+    answers = run.Answers(TINY, folder, Here("ours", "cpu"), 1)
+    worker = Spoiling("ours", "cpu")
+    worker.spoil = spoil
+    worker.ask("load", **answers.files)
+    (row,) = run.contestants(TINY, settings(operations=[operation], peers=[]))
+    return answers.check(row, worker, ours=True)
+
+
 def added(value, at):
-    def spoil(result):
-        result[at] += value
-        return result
-
-    return spoil
+    return lambda result: result.__setitem__(at, result[at] + value)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "refused"),
-    [
-        (lambda result: result, None),
-        (lambda result: result[:-1], "has shape"),
-        (added(0.1, np.s_[-1:, -1:]), "differs from the reference"),
-        (added(np.nan, np.s_[-1:, -1:]), "differs from the reference"),
-    ],
-)
 @pytest.mark.parametrize("operation", MAIN)
-def test_refuses_wrong_code(operation, spoil, refused, tmp_path):
-    answers = run.Answers(TINY, tmp_path, Here("ours", "cpu"), 1)
-    spoiling = Spoiling(spoil)
-    spoiling.ask("load", **answers.files)
-    contestant = run.Contestant("ours", operation, "asymmetric")
-    if not refused:
-        assert answers.check(contestant, spoiling, ours=True) > 0
-        return
-    with pytest.raises(run.PeerError, match=refused):
-        answers.check(contestant, spoiling, ours=False)
+def test_refuses_wrong_code(operation, tmp_path):
+    assert checked(lambda result: None, operation, tmp_path) > 0
+    for value in (0.1, np.nan):
+        with pytest.raises(run.PeerError, match="differs from the reference"):
+            checked(added(value, np.s_[-1:, -1:]), operation, tmp_path)
+    with pytest.raises(run.PeerError, match="has shape"):
+        checked(lambda result: result[:-1], operation, tmp_path)
 
 
 def test_refuses_a_peer_that_differs_from_ours_outside_the_checked_channels(tmp_path):
-    answers = run.Answers(TINY, tmp_path, Here("ours", "cpu"), 1)
-    other_channel = Spoiling(added(0.1, np.s_[:, 1]))  # of 0, 2 and 4 the reference checks each
-    other_channel.ask("load", **answers.files)
     with pytest.raises(run.PeerError, match="differs from ours"):
-        answers.check(run.Contestant("ours", "forward", "asymmetric"), other_channel, ours=False)
+        checked(added(0.1, np.s_[:, 1]), "forward", tmp_path)  # the reference has 0, 2 and 4
 
 
 def test_a_worker_that_dies_or_raises_is_a_peer_error():
@@ -225,7 +218,7 @@ def test_touched_bytes():
         TINY, shape=(1, 3, 8, 16), per_image=1, output_size=(2, 2), scale=1, sampling=1
     )
     rois = np.array([[0, 2.25, 2.25, 4.25, 4.25]], np.float32)
-    axes = reference.axes(workload, rois, "half_pixel")
+    axes = reference.axes_of(workload, rois, "half_pixel")
     # samples at 2.25 and 3.25
     assert [axis.pixels.tolist() for axis in axes[0]] == [[2, 3, 4], [2, 3, 4]]
     out, window = 3 * 4 * 4, 9 * 3 * 4

@@ -98,7 +98,7 @@ def test_lane_by_lane(name, programs, itemsize):
     counted, by_lane = programs
     constants = {"BLOCK_B": 64, "TILE_Y": 8, "TILE_X": 16}
     row = 37
-    for y, x in reference.axes(
+    for y, x in reference.axes_of(
         workload, workload.rois()[:: workload.rois_number // 3], "asymmetric"
     ):
         found = [cost.count(*lanes, row, itemsize) for *lanes, _ in counted(y, x, 1, constants)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 from dataclasses import replace
@@ -14,15 +13,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import roialign  # noqa: E402
-from bench import __main__ as command  # noqa: E402
 from bench import devices, report, run  # noqa: E402
-from bench.peers import MAIN, OVERHEAD, PEERS, ROUNDING, USUAL  # noqa: E402
+from bench.peers import MAIN, PEERS, ROUNDING  # noqa: E402
 from bench.peers import torch as of_torch  # noqa: E402
-from test_bench import TINY, Here  # noqa: E402
+from test_bench import TINY, Here, ran  # noqa: E402
 
 OURS, THEIRS, DETERMINISTIC = "ours", "torchvision", "torchvision_deterministic"
 FLUSH = devices.Cuda.flush
-PLAIN = {"dtypes": ("float32",), "layouts": ("nchw",)}
+COMMAND = ["--device", "cuda", "--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
+COMMAND += ["--peer", "torchvision=python", "--peer", "torch=python"]
+PLAIN = ["--dtypes", "float32", "--layouts", "nchw", "--no-extras", "--operations"]
 
 
 class Apart(Here):
@@ -76,7 +76,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(devices.Cuda, "name", "cpu")
     monkeypatch.setattr(devices, "FLUSHED", 2**16)
     monkeypatch.setattr(devices.Cuda, "flush", lambda self: asked.append("flush"))
-    monkeypatch.setattr(devices, "smi", lambda fields: [f"<{field}>" for field in fields])
+    monkeypatch.setattr(devices, "smi", lambda *names: {name: f"<{name}>" for name in names})
     monkeypatch.setitem(run.EVERY, "tiny", TINY)
     monkeypatch.setattr(run, "VARIED", ("tiny",))
     monkeypatch.setattr(run, "CALLS", 2)
@@ -107,26 +107,23 @@ def without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.ops", None)
 
 
-def measured(workload=TINY, start=Apart, **changes):
-    usual = {"device": "cuda", "rounds": 2, "slice": 0.002, "out": False, "peers": USUAL["cuda"]}
-    settings = run.Settings(**usual | changes)
-    pythons = dict.fromkeys(("ours", "torch", "torchvision"), "")
-    return run.run([workload], pythons, settings, say=lambda _: None, start=start)
+@pytest.fixture
+def measured(tmp_path):
+    """The record of a command with more arguments."""
+
+    def measure(*more, start=Apart, status=0):
+        return ran([*COMMAND, *more], tmp_path, start, status)
+
+    return measure
 
 
 def by(record, has="samples"):
     return [row["by"] for row in record["rows"] if has in row]
 
 
-COMMAND = ["--device", "cuda", "--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
-COMMAND += ["--peer", "torchvision=python", "--peer", "torch=python"]
-
-
-def test_the_command_writes_a_record_and_prints_its_tables(tmp_path, capsys):
-    assert command.main([*COMMAND, "--results", str(tmp_path)], start=Apart) == 0
-    (path,) = (tmp_path / "cuda").glob("*-a-stand-in.jsonl")
-    (line,) = path.read_text().splitlines()
-    record = json.loads(line)
+def test_the_command_writes_a_record_and_prints_its_tables(measured, tmp_path, capsys):
+    record = measured()
+    assert list((tmp_path / "cuda").glob("*-a-stand-in.jsonl"))
     machine = record["machine"]
     assert machine["gpu"] and machine["driver"] == "<driver_version>" and machine["cpu"]
     assert machine["clocks"]["clocks.sm"] == "<clocks.sm>" and "cuda" in machine
@@ -149,22 +146,20 @@ def test_the_command_writes_a_record_and_prints_its_tables(tmp_path, capsys):
     assert "times <= 1.5" in printed and "torchvision was not there" not in printed
 
 
-def test_what_launching_costs():
-    called = {name: OVERHEAD["cuda"][name] for name in ("peers", "operations")}
-    record = measured(**called, overhead=True, extras=False, **PLAIN)
+def test_what_launching_costs(measured, capsys):
+    record = measured("--overhead")
     found = {(row["by"], row["operation"]) for row in record["rows"] if "refused" not in row}
     both = {(name, operation) for name in (OURS, THEIRS) for operation in ("forward", "gradient")}
     assert found == both | {(f"{name}_captured", "forward") for name in (OURS, THEIRS)}
     samples = [row["samples"] for row in record["rows"]]
     assert all(len(rounds) == 2 and rounds[0] != [0.003] for rounds in samples)
-    assert "times >= 1" in report.tables(record)
+    assert "times >= 1" in capsys.readouterr().out
 
 
-def test_without_torchvision_it_is_ours_and_the_floor(monkeypatch):
-    without_torchvision(monkeypatch)
-    record = measured()
-    assert set(by(record)) == {OURS}
-    assert "torchvision was not there" in report.tables(record)
+def test_without_torchvision_it_is_ours_and_the_floor(measured, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    assert set(by(measured())) == {OURS}
+    assert "torchvision was not there" in capsys.readouterr().out
 
 
 def test_a_sample_is_between_two_events_after_a_flush(asked):
@@ -182,50 +177,49 @@ def test_a_mean_of_calls_is_wall_time_without_flushes(asked):
     assert asked == ["synchronize", "call", "call", "call", "synchronize"] and seconds > 0
 
 
-def test_contestants_take_turns():
+def test_contestants_take_turns(measured):
     turns = []
 
     class Turns(Apart):
         def ask(self, command, **asked):
-            turns.append(asked["key"]) if command == "time" else None
+            turns.extend([asked["key"]] if command == "time" else [])
             return super().ask(command, **asked)
 
-    measured(start=Turns, operations=("forward",), **PLAIN)
+    measured(*PLAIN, "forward", start=Turns)
     assert len(turns) == 4 and turns[:2] == turns[2:] and turns[0] != turns[1]
 
 
 @pytest.mark.parametrize("value", [0.1, np.nan])
-def test_a_wrong_result_is_not_timed(monkeypatch, value):
+def test_a_wrong_result_is_not_timed(measured, monkeypatch, value, capsys):
     def spoil(output):
         wrong = torch.zeros_like(output)
         wrong.view(-1)[-1] = value
         return output + wrong
 
     with_torchvision(monkeypatch, spoil)
-    record = measured(operations=("forward",), extras=False, **PLAIN)
-    ours, theirs = record["rows"]
+    ours, theirs = measured(*PLAIN, "forward")["rows"]
     assert "samples" in ours and "refused" not in ours
     assert "samples" not in theirs and "differs from the reference" in theirs["refused"]
-    assert "| tiny torchvision, forward | refused: differs" in report.tables(record)
+    assert "| tiny torchvision, forward | refused: differs" in capsys.readouterr().out
 
 
-def test_a_wrong_result_of_ours_fails_the_command(monkeypatch, tmp_path):
+def test_a_wrong_result_of_ours_fails_the_command(measured, monkeypatch):
     agree = run.agree
     monkeypatch.setattr(run, "agree", lambda result, *others: agree(result + 1, *others))
-    assert command.main([*COMMAND, "--results", str(tmp_path), "--peers"], start=Apart) == 1
+    assert by(measured("--peers", status=1), "refused")
 
 
-def test_ours_is_refused_if_its_bits_change(monkeypatch):
+def test_ours_is_refused_if_its_bits_change(measured, monkeypatch):
     count, adjoint = itertools.count(), roialign.roi_align_adjoint
     monkeypatch.setattr(
         roialign, "roi_align_adjoint", lambda *a, **k: adjoint(*a, **k) + 1e-7 * next(count)
     )
-    record = measured(operations=("adjoint",), extras=False, **PLAIN)
+    record = measured(*PLAIN, "adjoint", status=1)
     refused = {row["by"]: row.get("refused", "") for row in record["rows"]}
     assert "other bits" in refused[OURS] and not refused[THEIRS]
 
 
-def test_the_deterministic_mode_is_for_one_contestant(monkeypatch):
+def test_the_deterministic_mode_is_for_one_contestant(measured, monkeypatch, capsys):
     seen = []
 
     def spoil(output):
@@ -235,10 +229,10 @@ def test_the_deterministic_mode_is_for_one_contestant(monkeypatch):
         return output
 
     with_torchvision(monkeypatch, spoil)
-    record = measured(operations=("adjoint",), **PLAIN)
+    record = measured("--operations", "adjoint")
     assert {True, False} == set(seen)
     assert by(record, "refused") == [DETERMINISTIC, DETERMINISTIC]  # time, and memory
-    assert "out of memory" in report.tables(record)
+    assert "out of memory" in capsys.readouterr().out
     processes = [peer.process for peer in PEERS["cuda"].values()]
     assert processes.count(PEERS["cuda"][DETERMINISTIC].process) == 1
 
@@ -258,17 +252,17 @@ def test_memory_is_what_is_beyond_inputs_and_results(asked, monkeypatch):
     assert asked == ["synchronize", "reset", "synchronize"] * 2
 
 
-def test_the_budget_ends_a_run(monkeypatch):
-    assert measured(budget=0)["rows"] == []
+@pytest.mark.parametrize(("budget", "rounds"), [("0", []), ("4", [1, 1, 1])])
+def test_the_budget_ends_a_run(measured, monkeypatch, capsys, budget, rounds):
     seconds = itertools.count()
     monkeypatch.setattr(run, "clock", lambda: next(seconds))
-    record = measured(budget=4)  # the clock is read once to set the end, and before each contestant
-    assert [len(row["samples"]) for row in record["rows"]] == [1, 1, 1]
+    record = measured("--budget", budget)  # read to set the end, and before each contestant
+    assert [len(row["samples"]) for row in record["rows"]] == rounds
     left_out = record["left_out"]
     assert "tiny: rounds after 1" in left_out
     for operation in ("adjoint", "backward"):
         assert any(f"{DETERMINISTIC}-{operation}" in name for name in left_out)
-    assert "No time was left for: tiny-" in report.tables(record)
+    assert "No time was left for: tiny-" in capsys.readouterr().out
 
 
 def test_what_has_a_goal_comes_first():
@@ -287,15 +281,15 @@ def test_a_flush_leaves_the_buffer_written():
     assert device.buffer.nbytes == devices.FLUSHED and not device.buffer.any()
 
 
-def test_a_machine_without_a_driver_is_none(monkeypatch):
-    monkeypatch.setattr(devices, "smi", lambda fields: [])
+def test_a_machine_without_a_driver_is_none(measured, monkeypatch):
+    monkeypatch.setattr(devices, "smi", lambda *names: {})
     monkeypatch.setattr(devices, "text_of", lambda path: None)
-    with pytest.raises(run.PeerError, match="driver's version is not known"):
+    with pytest.raises(SystemExit, match="driver's version is not known"):
         measured()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
-def test_what_is_measured_are_the_kernels_of_the_gpu(monkeypatch):
+def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
     import roialign.torch
 
@@ -308,14 +302,14 @@ def test_what_is_measured_are_the_kernels_of_the_gpu(monkeypatch):
     monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: "launch")
     monkeypatch.setattr(roialign.torch, "_launch", spy)
     small = replace(TINY, shape=(1, 2, 8, 8), per_image=1, output_size=(2, 1), sampling=1)
-    rows = measured(small, rounds=1, slice=0, peers=(), extras=False, **PLAIN)["rows"]
-    assert [row["operation"] for row in rows] == [*MAIN]
-    assert not any("refused" in row for row in rows)
+    monkeypatch.setitem(run.EVERY, "tiny", small)
+    record = measured("--peers", "--slice", "0", "--rounds", "1", *PLAIN, *MAIN)
+    assert [row["operation"] for row in record["rows"]] == [*MAIN] and not by(record, "refused")
     assert names == {"axis_taps", "touched", *MAIN}
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch, tmp_path):
+def test_without_a_gpu_nothing_is_measured(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no GPU"):
-        command.main([*COMMAND, "--results", str(tmp_path)], start=Apart)
+        measured()
     assert not list(tmp_path.iterdir())

@@ -47,6 +47,10 @@ class Peer:
     def environment(self):
         return self.process.split()[0]
 
+    def has(self, workload, operation, dtype, layout):
+        takes = operation in self.operations and dtype in self.dtypes and layout in self.layouts
+        return takes and workload in (self.only or [workload])
+
 
 ALIGNED = {"asymmetric": False, "half_pixel": True}
 ONNX = {"asymmetric": "output_half_pixel", "half_pixel": "half_pixel"}

@@ -3,9 +3,12 @@
 The latter has the convention `asymmetric`, a fixed number of samples, and boxes inside the map.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.ndimage import map_coordinates
 
 import roialign
 
@@ -70,16 +73,11 @@ def _positions(lo, hi, bins, samples, scale):
 
 
 def _gathers(features, box, image, size, samples, scale):
-    x1, y1, x2, y2 = box
-    y = _positions(y1, y2, size[0], samples, scale)
-    x = _positions(x1, x2, size[1], samples, scale)
-    (y0, x0), (height, width) = (jnp.floor(p).astype(int) for p in (y, x)), features.shape[2:]
-    fy, fx = (y - y0)[:, None], x - x0
-    y1_, x1_ = jnp.minimum(y0 + 1, height - 1), jnp.minimum(x0 + 1, width - 1)
-    corner = lambda r, c: features[image][:, r[:, None], c]  # noqa: E731
-    upper = corner(y0, x0) * (1 - fx) + corner(y0, x1_) * fx
-    lower = corner(y1_, x0) * (1 - fx) + corner(y1_, x1_) * fx
-    values = upper * (1 - fy) + lower * fy  # [C, P * samples, Q * samples]
+    (x1, y1, x2, y2), numbers = box, (samples, scale)
+    axes = _positions(y1, y2, size[0], *numbers), _positions(x1, x2, size[1], *numbers)
+    grid = jnp.meshgrid(*axes, indexing="ij")
+    at = partial(map_coordinates, coordinates=grid, order=1, mode="nearest")
+    values = jax.vmap(at)(features[image])  # [C, P * samples, Q * samples]
     return values.reshape(-1, size[0], samples, size[1], samples).mean((2, 4))
 
 

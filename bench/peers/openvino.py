@@ -16,16 +16,10 @@ def forward(problem):
     inputs = [problem.features, np.ascontiguousarray(rois[:, 1:]), rois[:, 0].astype(np.int32)]
     parameters = [opset9.parameter(value.shape, value.dtype) for value in inputs]
     numbers = *size, problem.sampling_ratio, problem.spatial_scale, "avg", problem.convention
-    compiled = openvino.Core().compile_model(
-        openvino.Model([opset9.roi_align(*parameters, *numbers)], parameters, "roi_align"),
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": problem.threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        },
-    )
+    model = openvino.Model([opset9.roi_align(*parameters, *numbers)], parameters, "roi_align")
+    options = {"INFERENCE_NUM_THREADS": problem.threads, "NUM_STREAMS": 1}
+    options |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(model, "CPU", options)
     output = np.zeros((len(rois), problem.features.shape[1], *size), np.float32)
     request = compiled.create_infer_request()
     for position, value in enumerate(inputs):
