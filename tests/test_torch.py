@@ -766,6 +766,43 @@ def freed(array):
     return tensor
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("operation", ["forward", "adjoint", "box_gradient"])
+def test_operators_are_called_with_anything(operation, device):
+    """By their names, by exported programs, by compilers: an error says which operator it was."""
+    operator = getattr(torch.ops.roialign, operation)
+    features, d_output = FEATURES.to(device), torch.ones(2, 3, 2, 2, device=device)
+    boxes, index = ROIS[:, 1:].to(device), ROIS[:, 0].to(device).long()
+    given = {
+        "forward": {"features": features, "output_size": [2, 2]},
+        "adjoint": {"d_output": d_output, "feature_shape": [2, 3, 8, 9]},
+        "box_gradient": {"d_output": d_output, "features": features},
+    }[operation]
+    given |= {"boxes": boxes, "image_index": index}
+    if operation != "box_gradient":
+        given["tangent"] = None
+    rule = dict.fromkeys(("pixel_offset", "input_offset", "end_offset"), 0.0)
+    rule |= {"scale_y": 1.0, "scale_x": 1.0, "sampling_ratio": 2, "min_size": None}
+    rule["adaptive_floor"] = False
+    operator(**given, **rule)
+    for name, good in given.items():
+        if isinstance(good, list):
+            wrong = [[], good[:1], good[:-1], [*good, 2]]
+        elif name == "tangent":
+            wrong = [boxes[0]]
+        else:
+            wrong = [None, good[0]]
+        for bad in wrong:
+            with pytest.raises(ValueError, match=f"^roialign::{operation}: .* do not fit"):
+                operator(**given | {name: bad}, **rule)
+    if device == "cpu":  # meta tensors may be of sizes that are not known
+        for name in ("boxes", "image_index"):
+            with pytest.raises(ValueError, match=f"^roialign::{operation}: .* do not fit"):
+                operator(**given | {name: given[name][:1]}, **rule)
+            with pytest.raises(TypeError, match=f"^roialign::{operation}: boxes and indices"):
+                operator(**given | {name: given[name].to(torch.complex64)}, **rule)
+
+
 def test_a_tensor_that_was_freed_is_named_wherever_it_comes_in():
     features, boxes, index = FEATURES, ROIS[:, 1:], ROIS[:, 0].long()
     rule = 1.0, 1.0, 0, 0.5, 0.0, 0.0, None, False

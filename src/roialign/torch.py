@@ -370,36 +370,46 @@ _KERNELS = {
 
 
 def _operator_kernel(name: str) -> Callable:
-    """An operator takes any tensors; the core refuses what does not fit, kernels of a GPU cannot."""
-
     def kernel(*args):
+        _check_fit(name, *args)
         if any(map(_is_freed, args[:_TENSORS])):
             for argument, tensor in zip(_OPERATORS[name]._schema.arguments, args[:_TENSORS]):
                 if tensor is not None:
                     check_array(argument.name, tensor)
-        if _triton_module(args[0]) is not None:
-            _check_fit(name, *args)
         return _KERNELS[name](*args)
 
     return kernel
 
 
-def _check_fit(name, array, *args) -> None:
-    if name == "box_gradient":
-        features, boxes, index, *_ = args
-        arrays, tangent = [array, features], None
-        fit = array.dim() == features.dim() == 4 and array.shape[1] == features.shape[1]
-    else:
-        boxes, index, tangent, size, *_ = args
-        arrays, fit = [array], array.dim() == 4 and len(size) == (2 if name == "forward" else 4)
+def _check_fit(name, *args) -> None:
+    """An operator is called with any arguments; the core refuses what does not fit, a GPU cannot."""
+    arrays, (boxes, index, *rest) = _check_ranks(name, *args)
+    array, vectors = arrays[0], [boxes, *[t for t in rest if t is not None]]
     count = (boxes if name == "forward" else array).shape[:1]
-    vectors = [boxes] if tangent is None else [boxes, tangent]
-    if not fit or index.shape != count or any([t.shape != (*count, 4) for t in vectors]):
+    fit = arrays[-1].shape[1] == array.shape[1] and index.shape == count
+    if not fit or any([t.shape != (*count, 4) for t in vectors]):
         raise ValueError(f"roialign::{name}: the map, the boxes and the pooled array do not fit")
     if array.dtype not in _FLOATS or arrays[-1].dtype != array.dtype:
         raise TypeError(f"roialign::{name}: arrays must be of one float dtype")
+    if any([t.dtype not in _FLOATS + _INTEGERS for t in (index, *vectors)]):
+        raise TypeError(f"roialign::{name}: boxes and indices must be floats or integers")
     if any([t.device != array.device for t in (*arrays, index, *vectors) if t.numel()]):
         raise TypeError(f"roialign::{name}: tensors must be on one device")
+
+
+def _check_ranks(name, *args) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The arrays; boxes, image index and the tangent, if the operator takes one. All are there."""
+    size = () if name == "box_gradient" else args[_TENSORS]
+    count = 2 if name == "box_gradient" else 1
+    arrays, rois = list(args[:count]), list(args[count:_TENSORS])
+    ranks = [*[4] * count, 2, 1, 2]
+    if (
+        len(size) != {"forward": 2, "adjoint": 4, "box_gradient": 0}[name]
+        or any([tensor is None for tensor in (*arrays, *rois[:2])])
+        or any([t is not None and t.dim() != n for t, n in zip(args[:_TENSORS], ranks)])
+    ):
+        raise ValueError(f"roialign::{name}: the map, the boxes and the pooled array do not fit")
+    return arrays, rois
 
 
 # Derivatives, the same for the operators and the functions below. An operation is linear in all that is
@@ -601,6 +611,14 @@ def _box_gradient_fake(d_output, features, boxes, index, *rule):
     return boxes.new_empty((boxes.shape[0], 4), dtype=gradient_dtype(boxes.dtype))
 
 
+def _operator_fake(name: str) -> Callable:
+    def fake(*args):
+        _check_ranks(name, *args)
+        return _FAKES[name](*args)
+
+    return fake
+
+
 _FAKES = {"forward": _forward_fake, "adjoint": _adjoint_fake, "box_gradient": _box_gradient_fake}
 
 _TENSORS = 4  # the first arguments of each operation: tensors, or None
@@ -625,7 +643,7 @@ def _register(name: str) -> type[Function]:
     torch.library.impl(operator, ("cpu", "cuda", "privateuseone"))(  # the last is npu
         _operator_kernel(name)
     )
-    torch.library.register_fake(operator)(_FAKES[name])
+    torch.library.register_fake(operator)(_operator_fake(name))
     torch.library.register_vmap(operator, _VMAPS[name])
     torch.library.register_autograd(
         operator, derivatives.backward, setup_context=_operator_context(derivatives.context)
