@@ -8,6 +8,8 @@
 namespace roialign {
 namespace {
 
+constexpr int64_t kMostElements = INT64_MAX / 32;  // of an array: 32 bytes are a box of float64
+
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -22,7 +24,22 @@ void require_pixels(const Tensor& map, const Tensor& pooled) {
   require(pooled.shape[2] * pooled.shape[3] <= INT32_MAX, "roialign: too many bins");
 }
 
+// How many elements an array has. What comes as a shape may be anything: whatever is counted in
+// this library, of elements and of bytes, shall fit in 64 bits.
+int64_t size_of(const Tensor& tensor) {
+  int64_t size = 1, without_empty = 1;
+  for (const int64_t side : tensor.shape) {
+    require(side >= 0, "roialign: a dimension is negative");
+    require(side <= kMostElements / without_empty, "roialign: an array is too large");
+    size *= side;
+    if (side > 0) without_empty *= side;
+  }
+  return size;
+}
+
 void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled) {
+  size_of(map);
+  size_of(pooled);
   require(
       pooled.shape[0] == rois.count && pooled.shape[1] == map.shape[1] && pooled.dtype == map.dtype,
       "roialign: the map, the boxes and the pooled array do not fit");
@@ -30,11 +47,15 @@ void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled) {
           "roialign: maps and boxes must be of a float type");
 }
 
-int64_t size_of(const Tensor& tensor) {
-  return tensor.shape[0] * tensor.shape[1] * tensor.shape[2] * tensor.shape[3];
-}
-
 }  // namespace
+
+Tensor dense(void* data, DType dtype, const int64_t* shape) {
+  Tensor tensor{data, dtype, {shape[0], shape[1], shape[2], shape[3]}, {}};
+  size_of(tensor);
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; stride *= shape[i--]) tensor.stride[i] = stride;
+  return tensor;
+}
 
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& output, int threads) {

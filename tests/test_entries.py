@@ -7,6 +7,8 @@ import pytest
 
 import oracle
 import tolerance
+from conftest import draw_problem
+from isolation import isolated
 from roialign import _core
 
 LIBRARY = ctypes.CDLL(_core.__file__)
@@ -14,11 +16,12 @@ DONE, REFUSED, FAILED, SECOND_DERIVATIVE = range(4)
 NAN = float("nan")
 
 
-def call(name, *arrays):
-    """The code that an entry returns; it writes the last array."""
+def call(name, *arrays, claimed=None):
+    """The code that an entry returns; it writes the last array. `claimed`: other shapes to pass."""
     count = len(arrays)
     names = [{tolerance.BFLOAT16: "bfloat16"}.get(a.dtype, a.dtype.name).encode() for a in arrays]
-    shapes = [(ctypes.c_int64 * max(a.ndim, 1))(*a.shape) for a in arrays]
+    shapes = claimed or [a.shape for a in arrays]
+    shapes = [(ctypes.c_int64 * max(len(shape), 1))(*shape) for shape in shapes]
     return getattr(LIBRARY, f"roialign_{name}")(
         count,
         (ctypes.c_void_p * count)(*(a.ctypes.data for a in arrays)),
@@ -97,6 +100,52 @@ def test_any_number_in_the_rule_is_safe(inputs, at, values):
         none = np.zeros(1, np.float32)
         assert call("forward", problem.features, boxes, index, none, rule, output) == DONE
         assert np.isfinite(output).all()
+
+
+# The letters of a call's shapes that a caller can get wrong: n c h w k p q
+WRONG_SHAPES = [
+    *({letter: value} for letter in "nchwkpq" for value in (-1, -(2**63), 2**62, 2**63 - 1)),
+    {"k": -2, "c": 0},  # what would be filled with zeros: -32 bytes
+    {"k": 2**60, "c": 0},
+    {"n": -1, "c": -1},
+    {"n": 0, "h": -1},
+    {"n": 2**32, "c": 2**32},
+    {"n": 2**59, "h": 1, "w": 1, "c": 1},
+    {"p": 2**32, "q": 2**32},
+]
+
+
+def check_wrong_shapes():
+    problem = draw_problem()
+    g, rule, d_boxes = problem.draw_output(), rule_of(problem), empty((7, 4))
+    output, d_features = empty(problem.output_shape), empty(problem.features.shape)
+    n, c, h, w = problem.features.shape
+    k, _, p, q = problem.output_shape
+    boxes, index, none = problem.boxes, problem.index, np.zeros(1, np.float32)
+    for wrong in [{}, *WRONG_SHAPES]:
+        s = {"n": n, "c": c, "h": h, "w": w, "k": k, "p": p, "q": q} | wrong
+        pixels, bins = [s[i] for i in "nchw"], [s[i] for i in "kcpq"]
+        pair, last = [(s["k"], 4), (s["k"],)], (9,)
+        codes = [
+            call("forward", problem.features, boxes, index, none, rule, output,
+                 claimed=[pixels, *pair, (1,), last, bins]),
+            call("adjoint", g, boxes, index, none, rule, d_features,
+                 claimed=[bins, *pair, (1,), last, pixels]),
+            call("box_gradient", g, problem.features, boxes, index, rule, d_boxes,
+                 claimed=[bins, pixels, *pair, last, (s["k"], 4)]),
+        ]  # fmt: skip
+        if not wrong:
+            assert codes == [DONE] * 3
+            for result in (output, d_features, d_boxes):
+                assert np.isfinite(result).all()
+                result[...] = NAN
+            continue
+        assert all(code in (REFUSED, FAILED) for code in codes), (wrong, codes)
+        assert all(np.isnan(result).all() for result in (output, d_features, d_boxes)), wrong
+
+
+def test_wrong_shapes():
+    isolated(check_wrong_shapes)
 
 
 CHANGES = {

@@ -329,6 +329,20 @@ def test_what_does_not_fit_is_an_error(make_problem, operation, name):
     assert all(np.isnan(r.astype(np.float64)).all() for r in results)  # nothing was written
 
 
+@pytest.mark.parametrize("side", [-1, 2**62])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_shapes_that_no_array_has(make_problem, operation, side):
+    _, arguments, result, rule = drawn(make_problem, operation)
+    for i, array in enumerate([*arguments, result]):
+        for axis in range(array.ndim):
+            call = Call(arguments, [result], rule)
+            items = call.frame.arguments.items if i < len(arguments) else call.frame.results.items
+            buffer = Buffer.from_address(items[i if i < len(arguments) else 0])
+            buffer.dims[axis] = side
+            assert [code for code, _ in call.run(operation)] == [3], (i, axis)
+    assert np.isnan(result.astype(np.float64)).all()
+
+
 @pytest.mark.parametrize("operation", ["forward", "adjoint"])
 def test_a_tangent_that_does_not_fit(make_problem, operation):
     _, arguments, result, rule = drawn(make_problem, operation, tangent=True)

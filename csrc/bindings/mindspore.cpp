@@ -49,14 +49,7 @@ DType dtype_of(const char* name) {
 
 Tensor tensor(const Call& call, int i) {
   require(call.ndims[i] == 4);
-  Tensor t{call.data[i], dtype_of(call.dtypes[i]), {}, {}};
-  std::copy_n(call.shapes[i], 4, t.shape);
-  int64_t stride = 1;
-  for (int d = 3; d >= 0; --d) {
-    t.stride[d] = stride;
-    stride *= t.shape[d];
-  }
-  return t;
+  return dense(call.data[i], dtype_of(call.dtypes[i]), call.shapes[i]);
 }
 
 bool is_boxes(const Call& call, int i, int64_t count) {

@@ -52,14 +52,7 @@ DType dtype_of(const Buffer& buffer) {
 }
 
 Tensor tensor_of(const Buffer& buffer) {
-  Tensor tensor{buffer.data, dtype_of(buffer), {}, {}};
-  int64_t stride = 1;
-  for (int i = 3; i >= 0; --i) {
-    tensor.shape[i] = buffer.dims[i];
-    tensor.stride[i] = stride;
-    stride *= buffer.dims[i];
-  }
-  return tensor;
+  return dense(buffer.data, dtype_of(buffer), buffer.dims);
 }
 
 // A box gradient, or tangent: (K, 4), of the coordinate type.
@@ -99,7 +92,7 @@ struct Call {
         results(known(frame.results)),
         params(params_of(known(frame.attributes))) {
     const Buffer &boxes = buffer(arguments, 0, 2), &image_index = buffer(arguments, 1, 1);
-    require(boxes.dims[1] == 4 && image_index.dims[0] == boxes.dims[0] &&
+    require(boxes.dims[0] >= 0 && boxes.dims[1] == 4 && image_index.dims[0] == boxes.dims[0] &&
                 image_index.dtype == DataType::s32,
             "roialign: boxes must be (K, 4) and image_index (K,) of int32");
     const auto* given = static_cast<const int32_t*>(image_index.data);
