@@ -9,6 +9,8 @@ namespace roialign {
 namespace {
 
 constexpr int64_t kMostElements = INT64_MAX / 32;  // of an array: 32 bytes are a box of float64
+constexpr int64_t kMostSamples =
+    4096;  // fixed ones, per bin and axis: they bound the time of a call
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -37,9 +39,11 @@ int64_t size_of(const Tensor& tensor) {
   return size;
 }
 
-void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled) {
+void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled, const Params& params) {
   size_of(map);
   size_of(pooled);
+  require(params.sampling_ratio <= kMostSamples,
+          "roialign: sampling_ratio must be at most 4096; 0 adapts to the box");
   require(
       pooled.shape[0] == rois.count && pooled.shape[1] == map.shape[1] && pooled.dtype == map.dtype,
       "roialign: the map, the boxes and the pooled array do not fit");
@@ -59,7 +63,7 @@ Tensor dense(void* data, DType dtype, const int64_t* shape) {
 
 void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& output, int threads) {
-  require_fit(features, rois, output);
+  require_fit(features, rois, output, params);
   if (size_of(output) == 0) return;
   require_pixels(features, output);
   engine().forward(features, rois, tangent, params, output, threads);
@@ -67,7 +71,7 @@ void forward(const Tensor& features, const Rois& rois, const void* tangent, cons
 
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
              const Tensor& d_features, int threads) {
-  require_fit(d_features, rois, d_output);
+  require_fit(d_features, rois, d_output, params);
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (size_of(d_features) == 0) return;
   if (rois.count) require_pixels(d_features, d_output);
@@ -76,7 +80,7 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
 
 void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& rois,
                   const Params& params, void* d_boxes, int threads) {
-  require_fit(features, rois, d_output);
+  require_fit(features, rois, d_output, params);
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (rois.count == 0) return;
   if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes

@@ -90,16 +90,21 @@ def test_a_bad_image_index_gives_zeros(inputs, index):
 
 
 @pytest.mark.parametrize(
-    "at, values", [(2, [NAN, np.inf, -np.inf, 1e300]), (8, [NAN, -np.inf, np.inf])]
+    "at, values, code",
+    [
+        (2, [NAN, -np.inf, 4096], DONE),
+        (2, [4097, 2**31, 1e300, np.inf], FAILED),
+        (8, [NAN, -np.inf, np.inf], DONE),
+    ],
 )
-def test_any_number_in_the_rule_is_safe(inputs, at, values):
+def test_any_number_in_the_rule_is_safe(inputs, at, values, code):
     problem, (boxes, index, _, rule) = inputs
     for value in values:
         rule[at] = value
         output = empty(problem.output_shape)
         none = np.zeros(1, np.float32)
-        assert call("forward", problem.features, boxes, index, none, rule, output) == DONE
-        assert np.isfinite(output).all()
+        assert call("forward", problem.features, boxes, index, none, rule, output) == code
+        assert (np.isfinite if code == DONE else np.isnan)(output).all()
 
 
 # The letters of a call's shapes that a caller can get wrong: n c h w k p q
