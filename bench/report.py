@@ -14,24 +14,24 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
 PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
 CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
+RESULTS = {"samples", "memory", "refused"}
 COLUMNS = ("", "ms", "times", "that of", "times the DRAM floor", "times the DRAM + cache floor")
 COLUMNS += ("us above the core alone", "before / after, of a round", "asked")
 
-FPN, HEADS = ("W1", "W1f", "W5"), ("W2", "W4")
-GOALS = (  # on a GPU, in NCHW: workloads (or all), whose, and of what
+FPN, HEADS, CALL = ("W1", "W1f", "W5"), ("W2", "W4"), ("a call",)
+SLOW = "torchvision_deterministic"
+GOALS = (  # on a GPU, in NCHW: of which workloads (or all), whose
     (FPN, "torchvision", "forward", "float32", "times >= 4"),
     (HEADS, "torchvision", "forward", "float32", "times >= 6"),
     (VARIED, "torchvision", "adjoint", "float32", "times >= 3"),
-    (VARIED, "torchvision_deterministic", "adjoint", "float32", "times >= 50"),
-    (VARIED, "torchvision_deterministic", "backward", "float32", "times >= 50"),  # in memory
+    (VARIED, SLOW, "adjoint", "float32", "times >= 50"),
+    (VARIED, SLOW, "backward", "float32", "times >= 50"),  # in memory
     (FPN, "ours", "forward", "float32", "times the floor <= 2.5"),
     (FPN, "ours", "forward", "bfloat16", "times <= 0.625"),
     ((), "ours", "box_gradient", "float32", "times <= 1.5"),
-)
-GOALS_OF_CALLS = tuple(
-    ((), by, operation, "float32", "times >= 1")
-    for by in ("torchvision", "torchvision_captured")
-    for operation in ("forward", "gradient")
+    (CALL, "torchvision", "forward", "float32", "times >= 1"),
+    (CALL, "torchvision", "gradient", "float32", "times >= 1"),
+    (CALL, "torchvision_captured", "forward", "float32", "times >= 1"),
 )
 
 
@@ -56,15 +56,17 @@ class Rows:
         return None
 
     def other(self, row, has="samples"):
-        """The row that a row is divided by: ours, of ours float32 in NCHW, or the adjoint."""
+        """The row that a row is divided by: ours; of ours float32 in NCHW, or what is beside it."""
         same = {name: row[name] for name in CONTESTANT}
-        plain = same | PLAIN | {"out": self.settings["out"]}
-        if not self.table[row["by"]].ours:
-            names = self.table[row["by"]].beside
-            return next(filter(None, (self.find(has, **same | {"by": by}) for by in names)), None)
-        if plain == same and row["operation"] == "box_gradient":
-            plain["operation"] = "adjoint"
-        return self.find(has, **plain) if plain != same else None
+        changes = [{"by": name} for name in self.table[row["by"]].beside]
+        if self.table[row["by"]].ours:
+            changes = [PLAIN | {"out": self.settings["out"]}]
+            if row["operation"] == "box_gradient":
+                changes.append({"operation": "adjoint"})
+            if row["workload"] == "huge":
+                changes.append({"workload": "map"})
+        found = (self.find(has, **same | change) for change in changes if same | change != same)
+        return next(filter(None, found), None)
 
     def fastest(self, **fields):
         """The fastest row that is not ours, and ours beside it; None if there is none."""
@@ -131,79 +133,62 @@ def markdown(header, rows):
 
 
 def cells(rows, row):
-    """A line of the table of all contestants."""
+    """A line of the table: of COLUMNS, as many as there are."""
     title = f"{row['workload']} {named(row)}"
     title += f", {row['convention']}" * (row["convention"] != rows.settings["convention"])
-    yield title + ", without `out=`" * (row["out"] != rows.settings["out"])
-    if not row.get("samples"):
-        yield f"refused: {row['refused']}"
-        return
-    other, core = rows.other(row), rows.find(by="core", workload=row["workload"])
-    yield spread(flat(row), form=milliseconds)
-    yield spread(rounds(row, other), ratio(row, other)) if other else "-"
-    yield named(other) if other else "-"
-    yield from (times_floor(row, kind) for kind in ("dram", "dram_and_cache"))
-    yield f"{1e6 * (middle(row) - middle(core)):.1f}" if core else "-"
+    title += ", without `out=`" * (row["out"] != rows.settings["out"])
+    if "refused" in row:
+        return [title, f"refused: {row['refused']}"]
+    has = "memory" if "memory" in row else "samples"
+    other, core = rows.other(row, has), rows.find(by="core", workload=row["workload"])
+    of = named(other) if other else "-"
+    if has == "memory":
+        size, scratch = (f"{row[name] / 2**20:.1f}" for name in (has, "scratch"))
+        times = f"{row[has] / other[has]:.2f}" if other else "-"
+        sizes = f"{size} MiB (256 x H x W a thread: {scratch})"
+        return [f"{title}, memory", sizes, times, of, "-", "-", "-", "-", asked(rows, row)]
     before = rows.find(**{name: row[name] for name in CONTESTANT} | {"build": "before"})
-    yield spread(rounds(before, row), form="{:.3f}".format) if before else "-"
-    yield asked(rows, row)
+    return [
+        title,
+        spread(flat(row), form=milliseconds),
+        spread(rounds(row, other), ratio(row, other)) if other else "-",
+        of,
+        *(times_floor(row, kind) for kind in ("dram", "dram_and_cache")),
+        f"{1e6 * (middle(row) - middle(core)):.1f}" if core else "-",
+        spread(rounds(before, row), form="{:.3f}".format) if before else "-",
+        asked(rows, row),
+    ]
 
 
 def asked(rows, row):
-    goals = GOALS_OF_CALLS if rows.settings.get("overhead") else GOALS
+    where = CALL[0] if rows.settings.get("overhead") else row["workload"]
     found = [
         goal
-        for workloads, *of, goal in (goals if rows.device == "cuda" else ())
+        for workloads, *of, goal in (GOALS if rows.device == "cuda" else ())
         if [row["by"], row["operation"], row["dtype"]] == of and row["layout"] == "nchw"
-        if row["workload"] in (workloads or rows.workloads)
+        if where in (workloads or rows.workloads)
     ]
     return "; ".join(found) or "-"
 
 
 def main_table(rows):
     """A line for each contestant; no column that would be empty."""
-    lines = [
-        [*cells(rows, row)]
-        for row in rows.rows
-        if row["build"] == "" and ("refused" in row or row.get("samples"))
-    ]
+    there = [row for row in rows.rows if not row["build"] and row.keys() & RESULTS]
+    lines = [cells(rows, row) for row in there if row.get("samples") != []]
     lines = [line + ["-"] * (len(COLUMNS) - len(line)) for line in lines]
     kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
     return markdown([COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
-def memory_table(rows):
-    lines = []
-    for row in rows.rows:
-        if "memory" in row:
-            other = rows.other(row, "memory")
-            times = f"{row['memory'] / other['memory']:.1f}" if other else "-"
-            sizes = [f"{row[name] / 2**20:.1f}" for name in ("memory", "scratch")]
-            lines.append([f"{row['workload']} {named(row)}", *sizes, times, asked(rows, row)])
-    header = ["Beyond inputs and results", "MiB", "256 x H x W per thread, MiB", "times", "asked"]
-    return markdown(header, lines)
-
-
-def extras_lines(rows):
-    if "import" in rows.record:
-        seconds = median(rows.record["import"])
-        yield f"`import roialign` beyond NumPy: {milliseconds(seconds)} ms."
-    of_map, huge = (rows.find(workload=name, operation="forward") for name in ("map", "huge"))
-    if of_map and huge:
-        found = f"{milliseconds(middle(huge))} ms, {ratio(huge, of_map):.2f} times"
-        yield f"One adaptive box of 1e9 px: {found} one of the map's size."
-
-
 def machine_line(record):
-    machine, settings = record["machine"], record["settings"]
+    machine, settings, found = record["machine"], record["settings"], record["bandwidth"]
     versions = dict.fromkeys(
         f"{package} {version}"
         for packages in record["versions"].values()
         for package, version in packages.items()
     )
-    speeds = {"copy": "copy", "read": "read", "cache": "L2"}.items()
-    found = record["bandwidth"]
-    speeds = [f"{title} {found[name] / 1e9:.1f}" for name, title in speeds if name in found]
+    titles = {"copy": "copy", "read": "read", "cache": "L2"}.items()
+    speeds = [f"{title} {found[name] / 1e9:.1f}" for name, title in titles if name in found]
     on = f"{machine['cpu']}, {settings['threads']} thread(s), huge pages `{machine['huge_pages']}`"
     if "gpu" in machine:
         on = f"{machine['gpu']}, driver {machine['driver']}"
@@ -217,8 +202,11 @@ def machine_line(record):
 def tables(record):
     """Everything that a record says, in Markdown."""
     rows = Rows(record)
-    parts = [machine_line(record), "Median (least..largest); ratios of medians (of one round)."]
-    parts += [main_table(rows), *extras_lines(rows), memory_table(rows)]
+    how = "Median (least..largest); ratios of medians (of one round)."
+    parts = [machine_line(record), how, main_table(rows)]
+    if "import" in record:
+        seconds = milliseconds(median(record["import"]))
+        parts.append(f"`import roialign` beyond NumPy: {seconds} ms.")
     if rows.device == "cuda" and {row["by"] for row in rows.rows} <= {"ours"}:
         parts.append("torchvision was not there: ours and the floor only.")
     if record.get("left_out"):
@@ -308,12 +296,11 @@ def chart(record, path):
 
 def rewrite(readme, text):
     """Puts `text` between the markers of a README."""
-    readme = Path(readme)
-    page = readme.read_text()
-    if BEGIN not in page or END not in page:
+    before, _, rest = Path(readme).read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
         raise SystemExit(f"{readme} has no {BEGIN} and {END}")
-    before, rest = page.split(BEGIN, 1)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    Path(readme).write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def records(path):
@@ -325,7 +312,6 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
     add = parser.add_argument
     add("file", nargs="?", help="a results file; the newest of the CPU if not given")
-    add("--line", type=int, help="which run of the file, -1 the last; all if not given")
     add("--chart", metavar="PNG", help="where to draw the chart")
     add("--readme", metavar="FILE", help="rewrite the part of this file between the markers")
     given = parser.parse_args(arguments)
@@ -333,8 +319,6 @@ def main(arguments=None):
     if not (given.file or files):
         raise SystemExit("no results yet: python -m bench")
     runs = records(given.file or files[-1])
-    if given.line is not None:
-        runs = [runs[given.line]]
     for record in runs:
         print(tables(record), end="\n\n")
     image = Path(given.chart or ROOT / "docs" / "images" / "bench.png")

@@ -121,9 +121,7 @@ def converted(array, dtype, layout):
     if array.ndim != 4:
         return array
     if dtype == "bfloat16":
-        import ml_dtypes
-
-        dtype = ml_dtypes.bfloat16
+        dtype = importlib.import_module("ml_dtypes").bfloat16
     array = array.astype(dtype, copy=False)
     if layout == "nhwc":
         array = np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)

@@ -112,7 +112,8 @@ def test_one_box_memory_and_import(tiny, tmp_path, monkeypatch, capsys):
     assert set(weighed) == {*MAIN} and min(weighed.values()) >= 0
     assert len(record["import"]) == 9 and min(record["import"]) > 0
     printed = capsys.readouterr().out
-    assert "One adaptive box of 1e9 px" in printed and "`import roialign` beyond NumPy" in printed
+    assert "| huge roialign, forward |" in printed and "roialign, forward, memory" in printed
+    assert "`import roialign` beyond NumPy" in printed
 
 
 def test_what_a_call_costs(tiny, tmp_path, capsys):

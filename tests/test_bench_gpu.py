@@ -1,11 +1,11 @@
 """The benchmark on a GPU, where there is none: torch's driver is a stand-in."""
 
-import contextlib
 import itertools
 import os
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from test_bench import TINY, Here, ran  # noqa: E402
 
 OURS, THEIRS, DETERMINISTIC = "ours", "torchvision", "torchvision_deterministic"
 FLUSH = devices.Cuda.flush
+DRIVER = ("is_available", "get_device_properties", "Event", "CUDAGraph", "graph", "synchronize")
+DRIVER += ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
 COMMAND = ["--device", "cuda", "--workloads", "tiny", "--rounds", "2", "--slice", "0.002"]
 COMMAND += ["--peer", "torchvision=python", "--peer", "torch=python"]
 PLAIN = ["--dtypes", "float32", "--layouts", "nchw", "--no-extras", "--operations"]
@@ -40,42 +42,19 @@ class Apart(Here):
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch):
-    """What the driver was asked, in order."""
-    asked = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            asked.append("event")
-
-        def elapsed_time(self, end):
-            return 3.0
-
-    class Graph:
-        def replay(self):
-            asked.append("replay")
-
-    properties = SimpleNamespace(
-        name="a stand-in", total_memory=1, L2_cache_size=2, multi_processor_count=3
-    )
-    for name, value in {
-        "is_available": lambda: True,
-        "get_device_properties": lambda device: properties,
-        "Event": Event,
-        "CUDAGraph": Graph,
-        "graph": lambda graph: contextlib.nullcontext(),
-        "synchronize": lambda: asked.append("synchronize"),
-        "reset_peak_memory_stats": lambda: asked.append("reset"),
-        "memory_allocated": lambda: 1000,
-        "max_memory_allocated": lambda: 5000,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+def cuda(monkeypatch):
+    """In the place of what is asked of torch.cuda."""
+    cuda = MagicMock()
+    cuda.Event.return_value.elapsed_time.return_value = 3.0
+    cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 1000, 5000
+    sizes = {"total_memory": 1, "L2_cache_size": 2, "multi_processor_count": 3}
+    properties = SimpleNamespace(name="a stand-in", **sizes)
+    cuda.get_device_properties.return_value = properties
+    for name in DRIVER:
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     monkeypatch.setattr(devices.Cuda, "name", "cpu")
+    monkeypatch.setattr(devices.Cuda, "flush", cuda.flush)
     monkeypatch.setattr(devices, "FLUSHED", 2**16)
-    monkeypatch.setattr(devices.Cuda, "flush", lambda self: asked.append("flush"))
     monkeypatch.setattr(devices, "smi", lambda *names: {name: f"<{name}>" for name in names})
     monkeypatch.setitem(run.EVERY, "tiny", TINY)
     monkeypatch.setattr(run, "VARIED", ("tiny",))
@@ -83,7 +62,14 @@ def asked(monkeypatch):
     slow = replace(PEERS["cuda"][DETERMINISTIC], only=("tiny",))
     monkeypatch.setitem(PEERS["cuda"], DETERMINISTIC, slow)
     with_torchvision(monkeypatch)
-    return asked
+    return cuda
+
+
+def asked(cuda):
+    """What the driver was asked, in order."""
+    names = [name for name, *_ in cuda.mock_calls]
+    kept = ("flush", "record", "call", "synchronize", "reset_peak_memory_stats", "replay")
+    return [name for name in (name.split(".")[-1] for name in names) if name in kept]
 
 
 def with_torchvision(monkeypatch, spoil=lambda output: output):
@@ -97,14 +83,9 @@ def with_torchvision(monkeypatch, spoil=lambda output: output):
         )  # fmt: skip
         return spoil(output)
 
-    ops = ModuleType("torchvision.ops")
-    ops.roi_align = roi_align
-    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    ops = SimpleNamespace(roi_align=roi_align)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "torchvision.ops", ops)
-
-
-def without_torchvision(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
 
 
 @pytest.fixture
@@ -141,7 +122,7 @@ def test_the_command_writes_a_record_and_prints_its_tables(measured, tmp_path, c
         assert row["floor"]["dram"] == row["floor"]["bytes"] / record["bandwidth"]["copy"]
     assert by(record, "memory") == [OURS, THEIRS, DETERMINISTIC] and not by(record, "refused")
     printed = capsys.readouterr().out
-    for title in ("forward", "adjoint", "box gradient", "backward, its forward untimed"):
+    for title in ("forward", "adjoint", "box gradient", "backward, its forward untimed, memory"):
         assert f"tiny roialign, {title} |" in printed
     assert "times <= 1.5" in printed and "torchvision was not there" not in printed
 
@@ -162,19 +143,17 @@ def test_without_torchvision_it_is_ours_and_the_floor(measured, monkeypatch, cap
     assert "torchvision was not there" in capsys.readouterr().out
 
 
-def test_a_sample_is_between_two_events_after_a_flush(asked):
-    def call(made):
-        asked.append(made)
-
-    call.before = lambda: (asked.append("before") or "call",)
-    assert devices.Cuda().samples(call, 2, 1) == [0.003, 0.003]
-    one = ["before", "flush", "event", "call", "event"]
-    assert asked == [*one, *one, "synchronize"]
+def test_a_sample_is_between_two_events_after_a_flush(cuda):
+    cuda.call.before = lambda: (cuda.record() and "made",)
+    assert devices.Cuda().samples(cuda.call, 2, 1) == [0.003, 0.003]
+    one = ["record", "flush", "record", "call", "record"]
+    assert asked(cuda) == [*one, *one, "synchronize"]
 
 
-def test_a_mean_of_calls_is_wall_time_without_flushes(asked):
-    (seconds,) = devices.Cuda().samples(lambda: asked.append("call"), 1, 3)
-    assert asked == ["synchronize", "call", "call", "call", "synchronize"] and seconds > 0
+def test_a_mean_of_calls_is_wall_time_without_flushes(cuda):
+    cuda.call.before = tuple
+    (seconds,) = devices.Cuda().samples(cuda.call, 1, 3)
+    assert asked(cuda) == ["synchronize", "call", "call", "call", "synchronize"] and seconds > 0
 
 
 def test_contestants_take_turns(measured):
@@ -237,19 +216,14 @@ def test_the_deterministic_mode_is_for_one_contestant(measured, monkeypatch, cap
     assert processes.count(PEERS["cuda"][DETERMINISTIC].process) == 1
 
 
-def test_memory_is_what_is_beyond_inputs_and_results(asked, monkeypatch):
-    peaks = iter([5000, 6000])
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+def test_memory_is_what_is_beyond_inputs_and_results(cuda):
     output, gradient = torch.zeros(100), torch.zeros(300)
-
-    def call(made):
-        assert made is output and asked[-1] == "reset"
-        return gradient
-
-    call.before = lambda: (output,)
-    found = devices.Cuda().memory(call)
+    cuda.max_memory_allocated.side_effect = [5000, 6000]
+    cuda.call.before, cuda.call.return_value = lambda: (output,), gradient
+    found = devices.Cuda().memory(cuda.call)
     assert found == max(5000, 6000 - gradient.nbytes) - output.nbytes - 1000
-    assert asked == ["synchronize", "reset", "synchronize"] * 2
+    reset = ["synchronize", "reset_peak_memory_stats"]
+    assert asked(cuda) == [*reset, "synchronize", *reset, "call", "synchronize"]
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [("0", []), ("4", [1, 1, 1])])
@@ -266,12 +240,13 @@ def test_the_budget_ends_a_run(measured, monkeypatch, capsys, budget, rounds):
 
 
 def test_what_has_a_goal_comes_first():
-    assert set(run.ORDER) >= {name for names, *_ in report.GOALS for name in names}
+    goals = {name for names, *_ in report.GOALS for name in names}
+    assert goals - {*report.CALL} <= set(run.ORDER)
 
 
-def test_a_replay_is_of_the_captured_call(asked):
+def test_a_replay_is_of_the_captured_call(cuda):
     replay = of_torch._captured(lambda: 6)
-    assert replay() == 6 and asked[-1] == "replay"
+    assert replay() == 6 and asked(cuda)[-1] == "replay"
 
 
 def test_a_flush_leaves_the_buffer_written():
@@ -308,8 +283,8 @@ def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     assert names == {"axis_taps", "touched", *MAIN}
 
 
-def test_without_a_gpu_nothing_is_measured(measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_without_a_gpu_nothing_is_measured(measured, cuda, tmp_path):
+    cuda.is_available.return_value = False
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         measured()
     assert not list(tmp_path.iterdir())
