@@ -480,6 +480,14 @@ def test_errors_of_a_pyramid(change, message):
         pool(**(fine | {"boxes": [freed]}))
 
 
+@pytest.mark.parametrize("size", [7, (7, 7), [7, 7], np.array(7), np.array([7, 7])], ids=repr)
+def test_the_output_size_of_a_pyramid(size):
+    assert torchvision.MultiScaleRoIAlign(["a"], size, 2).output_size == (7, 7)
+    for wrong in (7.0, True, None):
+        with pytest.raises(TypeError, match="`output_size` must be an int or a pair"):
+            torchvision.MultiScaleRoIAlign(["a"], wrong, 2)
+
+
 # Imports
 
 

@@ -123,6 +123,11 @@ def test_an_array_is_no_pair(backend):
             forward()
 
 
+def test_a_count_of_threads_of_too_many_digits():
+    with pytest.raises(ValueError, match="`n` must be at least 1, got <too many digits"):
+        roialign.set_num_threads(-ENDLESS)
+
+
 # The memory is gone
 
 

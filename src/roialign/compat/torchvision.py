@@ -172,8 +172,10 @@ class MultiScaleRoIAlign(nn.Module):
         super().__init__()
         self.featmap_names = featmap_names
         self.sampling_ratio = _samples(sampling_ratio)
-        pair = (output_size, output_size) if isinstance(output_size, int) else output_size
-        self.output_size = tuple(pair)
+        try:
+            self.output_size = tuple(output_size)
+        except TypeError:
+            self.output_size = _checks.integers("output_size", output_size)
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
 
