@@ -25,6 +25,7 @@ ALLOWED = {
     ),
     "_checks": ({"_conventions"}, set()),
     "_conventions": (set(), set()),
+    "_operations": (set(), set()),
     "_threads": ({"_checks", "_core"}, set()),
     "numpy": (ADAPTER, {"numpy"}),
     "torch": (ADAPTER | {"", "_triton"}, {"numpy", "torch"}),
