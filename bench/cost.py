@@ -83,12 +83,11 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     d_output = np.prod(workload.output_shape) * itemsize if operation == "box_gradient" else 0
     steps = weights * loads + (4 if weights == 3 else 1) * outer
     found = {
-        "DRAM": through,  # bytes: what is touched of the map, and the output, once
-        "L2": values * channels * itemsize
-        + table * blocks
-        + d_output,  # what each program reads, once
-        "L1": sectors * channels * SECTOR
-        + 2 * d_output,  # the sectors that each load of a warp touches
+        # bytes: what is touched of the map, and the output, once; what each program reads, once;
+        # the sectors that each load of a warp touches
+        "DRAM": through,
+        "L2": values * channels * itemsize + table * blocks + d_output,
+        "L1": sectors * channels * SECTOR + 2 * d_output,
         "instructions": loads * lanes * INSTRUCTIONS[operation][last],
         "loads": loads * lanes,
         "multiply-adds": steps * lanes,

@@ -95,7 +95,7 @@ class Session:
     def memory(self, **asked):
         return self.device.memory(self._call(**asked))
 
-    def _call(self, by, operation, convention, dtype, layout, **numbers):
+    def _call(self, by, operation, convention, dtype, layout, output_size, **numbers):
         if (dtype, layout) not in self.given:
             given = getattr(self.module, "given", lambda array, device: array)
             self.given[dtype, layout] = {
@@ -106,6 +106,7 @@ class Session:
         problem = Problem(
             peer=peer,
             convention=peer.conventions[convention] if peer.conventions else convention,
+            output_size=tuple(output_size),
             **self.given[dtype, layout],
             **numbers,
         )

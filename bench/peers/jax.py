@@ -60,9 +60,8 @@ def _pooling(problem):
         one = {"gathers": _gathers, "products": _products}[problem.peer.way]
         return lambda features, rois: jax.lax.map(lambda roi: one(features, *roi, *numbers), rois)
     roialign.set_num_threads(problem.threads)
-    return lambda features, rois: roialign.roi_align(
-        features, rois, problem.output_size, **problem.options
-    )
+    size, options = problem.output_size, problem.options
+    return lambda features, rois: roialign.roi_align(features, rois, size, **options)
 
 
 def _positions(lo, hi, bins, samples, scale):

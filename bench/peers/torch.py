@@ -21,12 +21,12 @@ def array(result):
 def _pooling(problem):
     """A function of the map."""
     torch.set_num_threads(problem.threads)
-    size, rois = problem.output_size, problem.rois
+    size, rois, options = problem.output_size, problem.rois, problem.options
     if problem.peer.ours:
         import roialign
 
         roialign.set_num_threads(problem.threads)
-        return lambda features: roialign.roi_align(features, rois, size, **problem.options)
+        return lambda features: roialign.roi_align(features, rois, size, **options)
     from torchvision.ops import roi_align
 
     if problem.peer.way == "deterministic":  # for good: it has the process for itself
@@ -42,7 +42,7 @@ def forward(problem):
         features = features.detach().requires_grad_()
     if problem.peer.way == "compiled":
         pool = torch.compile(pool, fullgraph=True)
-    call = lambda: pool(features)  # noqa: E731
+    call = partial(pool, features)
     return _captured(call) if problem.peer.way == "captured" else call
 
 
@@ -82,7 +82,7 @@ def box_gradient(problem):
 
 def nothing(problem):
     empty = torch.compile(lambda features: features.view(-1), fullgraph=True)
-    return lambda: empty(problem.features)
+    return partial(empty, problem.features)
 
 
 def _captured(call):
