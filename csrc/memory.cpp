@@ -1,9 +1,12 @@
 #include "memory.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #if defined(_WIN32)
 #include <malloc.h>
@@ -55,15 +58,6 @@ const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
 });
 #endif
 
-std::size_t cache_limit() {
-  static const std::size_t limit = [] {
-    const char* text = std::getenv("ROIALIGN_CACHE_MB");
-    const double megabytes = text && *text ? std::atof(text) : 64.0;
-    return megabytes > 0 && megabytes < 1e6 ? std::size_t(megabytes * (1 << 20)) : std::size_t{0};
-  }();
-  return limit;
-}
-
 Buffer remove_buffer(int i) {
   const Buffer buffer = cache.buffers[i];
   for (int j = i + 1; j < cache.count; ++j) cache.buffers[j - 1] = cache.buffers[j];
@@ -73,6 +67,24 @@ Buffer remove_buffer(int i) {
 }
 
 }  // namespace
+
+std::size_t cache_limit() {
+  static const std::size_t limit = [] {
+    const char* text = std::getenv("ROIALIGN_CACHE_MB");
+    if (!text || !*text) return std::size_t{64} << 20;
+    std::size_t megabytes = 0;
+    for (const char* c = text; *c; ++c) {
+      if (*c < '0' || *c > '9') {
+        throw std::runtime_error(
+            "ROIALIGN_CACHE_MB must be a number of MiB in decimal digits, got '" +
+            std::string(text) + "'");
+      }
+      megabytes = std::min(megabytes * 10 + std::size_t(*c - '0'), SIZE_MAX >> 20);
+    }
+    return megabytes << 20;
+  }();
+  return limit;
+}
 
 void* map_memory(std::size_t bytes, [[maybe_unused]] bool sparse) {
 #if defined(_WIN32)

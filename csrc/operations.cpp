@@ -9,8 +9,7 @@ namespace roialign {
 namespace {
 
 constexpr int64_t kMostElements = INT64_MAX / 32;  // of an array: 32 bytes are a box of float64
-constexpr int64_t kMostSamples =
-    4096;  // fixed ones, per bin and axis: they bound the time of a call
+constexpr int64_t kMostSamples = 4096;  // if fixed, per bin and axis: it bounds a call's time
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);

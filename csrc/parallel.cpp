@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <exception>
@@ -97,37 +98,34 @@ const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
 });
 #endif
 
-// CPUs that the cgroup's quota allows, or `otherwise`.
-int quota_cpus(int otherwise) {
-  long long quota = -1, period = -1;
-  char first[32] = "";
-  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {  // version 2
-    if (std::fscanf(file, "%31s %lld", first, &period) == 2 &&
-        std::sscanf(first, "%lld", &quota) != 1) {
-      quota = -1;
-    }
+// The CPUs that the quota of a cgroup allows, or `cpus` if there is none: version 2 or 1.
+int quota_cpus(const std::string& cgroup, int cpus) {
+  double quota = -1, period = -1;
+  const auto read = [&](const char* name, double& first, double& second) {
+    std::FILE* file = std::fopen((cgroup + name).c_str(), "r");
+    if (!file) return false;
+    // What is no number, as "max", leaves -1.
+    [[maybe_unused]] const int count = std::fscanf(file, "%lf %lf", &first, &second);
     std::fclose(file);
-  } else if (std::FILE* old = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r")) {
-    if (std::fscanf(old, "%lld", &quota) != 1) quota = -1;
-    std::fclose(old);
-    if (std::FILE* other = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r")) {
-      if (std::fscanf(other, "%lld", &period) != 1) period = -1;
-      std::fclose(other);
-    }
+    return true;
+  };
+  if (!read("/cpu.max", quota, period)) {
+    read("/cpu/cpu.cfs_quota_us", quota, period);
+    read("/cpu/cpu.cfs_period_us", period, quota);
   }
-  return quota > 0 && period > 0 ? int(std::max(1LL, (quota + period - 1) / period)) : otherwise;
+  if (!(quota > 0 && period > 0)) return cpus;
+  return int(std::max(1.0, std::min(double(cpus), std::ceil(quota / period))));
 }
 
 }  // namespace
 
-int available_cpus() {
+int available_cpus(const std::string& cgroup) {
   int cpus = int(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
 #endif
-  cpus = std::max(cpus, 1);
-  return std::min(cpus, quota_cpus(cpus));
+  return quota_cpus(cgroup, std::max(cpus, 1));
 }
 
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {

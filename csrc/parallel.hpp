@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace roialign {
 
-// CPUs that this process may use: its affinity and its cgroup's quota.
-int available_cpus();
+// CPUs that this process may use: its affinity and the quota of its cgroup, a directory.
+int available_cpus(const std::string& cgroup);
 
 // Runs body(context, task) for every task in [0, tasks) on at most `threads` threads, the caller
 // among them. If the pool is busy the caller works alone: it never waits for another call.

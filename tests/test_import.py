@@ -1,5 +1,7 @@
 """What `import roialign` loads, what it offers, and the settings that are read at import."""
 
+import os
+import re
 import sys
 import types
 
@@ -180,15 +182,55 @@ def test_very_many_threads():
     isolated(check_very_many_threads)
 
 
-@pytest.mark.parametrize("setting", ["much", "1e300", "nan"])
-def test_a_meaningless_cache_setting_still_works(setting):
+@pytest.mark.parametrize("setting", ["", "0", "064", "9" * 40])
+def test_a_cache_setting(setting):
     isolated(check_small_call, env={"ROIALIGN_CACHE_MB": setting})
+
+
+@pytest.mark.parametrize(
+    "setting", ["abc", "64MB", "0x10", "1e300", "nan", "-1", "+1", "2.5", " 64", "64 ", "\u0661"]
+)
+def test_a_meaningless_cache_setting_is_an_import_error(setting):
+    message = f"ImportError: ROIALIGN_CACHE_MB must be .*decimal digits, got '{re.escape(setting)}'"
+    with pytest.raises(AssertionError, match=message):
+        isolated(check_small_call, env={"ROIALIGN_CACHE_MB": setting})
 
 
 def test_threads_default_to_the_cpus_of_this_process():
     if not hasattr(__import__("os"), "sched_setaffinity"):
         pytest.skip("no affinity on this system")
     isolated(check_affinity)
+
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    "quota, period, cpus",
+    [
+        ("max", "100000", CPUS),
+        ("-1", "100000", CPUS),
+        ("100000", "100000", 1),
+        ("1", "100000", 1),
+        ("100001", "100000", min(2, CPUS)),
+        ("9999999999999999999999", "100000", CPUS),
+        ("9" * 400, "9" * 400, CPUS),
+        ("100000", "9" * 400, 1),
+        ("nan", "100000", CPUS),
+        ("100000", "0", CPUS),
+        ("100000", "", CPUS),
+        ("", "", CPUS),
+    ],
+)
+def test_the_quota_of_a_cgroup(tmp_path, quota, period, cpus):
+    version_1, version_2 = tmp_path / "1", tmp_path / "2"
+    (version_1 / "cpu").mkdir(parents=True)
+    version_2.mkdir()
+    (version_1 / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (version_1 / "cpu" / "cpu.cfs_period_us").write_text(f"{period}\n")
+    (version_2 / "cpu.max").write_text(f"{quota} {period}\n")
+    assert _core.available_cpus(str(version_1)) == _core.available_cpus(str(version_2)) == cpus
+    assert _core.available_cpus(str(tmp_path)) == CPUS
 
 
 def check_affinity():

@@ -357,6 +357,7 @@ NB_MODULE(_core, m) {
   m.doc() = "Native core of roialign. Internal: use the functions of roialign.";
   try {
     engine();
+    cache_limit();
   } catch (const std::runtime_error& error) {
     throw nb::import_error(error.what());
   }
@@ -364,7 +365,7 @@ NB_MODULE(_core, m) {
   m.attr("isa") = engine().name;
   m.attr("compiled_isas") = names(compiled_isas());
   m.attr("usable_isas") = names(usable_isas());
-  m.def("available_cpus", &available_cpus);
+  m.def("available_cpus", &available_cpus, nb::arg("cgroup") = "/sys/fs/cgroup");
   m.def("accept", &python::accept);
   m.def("has_memory", &python::has_memory);
   m.def("are_ordinary", &python::are_ordinary);
