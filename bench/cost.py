@@ -16,6 +16,7 @@ import torch
 from bench import floor, reference, report, run
 from bench.peers import LAYOUTS, MAIN, OPERATIONS, ROUNDING
 from roialign import _checks
+from roialign._rois import Rois
 from roialign._triton import launch
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
@@ -46,13 +47,13 @@ def launched(workload, operation, dtype, layout, convention):
         torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=kind)
         for shape in (workload.shape, workload.output_shape)
     )
-    boxes = launch.New((workload.rois_number, 4), "float32")
-    index = launch.New((workload.rois_number,), "int64")
-    rule = _checks.rule(workload.scale, workload.sampling, convention, "mean").numbers
+    boxes = torch.empty((workload.rois_number, 4), device="meta")
+    rois = Rois(boxes, torch.empty(boxes.shape[:1], dtype=torch.int64, device="meta"))
+    numbers = _checks.rule(workload.scale, workload.sampling, convention, "mean")
     arguments = {
-        "forward": (features, boxes, index, None, rule, output),
-        "adjoint": (output, boxes, index, None, rule, features),
-        "box_gradient": (output, features, boxes, index, rule),
+        "forward": ([features], rois, None, *numbers, output),
+        "adjoint": (output, rois, None, *numbers, [features]),
+        "box_gradient": (output, [features], rois, *numbers, boxes),
     }[operation]
     getattr(launch, operation)(call, *arguments)
     return kernels, sum(np.prod(new.shape) * np.dtype(new.dtype).itemsize for new in made)
@@ -64,7 +65,8 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     axes = reference.axes_of(workload, rois, convention)
     through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
     kernels, private = launched(workload, operation, dtype, layout, convention)
-    constants, weights = kernels[-1][1], WEIGHTS[operation]
+    (constants,) = (constants for _, constants in kernels if "INNERMOST" in constants)
+    weights = WEIGHTS[operation]
     of_box, row = bins, workload.shape[3]
     if operation == "adjoint":
         of_box, row = tiles, workload.output_size[1]

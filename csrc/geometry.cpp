@@ -20,22 +20,21 @@ struct Grid {
 };
 
 template <class Real>
-Grid<Real> grid_of(Real lo, Real hi, const Convention& c, int64_t bins, int64_t sampling_ratio,
-                   Real scale) {
-  const Real input = Real(c.input_offset), pixel = Real(c.pixel_offset);
+Grid<Real> grid_of(Real lo, Real hi, const Rule& rule, int64_t bins, Real scale) {
+  const Real input = Real(rule.input_offset), pixel = Real(rule.pixel_offset);
   const Real start = (lo + input) * scale - pixel;
-  const Real end = (hi + input + Real(c.end_offset)) * scale - pixel;
+  const Real end = (hi + input + Real(rule.end_offset)) * scale - pixel;
   Real size = end - start;
-  const bool clamped = c.has_min_size && size < Real(c.min_size);
-  if (clamped) size = Real(c.min_size);
+  const bool clamped = size < Real(rule.min_size);
+  if (clamped) size = Real(rule.min_size);
   if (!std::isfinite(size)) return {start, 0, 0, clamped};
   const Real bin = size / Real(bins);
-  int64_t samples = sampling_ratio;
+  int64_t samples = int64_t(rule.sampling_ratio);
   if (samples <= 0) {
-    const Real wanted = c.adaptive_floor ? std::fmax(Real(1), std::floor(bin)) : std::ceil(bin);
+    const Real wanted = rule.adaptive != 0 ? std::fmax(Real(1), std::floor(bin)) : std::ceil(bin);
     samples = !(size > 0) || !(wanted <= Real(kMaxSamples)) ? 0 : int64_t(wanted);
   }
-  return {start, bin, samples > kMaxSamples ? 0 : samples, clamped};
+  return {start, bin, samples, clamped};
 }
 
 // Equation (2): the position of sample i of bin k.
@@ -162,9 +161,9 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
 }  // namespace
 
 template <class Real>
-void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
-               int64_t size, Real scale, Taps& values, Taps* slopes) {
-  const Grid<Real> grid = grid_of(lo, hi, convention, bins, sampling_ratio, scale);
+void axis_taps(Real lo, Real hi, const Rule& rule, int64_t bins, int64_t size, Real scale,
+               Taps& values, Taps* slopes) {
+  const Grid<Real> grid = grid_of(lo, hi, rule, bins, scale);
   values.first.assign(1, 0);
   if (slopes) slopes->first.assign(1, 0);
   const auto add_bins = [&](const auto& position) {
@@ -177,9 +176,7 @@ void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int
     add_bins(Positions<Real>(grid.start, grid.bin, grid.samples));
 }
 
-template void axis_taps(float, float, const Convention&, int64_t, int64_t, int64_t, float, Taps&,
-                        Taps*);
-template void axis_taps(double, double, const Convention&, int64_t, int64_t, int64_t, double, Taps&,
-                        Taps*);
+template void axis_taps(float, float, const Rule&, int64_t, int64_t, float, Taps&, Taps*);
+template void axis_taps(double, double, const Rule&, int64_t, int64_t, double, Taps&, Taps*);
 
 }  // namespace roialign

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "params.hpp"
+#include "rule.hpp"
 
 namespace roialign {
 
@@ -22,7 +22,7 @@ struct Taps {
 // The taps of one box on one axis of `size` pixels: row k of `values` averages the samples of bin
 // k; `slopes` (may be null) is its derivative in `lo` and in `hi`. Real is the coordinate type.
 template <class Real>
-void axis_taps(Real lo, Real hi, const Convention& convention, int64_t bins, int64_t sampling_ratio,
-               int64_t size, Real scale, Taps& values, Taps* slopes);
+void axis_taps(Real lo, Real hi, const Rule& rule, int64_t bins, int64_t size, Real scale,
+               Taps& values, Taps* slopes);
 
 }  // namespace roialign

@@ -9,20 +9,10 @@ namespace roialign {
 namespace {
 
 constexpr int64_t kMostElements = INT64_MAX / 32;  // of an array: 32 bytes are a box of float64
-constexpr int64_t kMostSamples = 4096;  // if fixed, per bin and axis: it bounds a call's time
+constexpr double kMostSamples = 4096;  // if fixed, per bin and axis: it bounds a call's time
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
-}
-
-// A map that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins
-// of a RoI in 32 bits.
-void require_pixels(const Tensor& map, const Tensor& pooled) {
-  for (const int axis : {2, 3}) {
-    require(map.shape[axis] > 0 && map.shape[axis] <= INT32_MAX, "roialign: no map to be sampled");
-    require(pooled.shape[axis] > 0 && pooled.shape[axis] <= INT32_MAX, "roialign: too many bins");
-  }
-  require(pooled.shape[2] * pooled.shape[3] <= INT32_MAX, "roialign: too many bins");
 }
 
 // How many elements an array has. What comes as a shape may be anything: whatever is counted in
@@ -38,21 +28,54 @@ int64_t size_of(const Tensor& tensor) {
   return size;
 }
 
-void require_fit(const Tensor& map, const Rois& rois, const Tensor& pooled, const Params& params) {
-  size_of(map);
-  size_of(pooled);
-  require(params.sampling_ratio <= kMostSamples,
-          "roialign: sampling_ratio must be at most 4096; 0 adapts to the box");
-  require(
-      pooled.shape[0] == rois.count && pooled.shape[1] == map.shape[1] && pooled.dtype == map.dtype,
-      "roialign: the map, the boxes and the pooled array do not fit");
-  require(map.dtype != DType::int64 && rois.boxes_dtype != DType::int64,
+// Maps that RoIs can sample, and their bins: the engine counts the pixels of an axis and the bins
+// of a RoI in 32 bits.
+void require_pixels(Maps maps, const Tensor& pooled) {
+  for (const int axis : {2, 3}) {
+    for (int64_t m = 0; m < maps.count; ++m) {
+      const int64_t side = maps[m].array.shape[axis];
+      require(side > 0 && side <= INT32_MAX, "roialign: no map to be sampled");
+    }
+    require(pooled.shape[axis] > 0 && pooled.shape[axis] <= INT32_MAX, "roialign: too many bins");
+  }
+  require(pooled.shape[2] * pooled.shape[3] <= INT32_MAX, "roialign: too many bins");
+}
+
+// Gives the elements of all maps together.
+int64_t require_fit(Maps maps, const Rois& rois, const Tensor& pooled) {
+  require(maps.count > 0, "roialign: there is no map");
+  require(maps.count == 1 || rois.level.data || rois.count == 0,
+          "roialign: several maps need a level for each RoI");
+  require(is_float(maps.first().dtype) && is_float(rois.boxes_dtype),
           "roialign: maps and boxes must be of a float type");
+  int64_t size = 0;
+  for (int64_t m = 0; m < maps.count; ++m) {
+    const Tensor& map = maps[m].array;
+    size = size_of(map) ? 1 : size;
+    require(map.dtype == pooled.dtype && map.shape[0] == maps.first().shape[0] &&
+                map.shape[1] == pooled.shape[1] && pooled.shape[0] == rois.count,
+            "roialign: the maps, the boxes and the pooled array do not fit");
+  }
+  size_of(pooled);
+  return size;
 }
 
 }  // namespace
 
-Tensor dense(void* data, DType dtype, const int64_t* shape) {
+Rule rule_of(const double* numbers, int64_t count) {
+  require(count <= kRuleNumbers, "roialign: the rule has more numbers than this version knows");
+  Rule rule;
+  int64_t i = 0;
+#define ROIALIGN_TAKE(name, otherwise) \
+  if (i < count) rule.name = numbers[i++];
+  ROIALIGN_RULE(ROIALIGN_TAKE)
+#undef ROIALIGN_TAKE
+  require(rule.sampling_ratio >= 0 && rule.sampling_ratio <= kMostSamples,
+          "roialign: sampling_ratio must be at most 4096; 0 adapts to the box");
+  return rule;
+}
+
+Tensor contiguous(void* data, DType dtype, const int64_t* shape) {
   Tensor tensor{data, dtype, {shape[0], shape[1], shape[2], shape[3]}, {}};
   size_of(tensor);
   int64_t stride = 1;
@@ -60,35 +83,35 @@ Tensor dense(void* data, DType dtype, const int64_t* shape) {
   return tensor;
 }
 
-void forward(const Tensor& features, const Rois& rois, const void* tangent, const Params& params,
+void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
              const Tensor& output, int threads) {
-  require_fit(features, rois, output, params);
+  require_fit(features, rois, output);
   if (size_of(output) == 0) return;
   require_pixels(features, output);
-  engine().forward(features, rois, tangent, params, output, threads);
+  engine().forward(features, rois, tangent, rule, output, threads);
 }
 
-void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Params& params,
-             const Tensor& d_features, int threads) {
-  require_fit(d_features, rois, d_output, params);
+void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
+             Maps d_features, int threads) {
+  const int64_t size = require_fit(d_features, rois, d_output);
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
-  if (size_of(d_features) == 0) return;
+  if (size == 0) return;
   if (rois.count) require_pixels(d_features, d_output);
-  engine().adjoint(d_output, rois, tangent, params, d_features, threads);
+  engine().adjoint(d_output, rois, tangent, rule, d_features, threads);
 }
 
-void box_gradient(const Tensor& d_output, const Tensor& features, const Rois& rois,
-                  const Params& params, void* d_boxes, int threads) {
-  require_fit(features, rois, d_output, params);
+void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
+                  void* d_boxes, int threads) {
+  require_fit(features, rois, d_output);
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (rois.count == 0) return;
-  if (features.shape[1] == 0) {  // no channel: nothing depends on the boxes
-    const bool wide = coordinate_type(features.dtype) == DType::float64;
-    std::memset(d_boxes, 0, size_t(rois.count) * 4 * (wide ? sizeof(double) : sizeof(float)));
+  if (d_output.shape[1] == 0) {  // no channel: nothing depends on the boxes
+    std::memset(d_boxes, 0,
+                size_t(rois.count) * 4 * size_t(size_of(coordinate_type(d_output.dtype))));
     return;
   }
   require_pixels(features, d_output);
-  engine().box_gradient(d_output, features, rois, params, d_boxes, threads);
+  engine().box_gradient(d_output, features, rois, rule, d_boxes, threads);
 }
 
 }  // namespace roialign

@@ -119,7 +119,7 @@ int quota_cpus(const std::string& cgroup, int cpus) {
 
 }  // namespace
 
-int available_cpus(const std::string& cgroup) {
+int available_cpus(const char* cgroup) {
   int cpus = int(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t set;

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace roialign {
 
 // CPUs that this process may use: its affinity and the quota of its cgroup, a directory.
-int available_cpus(const std::string& cgroup);
+int available_cpus(const char* cgroup);
 
 // Runs body(context, task) for every task in [0, tasks) on at most `threads` threads, the caller
 // among them. If the pool is busy the caller works alone: it never waits for another call.

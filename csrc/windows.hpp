@@ -9,10 +9,14 @@
 
 namespace roialign {
 
-// Pixels travel between a map and the engine's scratch in groups of this many.
+// A pixel of a block of channels, in the engine's scratch: a cache line.
+constexpr int kLineBytes = 64;
+
+// Pixels travel between a map and the engine's scratch in groups of this many: a cache line of
+// float32, and a square transposition.
 constexpr int64_t kGroup = 16;
 
-// The most taps of a bin in an axis that is called separate.
+// The most taps of a bin in an axis that is called separate: 2 samples that share no pixel.
 constexpr int kSeparateTaps = 4;
 
 // One axis of one window: a sparse matrix over the window's own pixels, every row padded to `taps`
@@ -42,7 +46,7 @@ template <class Real>
 struct Window {
   int64_t roi;
   const Term<Real>* term;  // next to what its axes point to: a window is read as one run of memory
-  int term_count;          // 0: the image index is bad
+  int term_count;          // 0: on no map, or no image
 };
 
 enum class Operation { forward, adjoint, box_gradient };
@@ -74,20 +78,23 @@ struct Visit {
 
 template <class Real>
 struct Windows {
-  const Visit<Real>* visits;
-  int64_t visit_count;
-  int64_t max_columns;  // the most pixel columns of a term
-  int64_t work;         // multiply-adds per channel
+  const Visit<Real>* visits;  // map after map
+  const int64_t* ends;        // of the visits of each map
+  int64_t max_columns;        // the most pixel columns of a term
+  int64_t work;               // multiply-adds per channel
 };
 
-// The first RoI whose image index is not an integer in [0, images), or -1.
-int64_t bad_image_index(const Rois& rois, int64_t images);
+// How many tasks share a visit of a map: one for each slice of its channels.
+struct Slicing {
+  int64_t (*count)(const void* context, int64_t map);
+  const void* context;
+};
 
 // Builds into storage of the calling thread, valid until its next call. `tangent` is a direction
-// (K, 4) in the boxes, or null. Work is cut into visits without regard to the number of threads.
+// (K, 4) in the boxes, or null. Work is cut into visits without regard to the number of threads. A
+// RoI on no map or no image has a window without terms, in a visit of the first image.
 template <class Real>
-Windows<Real> build_windows(Operation operation, const Rois& rois, const Real* tangent,
-                            const Params& params, const int64_t map_shape[4], const int64_t bins[2],
-                            int64_t tasks_per_visit, int threads);
+Windows<Real> build_windows(Operation operation, Maps maps, const Rois& rois, const Real* tangent,
+                            const Rule& rule, const int64_t bins[2], Slicing slicing, int threads);
 
 }  // namespace roialign

@@ -177,8 +177,8 @@ class Triton(TorchFunc):
     def start(self, monkeypatch):
         super().start(monkeypatch)
         if self.interpreted:
-            module = lambda tensor: None if tensor.is_meta else "launch"  # noqa: E731
-            monkeypatch.setattr(roialign.torch, "_triton_module", module)
+            folder = lambda tensor: None if tensor.is_meta else "_triton"  # noqa: E731
+            monkeypatch.setattr(roialign.torch.kernels, "home", folder)
 
 
 class Jax(Backend):

@@ -5,6 +5,7 @@ In an environment of its own, because triton-ascend takes the place of Triton, a
 """
 
 import inspect
+import math
 import re
 from collections import Counter
 
@@ -19,21 +20,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from roialign._triton import dense, kernels, products
+from roialign._ascend import launch, products
+from roialign._triton import kernels
 
 TARGET = GPUTarget("npu", "Ascend910B3", 0)
-POINTERS = {
-    "image_of": "*i64",
+RULE = (0.0, 0.5, 0.0, 1.0, -math.inf, 0.0)
+ARGUMENTS = {
+    **dict.fromkeys(("image_of", "bits", "levels"), "*i64"),
     "extents": "*i32",
-    "bits": "*i64",
     "source": "*i32",
     "target": "*i32",
-    **dict.fromkeys(("boxes", "tangent", "weights", "partial"), "*fp32"),
+    **dict.fromkeys(("boxes", "tangent", "weights", "partial", "d_boxes"), "*fp32"),
+    **dict.fromkeys(("scale_y", "scale_x"), "fp32"),
 }
-NUMBERS = ("scale_y", "scale_x", "pixel_offset", "input_offset", "end_offset", "min_size")
 FORWARD = {"features_w": 1, "output_q": 1}
 ADJOINT = {"d_output_q": 1, "d_features_w": 1}
-BOX_GRADIENT = {"d_output_q": 1, "features_w": 1, "BLOCK_C": dense.BLOCK_C}
+BOX_GRADIENT = {"d_output_q": 1, "features_w": 1, "BLOCK_C": launch.BLOCK_C}
 
 
 @triton.jit
@@ -52,12 +54,12 @@ def lower(kernel, values="fp32", index="i64", **constants):
     """The text of the linalg IR of a kernel, where `values` are the dtype of maps and outputs."""
     signature = {}
     for name in inspect.signature(kernel.fn).parameters:
-        if name in ("features", "output", "d_features", "d_output"):
+        if name in ("features", "before", "output", "d_features", "d_output"):
             signature[name] = f"*{values}"
         elif name == "image_index":
             signature[name] = f"*{index}"
         elif name not in constants:
-            signature[name] = POINTERS.get(name, "fp32" if name in NUMBERS else "i32")
+            signature[name] = ARGUMENTS.get(name, "i32")
     backend = make_backend(TARGET)
     options = backend.parse_options({})
     context = ir.context()
@@ -100,16 +102,16 @@ def test_what_is_discrete_is_seen(kernel):
 @pytest.mark.parametrize(
     "kernel, constants, expected",
     [
-        (products.forward, {"PARTS": 1, **FORWARD}, (5, 3, 2)),
-        (products.forward, {"PARTS": 2, **FORWARD}, (5, 5, 4)),
-        (products.adjoint, {"PARTS": 1, **ADJOINT}, (5, 3, 2)),
-        (products.adjoint, {"PARTS": 2, **ADJOINT}, (5, 5, 4)),
+        (products.forward, {"TABLES": 1, **FORWARD}, (5, 3, 2)),
+        (products.forward, {"TABLES": 2, **FORWARD}, (5, 5, 4)),
+        (products.adjoint, {"TABLES": 1, **ADJOINT}, (5, 3, 2)),
+        (products.adjoint, {"TABLES": 2, **ADJOINT}, (5, 5, 4)),
         (products.box_gradient, BOX_GRADIENT, (5, 8, 7)),
     ],
     ids=["forward", "forward-tangent", "adjoint", "adjoint-tangent", "box_gradient"],
 )
 def test_products(kernel, constants, expected, values, block):
-    text = lower(kernel, values, BLOCK_P=block, SIDE=dense.SIDE, **constants)
+    text = lower(kernel, values, BLOCK_P=block, SIDE=launch.SIDE, **constants)
     check(text)
     loads, copies, products = expected
     assert accesses(text) == {
@@ -122,39 +124,51 @@ def test_products(kernel, constants, expected, values, block):
     assert len(rows) == copies  # contiguous in memory
 
 
-@pytest.mark.parametrize("parts, loads", [(1, 3), (2, 7), (3, 5)])
-@pytest.mark.parametrize("floor", [False, True])
-def test_weights(parts, loads, floor):
+def lower_weights(index="i64", rule=RULE, tables=1, levels=False, block=16, **constants):
+    constants |= {"RULE": rule, "TABLES": tables, "LEVELS": levels, "BLOCK_P": block}
+    return lower(
+        products.axis_weights, index=index, SIDE=max(1, launch.LANES // block), **constants
+    )
+
+
+@pytest.mark.parametrize("tables, loads", [(1, 3), (2, 7), (3, 5)])
+def test_weights(tables, loads):
     # of one number: the image, and the ends of the box (all four with slopes) and of its tangent
-    constants = {"PARTS": parts, "FLOOR": floor, "BLOCK_P": 16, "SIDE": 32, "boxes_step": 1}
-    text = lower(products.axis_weights, **constants)
+    text = lower_weights(tables=tables, boxes_step=1)
     check(text)
     assert accesses(text) == {"memref.load": loads}
 
 
-@pytest.mark.parametrize("index", ["i32", "fp16", "fp32"])
-def test_an_index_of_another_type(index):
-    check(lower(products.axis_weights, index=index, PARTS=1, FLOOR=False, BLOCK_P=16, SIDE=32))
-
-
-@pytest.mark.parametrize("block", [32, 512])
-def test_weights_of_many_bins(block):
-    side = max(1, dense.LANES // block)
-    check(lower(products.axis_weights, PARTS=1, FLOOR=False, BLOCK_P=block, SIDE=side))
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"index": index} for index in ("i32", "fp16", "fp32")),
+        *({"block": block} for block in (32, 512)),
+        {"levels": True},
+        {"rule": (0.0, 0.0, 0.5, 1.0, 1.0, 1.0), "tables": 3},
+        {"rule": (2.0, 0.0, 0.0, 1.0, 0.0, 1.0)},
+    ],
+    ids=str,
+)
+def test_weights_of_another_kind(options):
+    check(lower_weights(**options))
 
 
 @pytest.mark.parametrize(
     "kernel, constants",
     [
-        (products.forward, {"PARTS": 1}),
-        (products.adjoint, {"PARTS": 1}),
-        (products.box_gradient, {"BLOCK_C": dense.BLOCK_C}),
+        (products.forward, {"TABLES": 1}),
+        (products.adjoint, {"TABLES": 1}),
+        (products.box_gradient, {"BLOCK_C": launch.BLOCK_C}),
     ],
     ids=["forward", "adjoint", "box_gradient"],
 )
 def test_other_strides(kernel, constants):
-    check(lower(kernel, BLOCK_P=16, SIDE=dense.SIDE, **constants))
+    check(lower(kernel, BLOCK_P=16, SIDE=launch.SIDE, **constants))
 
 
-def test_touched():
-    check(lower(kernels.touched, TILE_Y=dense.SIDE, TILE_X=dense.SIDE, BLOCK_W=8))
+def test_the_kernels_that_are_shared():
+    check(lower(kernels.touched, TILE_Y=launch.SIDE, TILE_X=launch.SIDE, BLOCK_W=8))
+    text = lower(kernels.sum_blocks, "fp32", REAL=tl.float32, BLOCK_K=128)
+    check(text)
+    assert accesses(text) == {"memref.copy": 3}

@@ -266,21 +266,21 @@ def test_a_machine_without_a_driver_is_none(measured, monkeypatch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    import roialign.torch
+    from roialign.torch import kernels
 
-    names, launch = set(), roialign.torch._launch
+    names, launch = set(), kernels.launch
 
     def spy(kernel, *arguments, **constants):
         names.add(kernel.fn.__name__)
         return launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: "launch")
-    monkeypatch.setattr(roialign.torch, "_launch", spy)
+    monkeypatch.setattr(kernels, "home", lambda tensor: "_triton")
+    monkeypatch.setattr(kernels, "launch", spy)
     small = replace(TINY, shape=(1, 2, 8, 8), per_image=1, output_size=(2, 1), sampling=1)
     monkeypatch.setitem(run.EVERY, "tiny", small)
     record = measured("--peers", "--slice", "0", "--rounds", "1", *PLAIN, *MAIN)
     assert [row["operation"] for row in record["rows"]] == [*MAIN] and not by(record, "refused")
-    assert names == {"axis_taps", "touched", *MAIN}
+    assert names == {"axis_taps", "touched", "sum_blocks", *MAIN}
 
 
 def test_without_a_gpu_nothing_is_measured(measured, cuda, tmp_path):

@@ -45,6 +45,9 @@ class Array:
     def __len__(self):
         return len(self.values)
 
+    def astype(self, dtype, copy=True):
+        return Array(self.values.astype(dtype, copy=copy))
+
     def __setitem__(self, key, array):
         self.values[key] = array.values
 

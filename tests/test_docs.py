@@ -23,7 +23,7 @@ MODULES = (
     "roialign",
     "roialign._api",
     "roialign._checks",
-    "roialign._conventions",
+    "roialign._rule",
     "roialign.numpy",
     *(module for name in FRAMEWORKS if name not in MISSING for module in FRAMEWORKS[name]),
 )

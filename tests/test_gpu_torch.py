@@ -18,9 +18,9 @@ import tolerance
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
-import roialign.torch  # noqa: E402
+import roialign.torch.kernels as kernels_of_torch  # noqa: E402
 from roialign._triton import kernels  # noqa: E402
-from test_torch import OPTIONS, array, tensor  # noqa: E402
+from test_torch import OPTIONS, RULE, array, tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
@@ -38,23 +38,23 @@ def on_host(tensor):
     return array(tensor.cpu())
 
 
-def module_of(tensor):
+def folder_of(tensor):
     """A tensor of the CPU passes for one of a GPU."""
-    return None if tensor.is_meta else "launch"
+    return None if tensor.is_meta else "_triton"
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """The names of the kernels that ran."""
-    names, launch = [], roialign.torch._launch
+    names, launch = [], kernels_of_torch.launch
 
     def spy(kernel, grid, inputs, outputs, **constants):
         names.append(kernel.fn.__name__)
         return launch(kernel, grid, inputs, outputs, **constants)
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(roialign.torch, "_triton_module", module_of)
-    monkeypatch.setattr(roialign.torch, "_launch", spy)
+        monkeypatch.setattr(kernels_of_torch, "home", folder_of)
+    monkeypatch.setattr(kernels_of_torch, "launch", spy)
     return names
 
 
@@ -62,7 +62,7 @@ def launched(monkeypatch):
 def core():
     """On tensors of the CPU the core again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roialign.torch, "_triton_module", lambda t: "launch" if t.is_cuda else None)
+        patch.setattr(kernels_of_torch, "home", lambda t: "_triton" if t.is_cuda else None)
         yield
 
 
@@ -117,7 +117,7 @@ def test_oracle(make_problem, launched, dtype, layout):
 
     launched.clear()
     d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **problem.options)
-    assert launched == ["axis_taps", "box_gradient"]
+    assert launched == ["axis_taps", "box_gradient", "sum_blocks"]
     assert d_boxes.device == features.device
     expected = oracle.box_gradient(problem, g)
     tolerance.check(on_host(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
@@ -270,10 +270,10 @@ def test_export(problem):
 
 def test_opcheck(problem):
     features, boxes, index = arguments(problem)
-    scalars = (0.5, 0.4, 2, 0.5, 0.0, 0.0, None, False)
-    given = (features.requires_grad_(), boxes.requires_grad_(), index, None, SIZE, *scalars)
+    maps, rest = [features.requires_grad_()], (None, None, SIZE, (0.5, 0.4), RULE)
+    given = (maps, boxes.requires_grad_(), index, *rest)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.roialign.forward.default, given, test_utils=tests)
+    torch.library.opcheck(torch.ops.roialign.forward.maps, given, test_utils=tests)
 
 
 def test_autocast(make_problem):
@@ -324,7 +324,7 @@ def test_the_cpu_needs_no_triton():
 def test_a_gpu_without_triton_is_a_clear_error():
     code = (
         "import sys; sys.modules['triton'] = None; import torch, roialign.torch;"
-        "roialign.torch._triton_module = lambda tensor: 'launch';"
+        "roialign.torch.kernels.home = lambda tensor: '_triton';"
         "roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -343,7 +343,7 @@ def test_other_devices_are_refused():
 @pytest.mark.parametrize("key", ["CUDA", "PrivateUse1"])
 def test_operators_are_registered(key):
     for name in ("forward", "adjoint", "box_gradient"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"roialign::{name}", key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"roialign::{name}.maps", key)
 
 
 @pytest.mark.parametrize("wrong", ["features", "boxes", "index", "tangent", "output", "dtype"])
@@ -362,17 +362,17 @@ def test_what_does_not_fit_is_refused(problem, launched, wrong):
     else:
         given[wrong] = given[wrong][:, 1:] if wrong == "features" else given[wrong][1:]
     output, features, boxes, index, tangent = given.values()
-    rois, rule = (boxes, index), (0.5, 0.4, 2, 0.5, 0.0, 0.0, None, False)
+    rois, rest = (boxes, index, None), ((0.5, 0.4), RULE)
     error = TypeError if wrong == "dtype" else ValueError
     operators = torch.ops.roialign
     if wrong == "tangent":
         with pytest.raises(error):
-            operators.forward(features, *rois, tangent, SIZE, *rule)
+            operators.forward.maps([features], *rois, tangent, SIZE, *rest)
         with pytest.raises(error):
-            operators.adjoint(output, *rois, tangent, problem.features.shape, *rule)
+            operators.adjoint.maps(output, *rois, tangent, problem.features.shape, *rest)
     else:
         with pytest.raises(error):
-            operators.box_gradient(output, features, *rois, *rule)
+            operators.box_gradient.maps(output, [features], *rois, *rest)
     assert launched == []
 
 
@@ -382,7 +382,7 @@ def test_what_does_not_fit_is_refused(problem, launched, wrong):
 @pytest.fixture
 def npu(monkeypatch):
     """Tensors of the CPU pass for an Ascend device's."""
-    monkeypatch.setattr(roialign.torch, "_triton_module", lambda t: module_of(t) and "dense")
+    monkeypatch.setattr(kernels_of_torch, "home", lambda t: folder_of(t) and "_ascend")
 
 
 def test_ascend_is_refused_by_default(npu, monkeypatch):
@@ -401,11 +401,9 @@ def test_ascend(npu, launched, monkeypatch, make_problem):
     features, boxes, index = arguments(problem)
     features, boxes = features.requires_grad_(), boxes.double().requires_grad_()
     pool(features, boxes, index).square().sum().backward()
-    assert launched == ["axis_weights", "forward"] + ["axis_weights", "touched", "adjoint"] + [
-        "axis_weights",
-        "box_gradient",
-    ]
-    monkeypatch.setattr(roialign.torch, "_triton_module", lambda tensor: None)
+    names = "forward", "axis_weights", "touched", "adjoint", "axis_weights", "box_gradient"
+    assert launched == ["axis_weights", *names, "sum_blocks"]
+    monkeypatch.setattr(kernels_of_torch, "home", lambda tensor: None)
     same = features.detach().requires_grad_(), boxes.detach().requires_grad_()
     pool(*same, index).square().sum().backward()
     torch.testing.assert_close(features.grad, same[0].grad)

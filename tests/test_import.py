@@ -265,7 +265,7 @@ def nothing_has_memory():
     from roialign import _core
 
     assert not any(map(_core.has_memory, (1, object(), "features", [])))
-    assert not _core.are_ordinary([], 1)
+    assert not _core.takes_rows([], 1)
 
 
 def test_what_is_no_tensor_has_no_memory():

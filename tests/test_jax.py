@@ -1,8 +1,11 @@
 """JAX: the same numbers as NumPy's, eagerly and traced, and under every transform."""
 
+import functools
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import pytest
 import oracle
 import roialign
 import tolerance
+from roialign import _rule
+from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
 jax.config.update("jax_enable_x64", True)
@@ -18,6 +23,8 @@ import jax.numpy as jnp  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 import roialign.jax  # noqa: E402
+from artefacts import make_jax  # noqa: E402
+from roialign import _dense  # noqa: E402
 
 OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
@@ -142,7 +149,7 @@ def test_forms_of_rois(make_problem, index_dtype):
         gradient = {"pair": lambda: gradient[0], "array": lambda: gradient[:, 1:],
                     "list": lambda: jnp.concatenate(gradient)}[name]()  # fmt: skip
         same(gradient, d_boxes)
-    assert not explicit[0].shape[1] == 5 and d_boxes.any()
+    assert explicit[0].shape[1] != 5 and d_boxes.any()
 
 
 def test_a_list_of_different_dtypes(make_problem):
@@ -428,7 +435,7 @@ def test_vmap(problem, batched, way, request):
 
 def test_vmap_over_image_index(problem):
     problem = replace(problem, index=np.array([0, 1, 1, 0]))
-    features, boxes = leaves(problem)
+    features, _ = leaves(problem)
     index = jnp.asarray(problem.index)
     indices = jnp.stack([index, 1 - index, index + 1])
     outputs = jax.vmap(lambda i: pool(problem, index=i))(indices)
@@ -492,7 +499,7 @@ def test_scan(problem):
 
 
 def test_control_flow(problem):
-    features, boxes = leaves(problem)
+    features, _ = leaves(problem)
     chosen = jax.jit(
         lambda c, f: jax.lax.cond(c, lambda f: pool(problem, f), lambda f: pool(problem, 2 * f), f)
     )
@@ -533,7 +540,7 @@ def test_shapes_without_computing():
 
 
 def exported(f, *args, **options):
-    checks = [jax.export.DisabledSafetyCheck.custom_call(f"roialign_{name}") for name in
+    checks = [jax.export.DisabledSafetyCheck.custom_call(f"roialign_{name}_maps") for name in
               ("forward", "adjoint", "box_gradient")]  # fmt: skip
     return jax.export.export(jax.jit(f), disabled_checks=checks, **options)(*args)
 
@@ -566,6 +573,28 @@ def test_export(make_problem):
             any_number.call(features, boxes[:count], index[:count]),
             f(features, boxes[:count], index[:count]),
         )
+
+
+def stored(name):
+    pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
+    pytest.importorskip("flatbuffers", reason="jax.export stores with flatbuffers")
+    path = Path(__file__).parent / "artefacts" / f"jax-{name}.bin"
+    return jax.export.deserialize(bytearray(path.read_bytes()))
+
+
+@pytest.mark.parametrize("name", make_jax.POOLS)
+def test_an_export_of_roialign_0_2(name):
+    expected = make_jax.with_gradients(make_jax.POOLS[name])(*make_jax.arguments())
+    results = stored(f"0.2.0-{name}").call(*make_jax.arguments())
+    for actual, right in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
+        same(actual, right)
+    assert results[0].any() and results[1][0].any() and results[2].any()
+
+
+def test_an_export_of_roialign_0_1():
+    loaded = stored("0.1.0-one_map")
+    with pytest.raises(RuntimeError, match=r"exported by roialign 0\.1: export it again"):
+        jax.block_until_ready(loaded.call(*make_jax.arguments()))
 
 
 def test_each_platform_has_its_own_way(make_problem):
@@ -619,6 +648,144 @@ def test_calls_from_many_threads(make_problem):
     with ThreadPoolExecutor(4) as pool_of_threads:
         for output in pool_of_threads.map(lambda _: f(*leaves(problem)), range(32)):
             same(output, expected)
+
+
+# Several maps
+
+MAP_SCALES = (0.5, 0.4, 0.25, 0.3)
+
+
+@pytest.fixture
+def pyramid(problem):
+    """Two maps, boxes, their images, and levels: -1 and 2 are of no map."""
+    levels = jnp.array([1, 0, -1, 1, 2, 0, 1], jnp.int32)
+    boxes, index = (jnp.asarray(np.resize(a, (7, *a.shape[1:]))) for a in problem.rois)
+    features = jnp.asarray(problem.features)
+    return (features, jnp.cos(features[:, :, 2:, :8])), boxes, index.at[0].set(1), levels
+
+
+def pool_maps(problem, maps, boxes, index, levels):
+    rule = _rule.vector(problem.convention, problem.sampling)
+    rois = Rois(boxes, index, levels)
+    return roialign.jax.forward(maps, rois, problem.size, MAP_SCALES, rule)
+
+
+def pool_one_by_one(problem, maps, boxes, index, levels):
+    """The same in a call for each map. RoIs on other maps have no image there."""
+    rule = _rule.vector(problem.convention, problem.sampling)
+    output = 0
+    for i, features in enumerate(maps):
+        rois = Rois(boxes, jnp.where(levels == i, index, -1))
+        scale = MAP_SCALES[2 * i : 2 * i + 2]
+        output += roialign.jax.forward((features,), rois, problem.size, scale, rule)
+    return output
+
+
+def stacked(tree):
+    return jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, x + 0.25]), tree)
+
+
+def differentiated(f):
+    """Output, and the gradients in maps and boxes."""
+
+    def gradients(maps, boxes, index, levels):
+        output, pull = jax.vjp(lambda m, b: f(m, b, index, levels), maps, boxes)
+        return output, pull(jnp.sin(output))
+
+    return gradients
+
+
+def along_tangents(f):
+    def derivative(maps, boxes, *others):
+        tangents = jax.tree.map(jnp.sin, (maps, boxes))
+        return jax.jvp(lambda *x: f(*x, *others), (maps, boxes), tangents)
+
+    return derivative
+
+
+# name: a function of a pooling, and of its arguments
+TRANSFORMED = {
+    "forward": lambda f, *x: f(*x),
+    "gradients": lambda f, *x: differentiated(f)(*x),
+    "gradient of one map": lambda f, maps, *x: jax.grad(
+        lambda first: (f((first, maps[1]), *x) ** 2).sum()
+    )(maps[0]),
+    "tangents": lambda f, *x: along_tangents(f)(*x),
+    "second order": lambda f, *x: along_tangents(
+        lambda *y: jax.grad(lambda b: (f(x[0], b, *y[2:]) * y[0][0].sum()).sum())(x[1])
+    )(*x),
+    "vmap over maps": lambda f, maps, *x: jax.vmap(lambda m: differentiated(f)(m, *x))(
+        stacked(maps)
+    ),
+    "vmap over one map": lambda f, maps, *x: jax.vmap(
+        lambda m: differentiated(f)((maps[0], m), *x)
+    )(stacked(maps[1])),
+    "vmap over boxes": lambda f, maps, boxes, *x: jax.vmap(
+        lambda b: differentiated(f)(maps, b, *x)
+    )(stacked(boxes)),
+    "vmap over levels": lambda f, maps, boxes, index, levels: jax.vmap(
+        lambda own: differentiated(f)(maps, boxes, index, own)
+    )(jnp.stack([levels, 1 - levels])),
+    "vmap over all": lambda f, maps, boxes, index, levels: jax.vmap(differentiated(f))(
+        *stacked((maps, boxes)),
+        jnp.stack([index, 1 - index, index]),
+        jnp.stack([levels, levels + 1, levels]),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["core", "dense"])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_maps(problem, pyramid, name, way, request):
+    """The rows of single calls, bit for bit."""
+    if way == "dense":
+        request.getfixturevalue("dense")
+    pools = [functools.partial(f, problem) for f in (pool_maps, pool_one_by_one)]
+    results = [jax.jit(functools.partial(TRANSFORMED[name], f))(*pyramid) for f in pools]
+    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        assert expected.any()
+        (same if way == "core" else close)(actual, expected)
+
+
+def test_roi_on_no_map(problem, pyramid):
+    output, (_, d_boxes) = jax.jit(differentiated(functools.partial(pool_maps, problem)))(*pyramid)
+    maps, boxes, index, levels = pyramid
+    none = np.asarray((levels < 0) | (levels > 1))
+    assert not output[none].any() and output[~none].any(axis=(1, 2, 3)).all()
+    assert not d_boxes[none].any() and d_boxes[~none].any(axis=1).all()
+    levels = levels.at[4].set(-1)  # which no error is made of
+    same(pool_maps(problem, maps, boxes, index, levels), output)
+    same(pool_maps(problem, maps, boxes, index, levels.astype(jnp.int64)), output)
+    for bad in (2, -2, 2**31 - 1):
+        with pytest.raises(IndexError, match=rf"`levels` of RoI 3 .*\[-1, 2\), got {bad}"):
+            pool_maps(problem, maps, boxes, index, levels.at[3].set(bad))
+
+
+@pytest.mark.parametrize("mapped", ["features", "d_output"])
+def test_a_batch_of_channels_builds_taps_once(problem, mapped):
+    """Where features or gradients alone differ, they are more channels of one call."""
+    rois = jax_rois(problem)
+    features, d_output = jnp.asarray(problem.features), jnp.asarray(problem.draw_output())
+
+    def adjoint(g):
+        return roialign.roi_align_adjoint(g, rois, features.shape, **problem.options)
+
+    function, array, operation = {
+        "features": (lambda f: pool(problem, f), features, "forward"),
+        "d_output": (adjoint, d_output, "adjoint"),
+    }[mapped]
+    many = jax.jit(jax.vmap(function, 1, 1))
+    batch = jnp.stack([array, 2 * array, jnp.cos(array)], 1)
+    text = many.lower(batch).as_text()
+    (types,) = re.findall(rf"@roialign_{operation}_maps\(.*:(.*)", text)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in re.findall(r"<([\dx]+)x\w\d+>", types)]
+    assert shapes[:2] == [(4, 4), (4,)]
+    assert set(shapes[2:]) == {
+        (n, 3 * c, *size) for n, c, *size in (features.shape, d_output.shape)
+    }
+    results = many(batch)
+    for i in range(3):
+        close(results[:, i], function(batch[:, i]))
 
 
 # Plain JAX, where there is no kernel
@@ -726,8 +893,8 @@ def test_axis_taps_are_the_cores(make_problem):
     boxes = problem.boxes.copy()
     boxes[:, 0], boxes[:, 2] = -0.5, 0.5
     rows = roialign.roi_align(units, (boxes, problem.index * 0), (4, 1), convention="asymmetric")
-    numbers = (0.0, 0.0, 0.0, 1.0, False)
-    taps = jax.vmap(lambda lo, hi: roialign.jax.axis_taps(lo, hi, numbers, 4, 0, 30, 1.0)[0])
+    rule = _rule.vector(roialign.conventions["asymmetric"], 0)
+    taps = jax.vmap(lambda lo, hi: _dense.axis_taps(lo, hi, rule, 4, 30, 1.0)[0])
     values = taps(*jnp.asarray(boxes[:, [1, 3]]).T)  # [K, P, L]
     close(values, rows[..., 0].transpose(0, 2, 1), atol=4 * 32 * 2.0**-23)
 
@@ -742,7 +909,10 @@ def test_dense_is_jax_alone(dense, make_problem):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, roialign; assert 'jax' not in sys.modules; roialign.jax; assert 'jax' in sys.modules"
+    code = (
+        "import sys, roialign; assert 'jax' not in sys.modules; "
+        "roialign.jax; assert 'jax' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -22,13 +22,16 @@ import pytest
 
 import oracle
 import tolerance
-from roialign import _conventions, _core
+from roialign import _core, _rule
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
 # ours: XLA's name, and the fields of both
 LAYOUTS = {
-    "Extension": ("XLA_FFI_Extension_Base", {"size": "struct_size", "type": "type", "next": "next"}),
+    "Extension": (
+        "XLA_FFI_Extension_Base",
+        {"size": "struct_size", "type": "type", "next": "next"},
+    ),
     "ApiVersion": (
         "XLA_FFI_Api_Version",
         {"size": "struct_size", "extensions": "extension_start", "major": "major_version",
@@ -56,7 +59,8 @@ LAYOUTS = {
     ),
     "ErrorArguments": (
         "XLA_FFI_Error_Create_Args",
-        {"size": "struct_size", "extensions": "extension_start", "message": "message", "code": "errc"},
+        {"size": "struct_size", "extensions": "extension_start", "message": "message",
+         "code": "errc"},
     ),
     "Api": (
         "XLA_FFI_Api",
@@ -102,7 +106,8 @@ def assertions():
     # the sizes that XLA writes are those of the fields which 0.1 has
     yield "sizeof(CallFrame) <= XLA_FFI_CallFrame_STRUCT_SIZE"
     yield "sizeof(Buffer) == XLA_FFI_Buffer_STRUCT_SIZE"
-    yield "sizeof(Buffers) == XLA_FFI_Args_STRUCT_SIZE && sizeof(Buffers) == XLA_FFI_Rets_STRUCT_SIZE"
+    yield "sizeof(Buffers) == XLA_FFI_Args_STRUCT_SIZE"
+    yield "sizeof(Buffers) == XLA_FFI_Rets_STRUCT_SIZE"
     yield "sizeof(Attributes) == XLA_FFI_Attrs_STRUCT_SIZE"
     yield "sizeof(ErrorArguments) >= XLA_FFI_Error_Create_Args_STRUCT_SIZE"
     yield "kApiMinor <= XLA_FFI_API_MINOR"
@@ -186,18 +191,16 @@ DTYPES = {"int32": 4, "int64": 5, "float16": 10, "float32": 11, "float64": 12, "
 EXECUTE = 3
 
 
-def handler(operation):
+def handler(name):
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = c_void_p, [ctypes.py_object, c_char_p]
-    return ctypes.CFUNCTYPE(c_void_p, POINTER(CallFrame))(
-        pointer(_core.xla_handlers[operation], None)
-    )
+    return ctypes.CFUNCTYPE(c_void_p, POINTER(CallFrame))(pointer(_core.xla_handlers[name], None))
 
 
 class Call:
     """One call of a handler: arrays and attributes as a frame, which can then be spoilt."""
 
-    def __init__(self, arguments, results, rule):
+    def __init__(self, arguments, results, numbers):
         self.kept, self.errors = [], []
 
         @CreateError
@@ -211,16 +214,16 @@ class Call:
         )
         self.frame.arguments = self.buffers(arguments)
         self.frame.results = self.buffers(results)
-        count = len(rule)
-        numbers = [Scalar(12, ctypes.pointer(c_double(number))) for number in rule.values()]
-        names = [Text(name.encode(), len(name)) for name in rule]
+        count = len(numbers)
+        names = [Text(name.encode(), len(name)) for name in numbers]
+        scalars = [Scalar(12, ctypes.pointer(c_double(number))) for number in numbers.values()]
         self.frame.attributes = Attributes(
             ctypes.sizeof(Attributes), None, count, (c_int32 * count)(*[3] * count),
             (POINTER(Text) * count)(*map(ctypes.pointer, names)),
-            (c_void_p * count)(*map(ctypes.addressof, numbers)),
+            (c_void_p * count)(*map(ctypes.addressof, scalars)),
         )  # fmt: skip
         self.names = names
-        self.kept += [numbers]
+        self.kept += [scalars]
 
     def buffers(self, arrays):
         items = []
@@ -242,13 +245,16 @@ class Call:
         return Buffers(ctypes.sizeof(Buffers), None, len(items), types, pointers)
 
     def run(self, operation):
-        failed = handler(operation)(byref(self.frame))
+        return self.call(f"{operation}_maps")
+
+    def call(self, name):
+        failed = handler(name)(byref(self.frame))
         assert bool(failed) == bool(self.errors)
         return self.errors
 
 
 def drawn(make_problem, operation, dtype=np.float32, tangent=False):
-    """(arguments, result, rule) of a call that is right."""
+    """(problem, arguments, result, numbers) of a call that is right."""
     problem = make_problem(dtype=dtype)
     g, index = problem.draw_output(), problem.index.astype(np.int32)
     arrays = {"forward": [problem.features], "adjoint": [g], "box_gradient": [g, problem.features]}
@@ -256,23 +262,25 @@ def drawn(make_problem, operation, dtype=np.float32, tangent=False):
     arguments = [problem.boxes, index, *arrays[operation]]
     if tangent:
         arguments.append(np.ones_like(problem.boxes))
-    rule = _conventions.rule(problem.scale, problem.sampling, problem.convention).numbers
-    numbers = [-1 if number is None else float(number) for number in rule]
     result = np.full_like(like[operation], np.nan)
-    return problem, arguments, result, dict(zip(NUMBERS, numbers, strict=True))
+    return problem, arguments, result, numbers_of(problem, [problem.scale])
 
 
-NUMBERS = (
-    "scale_y", "scale_x", "sampling_ratio", "pixel_offset", "input_offset", "end_offset", "min_size",
-    "adaptive_floor",
-)  # fmt: skip
+def numbers_of(problem, scales):
+    """The attributes of a call on maps with these scales."""
+    rule = _rule.vector(problem.convention, problem.sampling)
+    names = [f"scale_{axis}_{i}" for i in range(len(scales)) for axis in "yx"]
+    numbers = dict(zip([*names, *_core.rule_names], [*np.ravel(scales), *rule], strict=True))
+    return {"maps": len(scales), **numbers}
+
+
 OPERATIONS = ("forward", "adjoint", "box_gradient")
 
 
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
 def test_forward(make_problem, dtype):
-    problem, arguments, result, rule = drawn(make_problem, "forward", dtype)
-    assert not Call(arguments, [result], rule).run("forward")
+    problem, arguments, result, numbers = drawn(make_problem, "forward", dtype)
+    assert not Call(arguments, [result], numbers).run("forward")
     expected = oracle.forward(problem)
     tolerance.check(result, expected, tolerance.forward(problem, expected))
 
@@ -313,18 +321,24 @@ SPOILT = {
     "a result of rank 1": lambda a, r, n: r.__setitem__(0, r[0].reshape(-1)),
     "a result of another dtype": lambda a, r, n: r.__setitem__(0, r[0].astype(np.float64)),
     "a result for fewer": lambda a, r, n: r.__setitem__(0, r[0][:, :3].copy()),
-    "a short rule": lambda a, r, n: n.pop("end_offset"),
-    "no rule": lambda a, r, n: n.clear(),
+    "no maps": lambda a, r, n: n.pop("maps"),
+    "zero maps": lambda a, r, n: n.update(maps=0),
+    "too many maps": lambda a, r, n: n.update(maps=1e18),
+    "maps that are not a number": lambda a, r, n: n.update(maps=np.nan),
+    "no scale": lambda a, r, n: n.pop("scale_x_0"),
+    "another scale": lambda a, r, n: n.update(scale_y_1=1.0),
+    "a number of a later version": lambda a, r, n: n.update(of_tomorrow=0.0),
+    "no numbers": lambda a, r, n: n.clear(),
 }
 
 
 @pytest.mark.parametrize("name", SPOILT)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_what_does_not_fit_is_an_error(make_problem, operation, name):
-    _, arguments, result, rule = drawn(make_problem, operation)
+    _, arguments, result, numbers = drawn(make_problem, operation)
     results = [result]
-    SPOILT[name](arguments, results, rule)
-    ((code, message),) = Call(arguments, results, rule).run(operation)
+    SPOILT[name](arguments, results, numbers)
+    ((code, message),) = Call(arguments, results, numbers).run(operation)
     assert code == 3 and message.startswith("roialign: ")
     assert all(np.isnan(r.astype(np.float64)).all() for r in results)  # nothing was written
 
@@ -345,34 +359,120 @@ def test_shapes_that_no_array_has(make_problem, operation, side):
 
 @pytest.mark.parametrize("operation", ["forward", "adjoint"])
 def test_a_tangent_that_does_not_fit(make_problem, operation):
-    _, arguments, result, rule = drawn(make_problem, operation, tangent=True)
-    assert not Call(arguments, [result], rule).run(operation) and np.isfinite(result).all()
+    _, arguments, result, numbers = drawn(make_problem, operation, tangent=True)
+    assert not Call(arguments, [result], numbers).run(operation) and np.isfinite(result).all()
     for wrong in (arguments[-1][:2].copy(), arguments[-1].astype(np.float64), arguments[-1][0]):
-        assert Call([*arguments[:-1], wrong], [result], rule).run(operation)[0][0] == 3
+        assert Call([*arguments[:-1], wrong], [result], numbers).run(operation)[0][0] == 3
 
 
 def test_bad_indices_give_zeros(make_problem):
-    _, arguments, result, rule = drawn(make_problem, "forward")
+    _, arguments, result, numbers = drawn(make_problem, "forward")
     arguments[1][:3] = 2, -1, 2**31 - 1
-    assert not Call(arguments, [result], rule).run("forward")
+    assert not Call(arguments, [result], numbers).run("forward")
     assert not result[:3].any() and result[3:].any(axis=(1, 2, 3)).all()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_structures_of_an_older_interface(make_problem, operation):
-    _, arguments, result, rule = drawn(make_problem, operation)
+    _, arguments, result, numbers = drawn(make_problem, operation)
     for part in (None, "arguments", "results", "attributes"):
-        call = Call(arguments, [result], rule)
+        call = Call(arguments, [result], numbers)
         whole = call.frame if part is None else getattr(call.frame, part)
         whole.size -= 8
         assert call.run(operation) == [(3, "roialign: XLA has an older interface")]
-    call = Call(arguments, [result], rule)
+    call = Call(arguments, [result], numbers)
     call.frame.stage = 0
     assert call.run(operation) == [(3, "roialign: not a call")]
-    call = Call(arguments, [result], rule)
+    call = Call(arguments, [result], numbers)
     call.frame.attributes.types[0] = 1
     assert call.run(operation)[0][0] == 3
-    call = Call(arguments, [result], rule)
-    call.names[4].begin = b"input_offers"
-    assert call.run(operation) == [(3, "roialign: no rule")]
+    call = Call(arguments, [result], numbers)
+    call.names[1].begin = b"scale_z_0"
+    assert call.run(operation) == [(3, "roialign: a number is missing")]
+    call = Call(arguments, [result], numbers)
+    call.names[-1].begin = b"adoptive"
+    assert call.run(operation) == [(3, "roialign: exported by a later version")]
+    assert np.isnan(result).all()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_numbers_of_an_earlier_version(make_problem, operation):
+    """What it did not know has its default."""
+    _, arguments, expected, numbers = drawn(make_problem, operation)
+    default = {"pixel_offset": 0, "input_offset": 0, "end_offset": 0, "min_size": -np.inf,
+               "adaptive": 0}  # fmt: skip
+    result = np.full_like(expected, np.nan)
+    assert not Call(arguments, [expected], numbers | default).run(operation)
+    fewer = {name: number for name, number in numbers.items() if name not in default}
+    assert not Call(arguments, [result], fewer).run(operation)
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_calls_of_roialign_0_1(operation):
+    message = "roialign: exported by roialign 0.1: export it again"
+    assert Call([], [], {}).call(operation) == [(3, message)]
+
+
+# Several maps
+
+
+@pytest.mark.parametrize("operation, tangent", [
+    ("forward", False), ("forward", True), ("adjoint", False), ("adjoint", True),
+    ("box_gradient", False),
+])  # fmt: skip
+def test_maps(make_problem, operation, tangent):
+    """Each RoI on the map of its level: the bits of a call for each map."""
+    problem, (boxes, index, *others), result, _ = drawn(make_problem, operation, tangent=tangent)
+    maps, scales = (
+        [problem.features, problem.features[:, :, 2:, 1:].copy()],
+        [problem.scale, (0.25, 0.3)],
+    )
+    levels = (np.arange(len(boxes)) % 4 - 1).astype(np.int32)  # -1: none; 2: no level, and so none
+
+    def call(maps, scales, *indices):
+        """The results of one call."""
+        rest = {
+            "forward": [*maps, *others[1:]],
+            "adjoint": others,
+            "box_gradient": [others[0], *maps],
+        }
+        results = [np.full_like(x, np.nan) for x in (maps if operation == "adjoint" else [result])]
+        numbers = numbers_of(problem, scales)
+        assert not Call([boxes, *indices, *rest[operation]], results, numbers).run(operation)
+        return results
+
+    together, on_map = call(maps, scales, index, levels), 0
+    for i, alone in enumerate(zip(maps, scales, strict=True)):
+        (expected,) = call(*[[x] for x in alone], np.where(levels == i, index, -1).astype(np.int32))
+        if operation == "adjoint":
+            np.testing.assert_array_equal(together[i], expected)
+        else:
+            on_map = on_map + expected
+        assert expected.any()
+    if operation != "adjoint":
+        np.testing.assert_array_equal(together[0], on_map)
+
+
+WRONG = {
+    "no levels": lambda a, r: a.pop(2),
+    "fewer levels": lambda a, r: a.__setitem__(2, a[2][:3].copy()),
+    "int64 levels": lambda a, r: a.__setitem__(2, a[2].astype(np.int64)),
+    "float levels": lambda a, r: a.__setitem__(2, a[2].astype(np.float32)),
+    "one map": lambda a, r: a.pop(),
+    "another dtype": lambda a, r: a.__setitem__(-1, a[-1].astype(np.float64)),
+    "fewer images": lambda a, r: a.__setitem__(-1, a[-1][:1].copy()),
+    "fewer channels": lambda a, r: a.__setitem__(-1, a[-1][:, :1].copy()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("operation", ["forward", "box_gradient"])
+def test_maps_that_do_not_fit(make_problem, operation, name):
+    problem, arguments, result, _ = drawn(make_problem, operation)
+    arguments.insert(2, np.zeros(len(problem.boxes), np.int32))
+    arguments.append(problem.features)
+    WRONG[name](arguments, [result])
+    numbers = numbers_of(problem, [problem.scale] * 2)
+    assert Call(arguments, [result], numbers).run(operation)[0][0] == 3
     assert np.isnan(result).all()

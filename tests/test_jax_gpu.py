@@ -18,7 +18,8 @@ import roialign
 import tolerance
 from conftest import draw_problem
 from isolation import isolated
-from roialign import _conventions
+from roialign import _rule
+from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the tests of JAX on GPUs need jax")
 import jax.numpy as jnp  # noqa: E402
@@ -30,7 +31,7 @@ import roialign.jax  # noqa: E402
 
 FORWARD = ["axis_taps", "forward"]
 ADJOINT = ["axis_taps", "touched", "adjoint"]
-BOX_GRADIENT = ["axis_taps", "box_gradient"]
+BOX_GRADIENT = ["axis_taps", "box_gradient", "sum_blocks"]
 SMALL = {"shape": (2, 3, 5, 6), "count": 2, "size": (2, 1)}
 UNITS = {"shape": (1, 1, 1, 1), "count": 1, "size": (1, 1), "scale": (1.0, 1.0), "sampling": 1}
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
@@ -44,6 +45,18 @@ def needs(*modules):
 def pool(problem, features, boxes, index=None):
     index = jnp.asarray(problem.index, jnp.int32) if index is None else index
     return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
+
+
+def pool_maps(problem, maps, boxes, index, levels):
+    scales = (*problem.scale, 0.25, 0.3)
+    rois, rule = Rois(boxes, index, levels), _rule.vector(problem.convention, problem.sampling)
+    return roialign.jax.forward(maps, rois, problem.size, scales, rule)
+
+
+def differentiated(function, x, boxes, *rest):
+    """The output, and its gradients in the features and the boxes."""
+    output, pull = jax.vjp(lambda x, b: function(x, b, *rest), x, boxes)
+    return output, *pull(jnp.cos(output))
 
 
 def gradients(problem):
@@ -116,17 +129,24 @@ def check_kernels():
         assert sorted(names) == sorted(expected)
         assert "dot_general" not in text and "while" not in text
 
+    # a launch for each map
+    levels = jnp.arange(len(boxes), dtype=jnp.int32) % 3 - 1
+    two = functools.partial(differentiated, functools.partial(pool_maps, problem))
+    names, text = program(two, (features, features[:, :, 1:]), boxes, index, levels)
+    assert sorted(names) == sorted(2 * (FORWARD + ADJOINT + BOX_GRADIENT))
+    assert "dot_general" not in text and "while" not in text
+
     # jax-triton makes sizes, strides and numbers constants where they are 1
     units = draw_problem(**UNITS, convention="mmdet_legacy")
-    for problem, dtype in (
+    for drawn, dtype in (
         (problem, jnp.float16),
         (problem, jnp.bfloat16),
         (problem, jnp.float64),
         (units, jnp.float32),
     ):
-        both = lambda *x: (pool(problem, *x), gradients(problem)(*x))  # noqa: E731
+        both = lambda *x: (pool(drawn, *x), gradients(drawn)(*x))  # noqa: E731
         with jax.enable_x64(dtype == jnp.float64):
-            features, boxes = leaves(problem)
+            features, boxes = leaves(drawn)
             names, _ = program(both, features.astype(dtype), boxes)
         assert sorted(names) == sorted(FORWARD + ADJOINT + BOX_GRADIENT)
 
@@ -142,7 +162,7 @@ def check_platforms():
     problem = draw_problem()
     f = functools.partial(pool, problem)
     for platforms in (("cpu", "cuda"), ("cuda", "tpu"), ("tpu", "cuda", "cpu")):
-        targets = "roialign_forward", "triton_kernel_call"
+        targets = "roialign_forward_maps", "triton_kernel_call"
         exported = jax.export.export(
             jax.jit(f),
             platforms=platforms,
@@ -150,7 +170,7 @@ def check_platforms():
         )(*leaves(problem))
         text = exported.mlir_module()
         assert text.count("@triton_kernel_call") == 2
-        assert ("@roialign_forward" in text) == ("cpu" in platforms)
+        assert ("@roialign_forward_maps" in text) == ("cpu" in platforms)
         assert ("dot_general" in text) == ("tpu" in platforms)
         if "cpu" in platforms:
             np.testing.assert_array_equal(exported.call(*leaves(problem)), f(*leaves(problem)))
@@ -176,15 +196,17 @@ def check_devices():
     # in `jit` XLA asks later how it is cut; then the part is lowered as this here
     names, text = program(f, *cut)
     assert not names and "@CustomSPMDPartitioning" in text and "dot_general" not in text
-    rule = _conventions.rule(problem.scale, problem.sampling, problem.convention)
-    call = roialign.jax._Call("forward", problem.size, (2, 9, 11), rule.numbers)
+    rule = _rule.vector(problem.convention, problem.sampling)
+    names = "boxes", "image_index", "features"
+    maps, scales = ((9, 11),), problem.scale
+    call = roialign.jax._Call("forward", problem.size, 2, maps, scales, rule, names=names)
     sharding = NamedSharding(mesh, P("x", "y"))
     whole = jax.ShapeDtypeStruct((4, 6, *problem.size), features.dtype, sharding=sharding)
-    partitioned = roialign.jax._partitioned(roialign.jax._kernels, call, 1)
-    _, part, *_ = partitioned.partition(mesh, (cut[1], cut[2], cut[0]), whole)
+    partitioned = roialign.jax._partitioned(roialign.jax._kernels, call)
+    _, part, *_ = partitioned.partition(mesh, (cut[1], cut[2], cut[0]), [whole])
     local = boxes[:2], index[:2], features[:, :3]
     assert program(part, *local)[0] == FORWARD
-    assert jax.eval_shape(part, *local).shape == (2, 3, *problem.size)
+    assert jax.eval_shape(part, *local)[0].shape == (2, 3, *problem.size)
 
     ins = P(None, "y"), P("x"), P("x")
     mapped = jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=P("x", "y"))
@@ -263,15 +285,19 @@ class Buffer:
 
 
 def triton_call(
-    *inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability, **constants
-):
+    *inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability,
+    input_output_aliases=None, **constants,
+):  # fmt: skip
     assert not enable_fp_fusion and compute_capability == 90
 
     def run(*values):
-        values = map(Buffer, map(np.asarray, values))
-        inputs_ = [next(values) if isinstance(x, jax.Array) else x for x in inputs]
+        values = [np.asarray(value) for value in values]
         poison = {"i": 2**30, "f": np.nan}
         outputs = [np.full(new.shape, poison[new.dtype.kind], new.dtype) for new in out_shape]
+        for source, target in (input_output_aliases or {}).items():
+            outputs[target][...] = values[source]
+        values = map(Buffer, values)
+        inputs_ = [next(values) if isinstance(x, jax.Array) else x for x in inputs]
         with interpreter:
             kernel[grid](*inputs_, *map(Buffer, outputs), **constants)
         return outputs
@@ -282,7 +308,7 @@ def triton_call(
 def interpret():
     jax.config.update("jax_enable_x64", True)
     sys.modules["jax_triton"] = jax_triton((0, 3, 1), triton_call)
-    on_gpu = mlir.lower_fun(roialign.jax._on_gpu, multiple_results=False)
+    on_gpu = mlir.lower_fun(roialign.jax._on_gpu, multiple_results=True)
     mlir.register_lowering(roialign.jax._roi_align_p, on_gpu, platform="cpu")
 
 
@@ -337,10 +363,8 @@ def check_transforms():
     features, boxes = leaves(problem)
     index = jnp.array([1, 5])  # 5: of no image
 
-    def results(features, boxes, index):
-        output, pull = jax.vjp(lambda f, b: pool(problem, f, b, index), features, boxes)
-        return output, *pull(jnp.cos(output))
-
+    results = functools.partial(differentiated, functools.partial(pool, problem))
+    two = functools.partial(differentiated, functools.partial(pool_maps, problem))
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
     cut = P(None, "y"), P("x"), P("x")
     mapped = jax.shard_map(results, mesh=mesh, in_specs=cut, out_specs=(P("x", "y"), *cut[:2]))
@@ -351,7 +375,17 @@ def check_transforms():
             jax.vmap(results),
             (jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), indices),
         ),
+        (jax.vmap(results, (0, None, None)), (jnp.stack([features, 2 * features]), boxes, index)),
         (mapped, (features[:, :2], boxes, index)),
+        (
+            two,
+            (
+                (features, features[:, :, 1:]),
+                jnp.concatenate([boxes, boxes + 0.25]),
+                jnp.array([1, 0, 0, 1]),
+                jnp.array([0, 1, -1, 1]),
+            ),
+        ),
     )
     expected = [jax.jit(function)(*arguments) for function, arguments in cases]
     assert not expected[0][0][1].any() and not expected[0][2][1].any()
@@ -360,17 +394,11 @@ def check_transforms():
     for (function, arguments), right in zip(cases, expected, strict=True):
         function = jax.jit(function)
         assert "callback" in function.lower(*arguments).as_text()
-        for actual, wanted in zip(function(*arguments), right, strict=True):
+        leaves_ = map(jax.tree.leaves, (function(*arguments), right))
+        for actual, wanted in zip(*leaves_, strict=True):
             np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
 
 
 @interpreted
 def test_transforms():
     isolated(check_transforms, env=INTERPRETER | FOUR, timeout=300)
-
-
-def test_pairwise_sum():
-    rng = np.random.default_rng(0)
-    for blocks in range(1, 10):
-        parts = rng.integers(-99, 99, (blocks, 3, 4)).astype(np.float32)
-        np.testing.assert_array_equal(roialign.jax._pairwise_sum(jnp.asarray(parts)), parts.sum(0))

@@ -10,6 +10,8 @@ import pytest
 import roialign
 from conftest import draw_problem
 from isolation import isolated
+from roialign import _rule
+from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the tests of sharding in JAX need jax")
 import jax.numpy as jnp  # noqa: E402
@@ -151,6 +153,51 @@ def check_other_numbers():
 
 def test_other_numbers():
     isolated(check_other_numbers, env=DEVICES, timeout=300)
+
+
+# Several maps
+
+
+def pool_maps(maps, boxes, index, levels):
+    import roialign.jax
+
+    rule = _rule.vector(PROBLEM.convention, PROBLEM.sampling)
+    rois = Rois(boxes, index, levels)
+    return roialign.jax.forward(maps, rois, PROBLEM.size, (0.5, 0.4, 0.25, 0.3), rule)
+
+
+def differentiated_maps(pool, maps, boxes, index, levels, d_output):
+    """Output, the gradient in each map, and d_boxes."""
+    output, pull = jax.vjp(lambda m, b: pool(m, b, index, levels), maps, boxes)
+    d_maps, d_boxes = pull(d_output)
+    return output, *d_maps, d_boxes
+
+
+def check_maps():
+    """In `jit`, where the arrays are cut, and in a shard_map."""
+    results = jax.jit(functools.partial(differentiated_maps, pool_maps))
+    mesh = mesh_of_eight()
+    features, boxes, index, d_output = arguments()
+    maps = features, jnp.cos(features[:, :, 1:, :7])
+    levels = jnp.arange(24, dtype=jnp.int32) % 4 - 1
+    expected = results(maps, boxes, index, levels, d_output)
+    for name in ("RoIs and channels", "images and RoIs", "pixels and bins"):
+        first, rois, pooled = CUT[name]
+        specs = (first, P(*first[:2])), rois, rois, rois, pooled
+        shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+        cut = jax.device_put((maps, boxes, index, levels, d_output), shardings)
+        check(results(*cut), expected)
+
+    features, rois, pooled = CUT["RoIs and channels"]
+    ins = (features, features), rois, rois, rois
+    for shard_map in spellings():
+        cut = mapped(shard_map, mesh, True, pool_maps, ins, pooled)
+        parallel = functools.partial(differentiated_maps, cut)
+        check(jax.jit(parallel)(maps, boxes, index, levels, d_output), expected)
+
+
+def test_maps():
+    isolated(check_maps, env=DEVICES, timeout=300)
 
 
 # shard_map, in each of its spellings

@@ -1,6 +1,8 @@
 """The tree: who imports whom, how the native code is cut and built."""
 
 import ast
+import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -9,42 +11,63 @@ import pytest
 
 import roialign
 from roialign import _core
+from roialign._adapter import Adapter
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "roialign"
 CSRC = ROOT / "csrc"
-ADAPTER = {"_core", "_checks", "_conventions", "_threads"}
+ADAPTER = {"_core", "_checks", "_rois", "_operations", "_threads"}
 
 # module: (modules of the package that it may import, others beyond the standard library)
 ALLOWED = {
-    "__init__": ({"_api", "_conventions"}, set()),
+    "__init__": ({"_api", "_rule"}, set()),
     "__main__": ({"cli"}, set()),
-    "_api": (
-        {"_checks", "_conventions", "_threads", "numpy", "torch", "jax", "mindspore", "cupy"},
+    "_api": ({"_adapter", "_checks", "_rois", "_rule", "_threads", "mindspore"}, set()),
+    "_adapter": (
+        {"_checks", "_rois", "numpy", "torch", "jax", "mindspore", "cupy"},
         set(),
     ),
-    "_checks": ({"_conventions"}, set()),
-    "_conventions": (set(), set()),
+    "_checks": ({"_adapter", "_rule"}, set()),
     "_operations": (set(), set()),
+    "_rois": ({"_adapter", "_checks"}, set()),
+    "_rule": ({"_core"}, set()),
     "_threads": ({"_checks", "_core"}, set()),
     "numpy": (ADAPTER, {"numpy"}),
-    "torch": (ADAPTER | {"", "_triton"}, {"numpy", "torch"}),
-    "jax": (ADAPTER | {"_triton"}, {"numpy", "jax", "jaxlib", "jax_triton"}),
+    "_dense": (set(), {"jax"}),
+    "jax": (ADAPTER | {"_dense", "_triton"}, {"numpy", "jax", "jaxlib", "jax_triton"}),
     "mindspore": (ADAPTER | {""}, {"numpy", "mindspore"}),
-    "cupy": ({"_checks", "_conventions", "torch"}, {"numpy", "cupy", "torch"}),
+    "cupy": ({"_checks", "_rois", "torch"}, {"numpy", "cupy", "torch"}),
     "cli": ({"", "_core", "demo"}, set()),
     "demo": ({""}, {"numpy", "PIL"}),
 }
 MODULES = sorted(PACKAGE.glob("*.py"))
 
-# kernels: (modules beside it that it may import, and nothing else but Triton)
-KERNELS = {
-    "__init__": set(),
-    "geometry": set(),
-    "kernels": {"geometry"},
-    "launch": {"kernels"},
-    "products": {"geometry", "kernels"},
-    "dense": {"products", "launch"},
+# rooms: modules beside them, or of the package, that they may import; others: `BEYOND`
+ROOMS = {
+    "torch/__init__": {"adapter", "former", "kernels", "layer", "rows"},
+    "torch/former": set(),
+    "torch/calls": {"_operations"},
+    "torch/kernels": {"calls", "_checks", "_core", "_rois", "_threads", "_triton", "_ascend"},
+    "torch/transforms": {"calls", "_operations"},
+    "torch/operators": {"calls", "kernels", "transforms", "_checks", "_core", "_operations"},
+    "torch/sharding": {"calls", "operators", "_operations"},
+    "torch/onnx": {"calls", "_core", "_rule"},
+    "torch/routes": {"calls", "kernels", "onnx", "operators", "sharding", "transforms", "_core"},
+    "torch/adapter": {"calls", "kernels", "routes", "_checks", "_rois"},
+    "torch/rows": {"adapter", "calls", "kernels", "routes", "_core", "_rois"},
+    "torch/layer": {"adapter", "_checks"},
+    "_triton/__init__": set(),
+    "_triton/geometry": set(),
+    "_triton/kernels": {"geometry"},
+    "_triton/launch": {"geometry", "kernels", "_rois"},
+    "_ascend/__init__": set(),
+    "_ascend/products": {"_triton"},
+    "_ascend/launch": {"products", "_triton", "_rois"},
+}
+BEYOND = {
+    "torch": {"roialign", "torch", "numpy"},
+    "_triton": {"roialign", "triton"},
+    "_ascend": {"roialign", "triton"},
 }
 
 
@@ -96,12 +119,19 @@ def test_a_module_imports_what_its_place_allows(path):
     assert outer <= outer_allowed
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "_triton").glob("*.py")), ids=lambda p: p.stem)
-def test_a_module_of_kernels_imports_triton_alone(path):
-    assert path.stem in KERNELS, f"{path.name} has no place in the tree: give it one here"
-    inner, outer = imports(ast.parse(path.read_text(encoding="utf-8")), "_triton", path.parent)
-    assert inner <= KERNELS[path.stem]
-    assert outer <= {"triton"}
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_what_its_place_allows(name):
+    path = (PACKAGE / name).with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    beside, outer = imports(tree, path.parent.name, path.parent)
+    above, _ = imports(tree)
+    assert (beside | above) - {""} <= ROOMS[name]
+    assert outer <= BEYOND[path.parent.name]
+
+
+@pytest.mark.parametrize("folder", BEYOND)
+def test_rooms_have_a_place(folder):
+    assert {f"{folder}/{p.stem}" for p in (PACKAGE / folder).glob("*.py")} <= set(ROOMS)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +149,36 @@ def test_a_module_of_kernels_imports_triton_alone(path):
 )
 def test_the_reader_of_imports_sees(code, inner, outer):
     assert imports(ast.parse(code)) == (inner, outer)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mindspore"])
+def test_an_adapter_has_what_it_owes(library):
+    pytest.importorskip(library, reason=f"the adapter is imported with {library}")
+    adapter = importlib.import_module(f"roialign.{library}")
+    owed = [name for name, value in vars(Adapter).items() if inspect.isfunction(value)]
+    assert {"forward", "check_array", "takes_rows"} <= set(owed)
+    for name in owed:
+        if name.startswith("_") or (name == "forward_rows" and not hasattr(adapter, name)):
+            continue  # where `takes_rows` never is true
+        _, *parameters = inspect.signature(getattr(Adapter, name)).parameters
+        own = list(inspect.signature(getattr(adapter, name)).parameters)
+        assert [p for p in own if p != "tangent"] == parameters, name
+    assert adapter.float32 is not None
+
+
+def test_the_rule_has_one_list():
+    # names of its numbers: where they are declared, and where coordinates are computed from them
+    known = {
+        "csrc/rule.hpp",
+        "csrc/geometry.cpp",
+        "src/roialign/_rule.py",
+        "src/roialign/_dense.py",
+        "src/roialign/_triton/geometry.py",
+        "src/roialign/torch/onnx.py",
+    }
+    paths = [*PACKAGE.rglob("*.py"), *SOURCES, *(ROOT / "bench").rglob("*.py")]
+    naming = {p for p in paths if "end_offset" in p.read_text(encoding="utf-8")}
+    assert {p.relative_to(ROOT).as_posix() for p in naming} <= known
 
 
 def test_compat_is_apart():
@@ -163,17 +223,17 @@ def test_geometry_knows_its_axis_alone():
     # the rule of coordinates: no threads, no engines, no memory
     for path in CSRC.glob("geometry.*"):
         own = {n for n in INCLUDE.findall(path.read_text(encoding="utf-8")) if n.endswith("hpp")}
-        assert own <= {"geometry.hpp", "params.hpp"}, path.name
+        assert own <= {"geometry.hpp", "rule.hpp"}, path.name
 
 
 def test_what_is_built_per_instruction_set_instantiates_no_library_code():
     # the linker keeps one copy of an inline function: it could be the one of another CPU
-    seen, todo = set(), [CSRC / "engine.cpp"]
+    seen, todo = set(), [CSRC / "engine" / "engine.cpp"]
     while todo:
         path = todo.pop()
         names = INCLUDE.findall(path.read_text(encoding="utf-8"))
-        own = {CSRC / name for name in names if (CSRC / name).exists()}
-        foreign = {name for name in names if not (CSRC / name).exists()}
+        own = {p for p in (path.parent / name for name in names) if p.exists()}
+        foreign = {name for name in names if not (path.parent / name).exists()}
         allowed = re.compile(r"c[a-z]+|[a-z0-9_]+\.h")  # C's own headers, and intrinsics
         assert all(allowed.fullmatch(name) for name in foreign), f"{path.name}: {foreign}"
         seen.add(path)

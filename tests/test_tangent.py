@@ -7,21 +7,27 @@ import pytest
 
 import oracle
 import tolerance
-from roialign import _conventions, _core
+from roialign import _core, _rule
 from roialign import numpy as adapter
+from roialign._rois import Rois
 
 STEP = 1e-4
 
 
+def rule(problem):
+    return problem.scale, _rule.vector(problem.convention, problem.sampling)
+
+
 def forward(problem, tangent=None):
-    rule = _conventions.rule(**problem.options)
-    return adapter.forward(problem.features, *problem.rois, problem.size, rule, tangent=tangent)
+    rois = Rois(*problem.rois)
+    maps = (problem.features,)
+    return adapter.forward(maps, rois, problem.size, *rule(problem), tangent=tangent)
 
 
 def adjoint(problem, d_output, tangent=None):
-    rule = _conventions.rule(**problem.options)
-    shape = problem.features.shape
-    return adapter.adjoint(d_output, *problem.rois, shape, rule, tangent=tangent)
+    shapes = (problem.features.shape,)
+    rois = Rois(*problem.rois)
+    return adapter.adjoint(d_output, rois, shapes, *rule(problem), tangent=tangent)[0]
 
 
 @pytest.fixture
@@ -66,8 +72,8 @@ def test_central_differences(draw, convention, sampling):
 def test_one_bilinear_form(draw, convention, sampling):
     """<G, forward'(F; v)> = <F, adjoint'(G; v)> = <v, box_gradient(G, F)>."""
     problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64)
-    rule = _conventions.rule(**problem.options)
-    d_boxes = adapter.box_gradient(g, problem.features, *problem.rois, rule)
+    rois = Rois(*problem.rois)
+    d_boxes = adapter.box_gradient(g, (problem.features,), rois, *rule(problem))
     expected = np.vdot(v, d_boxes)
     np.testing.assert_allclose(np.vdot(g, forward(problem, v)), expected, rtol=1e-11)
     np.testing.assert_allclose(
@@ -94,13 +100,15 @@ def test_a_tangent_beyond_the_coordinate_type(draw):
 
 def test_the_core_reads_no_misaligned_array(draw, layouts):
     problem, g, v = draw()
-    rule = _conventions.rule(**problem.options).numbers
+    scales, vector = rule(problem)
     moved, rois, d_boxes = layouts["unaligned"], problem.rois, np.zeros_like(v)
     for arrays in [(moved(g), v), (g, moved(v))]:
         with pytest.raises(ValueError, match="aligned"):
-            _core.adjoint(arrays[0], rois, arrays[1], rule, np.empty_like(problem.features), 1)
+            _core.adjoint(
+                arrays[0], scales, rois, None, arrays[1], vector, np.empty_like(problem.features), 1
+            )
     with pytest.raises(ValueError, match="aligned"):
-        _core.box_gradient(g, problem.features, rois, rule, moved(d_boxes), 1)
+        _core.box_gradient(g, problem.features, scales, rois, None, vector, moved(d_boxes), 1)
 
 
 def test_linear_in_the_tangent(draw):

@@ -17,12 +17,14 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
 import roialign.torch  # noqa: E402
+from roialign import _rule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
 )  # torch's own
 
 OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
+RULE = _rule.vector(roialign.conventions["half_pixel"], 2)
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -445,23 +447,29 @@ def test_memory_of_the_graph(problem):
 
 
 def assert_operator(name, *args):
-    result = torch.library.opcheck(getattr(torch.ops.roialign, name), args)
+    result = torch.library.opcheck(getattr(torch.ops.roialign, name).maps, args)
     assert set(result.values()) == {"SUCCESS"}, result
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tool's own, torch 2.14
+@pytest.mark.parametrize("maps", [1, 2])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_opcheck(dtype, layout):
-    features = LAYOUTS[layout](torch.rand(2, 3, 6, 7)).to(dtype).requires_grad_()
-    g = LAYOUTS[layout](torch.rand(2, 3, 4, 4)).to(dtype).requires_grad_()
+def test_opcheck(dtype, layout, maps):
+    def draw(*shape):
+        return LAYOUTS[layout](torch.rand(shape)).to(dtype).requires_grad_()
+
+    shapes = [(2, 3, 6, 7), (2, 3, 3, 4)][:maps]
+    features, g = [draw(*shape) for shape in shapes], draw(2, 3, 4, 4)
     boxes = torch.tensor([[1, 1, 4.3, 5], [0.4, 2, 3, 6]]).requires_grad_()
-    rois, rule = (boxes, torch.tensor([0, 1])), (0.9, 0.8, 2, 0.5, 0.0, 0.0, None, False)
-    fixed = boxes.detach(), rois[1]  # where the boxes' second order would be asked for
-    for rois, tangent in ((rois, None), (fixed, torch.ones(2, 4, requires_grad=True))):
-        assert_operator("forward", features, *rois, tangent, [4, 4], *rule)
-        assert_operator("adjoint", g, *rois, tangent, [2, 3, 6, 7], *rule)
-    assert_operator("box_gradient", g, features, *fixed, *rule)
+    index, levels = torch.tensor([0, 1]), None if maps == 1 else torch.tensor([1, 0])
+    rest = [0.9, 0.8, 0.5, 0.4][: 2 * maps], RULE
+    fixed = boxes.detach()  # where the boxes' second order would be asked for
+    for rois, tangent in ((boxes, None), (fixed, torch.ones(2, 4, requires_grad=True))):
+        given = rois, index, levels, tangent
+        assert_operator("forward", features, *given, [4, 4], *rest)
+        assert_operator("adjoint", g, *given, [n for shape in shapes for n in shape], *rest)
+    assert_operator("box_gradient", g, features, fixed, index, levels, *rest)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -606,7 +614,7 @@ def test_threads_are_at_most_torchs(make_problem, monkeypatch):
             given.append(args[-1])
             return roialign._core.forward(*args)
 
-    monkeypatch.setattr(roialign.torch, "_core", Core())
+    monkeypatch.setattr(roialign.torch.kernels, "_core", Core())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     pool(make_problem())
     assert given == [1]
@@ -637,7 +645,8 @@ kept = torch._C.{name}
 del torch._C.{name}
 import roialign, roialign.torch
 torch._C.{name} = kept
-assert roialign.torch._watched() and roialign.torch._in_forward_mode()
+from roialign.torch import routes
+assert routes.is_watched() and routes.in_forward_mode()
 
 def f(features, rois):
     return roialign.roi_align(features, rois, 2, sampling_ratio=2)
@@ -723,12 +732,12 @@ assert torch.equal(pool(features, rois), roialign.roi_align(features, rois, 2))
 
 
 @pytest.mark.parametrize("moves", [(True, False), (False, True), (True, True)])
-def test_ordinary_rows_have_the_gradients_of_a_pair(make_problem, moves):
+def test_rows_have_the_gradients_of_a_pair(make_problem, moves):
     """Rows are one step of the graph, a pair is another: same values, same gradients, once and twice."""
     problem = make_problem(sampling=2)
     features = tensor(problem.features)
     rows = torch.cat([tensor(problem.index)[:, None], tensor(problem.boxes)], 1).to(features.dtype)
-    assert roialign.torch.are_ordinary(features, rows)
+    assert roialign.torch.takes_rows(features, rows)
 
     def gradients(form):
         leaves = [t.clone().requires_grad_(m) for t, m in zip((features, rows), moves)]
@@ -770,43 +779,43 @@ def freed(array):
 @pytest.mark.parametrize("operation", ["forward", "adjoint", "box_gradient"])
 def test_operators_are_called_with_anything(operation, device):
     """By their names, by exported programs, by compilers: an error says which operator it was."""
-    operator = getattr(torch.ops.roialign, operation)
+    operator = getattr(torch.ops.roialign, operation).maps
     features, d_output = FEATURES.to(device), torch.ones(2, 3, 2, 2, device=device)
     boxes, index = ROIS[:, 1:].to(device), ROIS[:, 0].to(device).long()
     given = {
-        "forward": {"features": features, "output_size": [2, 2]},
-        "adjoint": {"d_output": d_output, "feature_shape": [2, 3, 8, 9]},
-        "box_gradient": {"d_output": d_output, "features": features},
+        "forward": {"features": [features], "output_size": [2, 2]},
+        "adjoint": {"d_output": d_output, "feature_shapes": [2, 3, 8, 9]},
+        "box_gradient": {"d_output": d_output, "features": [features]},
     }[operation]
-    given |= {"boxes": boxes, "image_index": index}
+    given |= {"boxes": boxes, "image_index": index, "levels": None, "scales": [1.0, 1.0]}
     if operation != "box_gradient":
         given["tangent"] = None
-    rule = dict.fromkeys(("pixel_offset", "input_offset", "end_offset"), 0.0)
-    rule |= {"scale_y": 1.0, "scale_x": 1.0, "sampling_ratio": 2, "min_size": None}
-    rule["adaptive_floor"] = False
-    operator(**given, **rule)
+    operator(**given, rule=RULE)
+    operator(**given, rule=RULE[:2])  # of another version
     for name, good in given.items():
         if isinstance(good, list):
-            wrong = [[], good[:1], good[:-1], [*good, 2]]
-        elif name == "tangent":
-            wrong = [boxes[0]]
+            wrong = [[], [*good, good[0]]]
+            if name == "features":
+                wrong.append([features[0]])
+        elif good is None:
+            wrong = [boxes[0, 0]]
         else:
             wrong = [None, good[0]]
         for bad in wrong:
             with pytest.raises(ValueError, match=f"^roialign::{operation}: .* do not fit"):
-                operator(**given | {name: bad}, **rule)
+                operator(**given | {name: bad}, rule=RULE)
     if device == "cpu":  # meta tensors may be of sizes that are not known
         for name in ("boxes", "image_index"):
             with pytest.raises(ValueError, match=f"^roialign::{operation}: .* do not fit"):
-                operator(**given | {name: given[name][:1]}, **rule)
+                operator(**given | {name: given[name][:1]}, rule=RULE)
             with pytest.raises(TypeError, match=f"^roialign::{operation}: boxes and indices"):
-                operator(**given | {name: given[name].to(torch.complex64)}, **rule)
+                operator(**given | {name: given[name].to(torch.complex64)}, rule=RULE)
 
 
 def test_a_tensor_that_was_freed_is_named_wherever_it_comes_in():
     features, boxes, index = FEATURES, ROIS[:, 1:], ROIS[:, 0].long()
-    rule = 1.0, 1.0, 0, 0.5, 0.0, 0.0, None, False
-    operator = torch.ops.roialign.forward
+    rest = [2, 2], (1.0, 1.0), RULE
+    operator = torch.ops.roialign.forward.maps
 
     def backward():
         x, rois = features.clone().requires_grad_(), ROIS.clone().requires_grad_()
@@ -820,8 +829,8 @@ def test_a_tensor_that_was_freed_is_named_wherever_it_comes_in():
     )
     for call, name in (
         (lambda: roialign.roi_align(features, ROIS, 2, out=freed(torch.rand(2, 3, 2, 2))), "out"),
-        (lambda: operator(freed(features), boxes, index, None, [2, 2], *rule), "features"),
-        (lambda: operator(features, boxes, index, freed(boxes), [2, 2], *rule), "tangent"),
+        (lambda: operator([freed(features)], boxes, index, None, None, *rest), "features"),
+        (lambda: operator([features], boxes, index, None, freed(boxes), *rest), "tangent"),
         (backward, "features"),
         (lambda: pool(freed(features)), "features"),
         (lambda: over_boxes(boxes[None]), "image_index"),

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the arrays of the GPU tests are of torch")
-triton = pytest.importorskip("triton", reason="the GPU kernels need triton")
+pytest.importorskip("torch", reason="the arrays of the GPU tests are of torch")
+pytest.importorskip("triton", reason="the GPU kernels need triton")
+import triton
+
 if triton.knobs.runtime.interpret:
     pytest.skip(
         "interpreted kernels cannot be compiled: "
@@ -14,9 +16,11 @@ if triton.knobs.runtime.interpret:
         allow_module_level=True,
     )
 
-import triton_offline as offline  # noqa: E402
-from roialign._triton import launch  # noqa: E402
-from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem  # noqa: E402
+import torch
+
+import triton_offline as offline
+from roialign._triton import launch
+from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem
 
 pytestmark = pytest.mark.triton_compile
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -50,12 +54,13 @@ def compiled(request, cache):
 
 @each_target
 def test_every_kernel_is_compiled(compiled, target):
-    kinds = {(v.kernel, v.constants.get("PARTS")) for v in compiled[target]}
+    kinds = {(v.kernel, v.constants.get("TABLES")) for v in compiled[target]}
     assert kinds == {
-        *(("axis_taps", parts) for parts in (1, 2, 3)),
-        *((name, parts) for name in ("forward", "adjoint") for parts in (1, 2)),
+        *(("axis_taps", tables) for tables in (1, 2, 3)),
+        *((name, tables) for name in ("forward", "adjoint") for tables in (1, 2)),
         ("touched", None),
         ("box_gradient", None),
+        ("sum_blocks", None),
     }
 
 
@@ -108,7 +113,7 @@ def test_aligned_channels_are_read_16_bytes_at_once(compiled, target):
 def test_the_recorded_table_has_every_row(compiled, target):
     lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines()]
     rows = {tuple(line[:4]): line[4:] for line in lines if len(line) == 4 + len(GATED)}
-    titles = rows.pop(("kernel", "dtype", "parts", "layout"))
+    titles = rows.pop(("kernel", "dtype", "tables", "layout"))
     assert titles == list(GATED)
     assert set(rows) == {v.row for v in compiled[target]}
     assert all(re.fullmatch(r"\d+ / \d+", cell) for cells in rows.values() for cell in cells)
@@ -134,6 +139,7 @@ def test_grids(device):
         "forward": 2 * [(20 * math.ceil(49 / 64) * math.ceil(250 / 16), 1, 1)],
         "adjoint": 2 * [(tiles * math.ceil(250 / 16), 1, 1)],
         "box_gradient": [(20 * math.ceil(250 / 16), 1, 1)],
+        "sum_blocks": [(1, 1, 1)],
     }
 
 
@@ -148,7 +154,7 @@ def test_a_grid_that_no_device_takes():
 def test_arguments(device, last):
     problem = Problem(last=last, boxes="float32")
     problem.run(device)
-    features, output, boxes, index, _ = problem.arrays()
+    features, output, *_ = problem.arrays()
 
     def strides(prefix, array, axes):
         return {f"{prefix}_{axis}": step for axis, step in zip(axes, array.stride(), strict=True)}
@@ -158,9 +164,9 @@ def test_arguments(device, last):
     map_ = {"height": 50, "width": 76, "spread_y": 3, "spread_x": 3}
     expected = {
         "axis_taps": {
-            **map_, "count": 20, "images": 2, "bins_y": 7, "bins_x": 7, "sampling_ratio": 2,
-            "scale_y": 0.25, "scale_x": 0.5, "pixel_offset": 0.5, "input_offset": 0.0,
-            "end_offset": 1.0, "boxes_stride": 5, "boxes_step": 1, "index_stride": 5,
+            **map_, "map": 0, "maps": 1, "count": 20, "images": 2, "bins_y": 7, "bins_x": 7,
+            "scale_y": 0.25, "scale_x": 0.5, "boxes_stride": 5, "boxes_step": 1, "index_stride": 5,
+            "levels_stride": 5,
         },
         "touched": {"count": 20, "height": 50, "width": 76, "words": 1},
         "forward": {
@@ -175,6 +181,7 @@ def test_arguments(device, last):
             **sizes, "room": room,
             **strides("d_output", output, "kcpq"), **strides("features", features, "nchw"),
         },
+        "sum_blocks": {"count": 20, "blocks": 256 // (64 if last else 16)},
     }  # fmt: skip
     for one in device.launches:
         numbers = {
@@ -182,8 +189,6 @@ def test_arguments(device, last):
             for name, value in one.arguments.items()
             if name.islower() and not isinstance(value, torch.Tensor)
         }
-        if one.kernel == "axis_taps":
-            assert math.isnan(numbers.pop("min_size"))
         assert numbers == expected[one.kernel], one.kernel
 
 
@@ -193,8 +198,8 @@ def test_types_of_arrays(device, dtype):
     coordinate = "float64" if dtype == "float64" else "float32"
     expected = {
         **dict.fromkeys(["features", "output", "d_output", "d_features"], dtype),
-        **dict.fromkeys(["boxes", "tangent", "weights", "partial"], coordinate),
-        **dict.fromkeys(["image_index", "image_of", "rows", "bits"], "int64"),
+        **dict.fromkeys(["boxes", "tangent", "weights", "partial", "d_boxes"], coordinate),
+        **dict.fromkeys(["image_index", "levels", "image_of", "rows", "bits"], "int64"),
         **dict.fromkeys(["extents", "columns", "pixels"], "int32"),
     }
     for one in device.launches:
@@ -202,17 +207,17 @@ def test_types_of_arrays(device, dtype):
         for name, value in one.arguments.items():
             if isinstance(value, torch.Tensor):
                 ranges = "int32" if columns else "int64"
-                wanted = ranges if name == "ranges" else expected[name]
+                before = coordinate if one.kernel == "sum_blocks" else dtype
+                wanted = {"ranges": ranges, "before": before}.get(name) or expected[name]
                 assert value.dtype == getattr(torch, wanted), (one.kernel, name)
 
 
 def test_types_of_numbers(device):
     Problem().run(device)
-    reals = ["scale_y", "scale_x", "pixel_offset", "input_offset", "end_offset", "min_size"]
     for compiled in device.compiled.values():
         for name, kind in compiled.src.signature.items():
             if kind != "constexpr" and not kind.startswith("*"):
-                assert kind == ("fp64" if name in reals else "i32"), name
+                assert kind == ("fp64" if name in ("scale_y", "scale_x") else "i32"), name
 
 
 def test_no_kernel_contracts_by_itself(device):

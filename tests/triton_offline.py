@@ -5,6 +5,7 @@
 writes the table of docs/kernels.md, with the Triton that is installed.
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from roialign._rois import Rois
 from roialign._triton import launch
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -97,7 +99,8 @@ class Device:
 
 
 def empty(shape, dtype):
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,11 @@ class Problem:
     size: tuple[int, int] = (50, 76)
     bins: tuple[int, int] = (7, 7)
     count: int = 20
-    rule: tuple = (0.25, 0.5, 2, 0.5, 0.0, 1.0, None, False)
+    scales: tuple[float, float] = (0.25, 0.5)
+    rule: tuple[float, ...] = (2.0, 0.5, 0.0, 1.0, -math.inf, 0.0)
 
     def arrays(self):
-        """features, output, boxes, image_index, tangent"""
+        """features, output, RoIs, tangent"""
         order = torch.channels_last if self.last else torch.contiguous_format
         features = empty((self.images, self.channels, *self.size), self.dtype)
         output = empty((self.count, self.channels, *self.bins), self.dtype)
@@ -127,15 +131,17 @@ class Problem:
             boxes, index = rois[:, 1:], rois[:, 0]
         tangent = empty((self.count, 4), coordinate)
         features, output = (array.to(memory_format=order) for array in (features, output))
-        return features, output, boxes, index, tangent
+        return features, output, Rois(boxes, index), tangent
 
     def run(self, device: Device):
         """All operations, with a tangent too."""
-        features, output, boxes, index, tangent = self.arrays()
+        features, output, rois, tangent = self.arrays()
+        numbers = self.scales, self.rule
         for along in (None, tangent):
-            launch.forward(device.call, features, boxes, index, along, self.rule, output)
-            launch.adjoint(device.call, output, boxes, index, along, self.rule, features)
-        launch.box_gradient(device.call, output, features, boxes, index, self.rule)
+            launch.forward(device.call, [features], rois, along, *numbers, output)
+            launch.adjoint(device.call, output, rois, along, *numbers, [features])
+        d_boxes = empty((self.count, 4), tangent.dtype)
+        launch.box_gradient(device.call, output, [features], rois, *numbers, d_boxes)
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Variant:
         elif "INNERMOST" in values:
             layout = "channels last" if values["INNERMOST"] else "channels first"
             layout += ", 16" if values["ALIGNED"] else ""
-        return self.kernel, self.dtype, str(values.get("PARTS", "-")), layout
+        return self.kernel, self.dtype, str(values.get("TABLES", "-")), layout
 
 
 def problems(dtypes):
@@ -171,7 +177,7 @@ def problems(dtypes):
         yield Problem(dtype, last=True, channels=250)
         yield Problem(dtype, images=2000)  # 32 bits do not address it
         if dtype in ("float16", "float64"):
-            floor = (0.25, 0.5, 0, 0.0, 0.0, 1.0, 1.0, True)
+            floor = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
             yield Problem(dtype, boxes=dtype, bins=(64, 64), rule=floor)
 
 
@@ -235,7 +241,7 @@ def table(variants):
                 max(most[0], variant.registers),
                 max(most[1], variant.shared),
             )
-    titles = ["kernel", "dtype", "parts", "layout", *variants]
+    titles = ["kernel", "dtype", "tables", "layout", *variants]
     yield "| " + " | ".join(titles) + " |"
     yield "|---" * len(titles) + "|"
     for row in sorted(needs):

@@ -4,7 +4,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -20,9 +19,9 @@
 
 #include "../dispatch.hpp"
 #include "../memory.hpp"
+#include "../numbers.hpp"
 #include "../operations.hpp"
 #include "../parallel.hpp"
-#include "../windows.hpp"
 #include "xla.hpp"
 
 namespace nb = nanobind;
@@ -60,31 +59,38 @@ void accept(const nb::type_object& type) {
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
-  bool integers = false;  // by its own dtype
+  bool stands = false;  // for bfloat16, perhaps
   nb::dlpack::device device{nb::device::cpu::value, 0};
   int ndim = 0;
   int64_t shape[4] = {}, stride[4] = {};
 };
 
-bool take_dtype(const nb::dlpack::dtype& t, Array& array) {
+// `stands`: 16-bit unsigned integers stand for bfloat16, which NumPy has not.
+bool take_dtype(const nb::dlpack::dtype& t, bool stands, Array& array) {
   using Code = nb::dlpack::dtype_code;
-  const auto is = [&](Code code, int bits) {
-    return t.code == uint8_t(code) && t.bits == bits && t.lanes == 1;
+  struct Known {
+    Code code;
+    int bits;
+    DType dtype;
   };
-  if (is(Code::Float, 32))
-    array.dtype = DType::float32;
-  else if (is(Code::Float, 64))
-    array.dtype = DType::float64;
-  else if (is(Code::Float, 16))
-    array.dtype = DType::float16;
-  else if (is(Code::Bfloat, 16) || is(Code::UInt, 16))
-    array.dtype = DType::bfloat16;
-  else if (is(Code::Int, 64))
-    array.dtype = DType::int64;
-  else
-    return false;
-  array.integers = t.code != uint8_t(Code::Float) && t.code != uint8_t(Code::Bfloat);
-  return true;
+  constexpr Known known[] = {
+      {Code::Float, 32, DType::float32}, {Code::Float, 64, DType::float64},
+      {Code::Float, 16, DType::float16}, {Code::Bfloat, 16, DType::bfloat16},
+      {Code::Int, 64, DType::int64},     {Code::Int, 32, DType::int32},
+      {Code::Int, 16, DType::int16},     {Code::Int, 8, DType::int8},
+      {Code::UInt, 8, DType::uint8},     {Code::UInt, 32, DType::uint32},
+      {Code::UInt, 64, DType::uint64},
+  };
+  const nb::dlpack::dtype bfloat16{uint8_t(Code::Bfloat), 16, 1};
+  const bool is_stand_in = stands && t.code == uint8_t(Code::UInt) && t.bits == 16 && t.lanes == 1;
+  const nb::dlpack::dtype read = is_stand_in ? bfloat16 : t;
+  for (const Known& k : known) {
+    if (read.code != uint8_t(k.code) || read.bits != k.bits || read.lanes != 1) continue;
+    array.dtype = k.dtype;
+    array.stands = is_stand_in;
+    return true;
+  }
+  return false;
 }
 
 bool is_tensor(const nb::handle& object) {
@@ -101,17 +107,20 @@ bool describe(const nb::handle& tensor, nb::dlpack::dltensor& given) {
   return given.data ||
          std::any_of(given.shape, given.shape + given.ndim, [](int64_t n) { return n == 0; });
 }
+// Whether a tensor's elements are where a kernel can reach them, and aligned there.
 bool has_memory(const nb::object& object) {
   nb::dlpack::dltensor given;
-  return is_tensor(object) && describe(object, given);
+  if (!is_tensor(object) || !describe(object, given)) return false;
+  return uintptr_t(given.data) % std::max(given.dtype.bits / 8, 1) == 0;
 }
 
 // Never converts: a silent copy of an output would lose the result.
 template <class NdArray>
 bool read(const nb::handle& object, Array& array) {
+  const bool stands = !is_tensor(object);
   const auto take = [&](const auto& dtype, const auto& ndim, const auto& shape,
                         const auto& stride) {
-    if (!take_dtype(dtype, array) || ndim > 4) return false;
+    if (!take_dtype(dtype, stands, array) || ndim > 4) return false;
     array.ndim = int(ndim);
     for (int i = 0; i < array.ndim; ++i) {
       array.shape[i] = int64_t(shape(i));
@@ -154,22 +163,10 @@ Array output(const nb::handle& object) {
   return array_of<nb::ndarray<nb::device::cpu>>(object);
 }
 
-size_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::float16:
-    case DType::bfloat16:
-      return 2;
-    case DType::float32:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
 // Whether typed reads and writes are allowed.
 bool is_aligned(const Array& array) {
   const bool empty = std::find(array.shape, array.shape + array.ndim, 0) < array.shape + array.ndim;
-  return empty || uintptr_t(array.data) % size_of(array.dtype) == 0;
+  return empty || uintptr_t(array.data) % uintptr_t(size_of(array.dtype)) == 0;
 }
 
 Tensor tensor_of(const Array& array) {
@@ -188,10 +185,9 @@ Tensor tensor_of(const Array& array) {
   return tensor;
 }
 
-// Whether these are what most calls bring, of which no check of types and shapes can complain: a
-// map of pixels (N, C, H, W) and rows (K, 5), of float dtypes, aligned in the memory of one CPU or
-// GPU.
-bool are_ordinary(const nb::object& features, const nb::object& rois) {
+// Whether these are a map of pixels (N, C, H, W) and rows (K, 5) of which no check of types and
+// shapes can complain, of float dtypes, aligned in the memory of one CPU or GPU.
+bool takes_rows(const nb::object& features, const nb::object& rois) {
   Array map, rows;
   if (!read<Input>(features, map) || !read<Input>(rois, rows)) return false;
   const auto [type, id] = map.device;
@@ -201,7 +197,7 @@ bool are_ordinary(const nb::object& features, const nb::object& rois) {
   }
   if (rows.device.device_type != type || rows.device.device_id != id) return false;
   for (const Array& array : {map, rows}) {
-    if (array.integers || !is_aligned(array)) return false;
+    if (!is_float(array.dtype) || array.stands || !is_aligned(array)) return false;
   }
   for (const int64_t side : map.shape) {
     if (side < 1 || side > INT32_MAX) return false;
@@ -209,30 +205,39 @@ bool are_ordinary(const nb::object& features, const nb::object& rois) {
   return map.ndim == 4 && rows.ndim == 2 && rows.shape[1] == 5;
 }
 
-// Rows (K, 5), or a tuple: boxes (K, 4) and an image index (K,).
-Rois rois_of(const nb::object& object) {
-  if (!nb::isinstance<nb::tuple>(object)) {
-    const Array rows = input(object);
-    if (rows.ndim != 2 || rows.shape[1] != 5) throw nb::value_error("_core: rois must be (K, 5)");
-    const auto boxes =
-        static_cast<char*>(rows.data) + rows.stride[1] * int64_t(size_of(rows.dtype));
-    return {rows.shape[0], boxes,      rows.dtype,    {rows.stride[0], rows.stride[1]},
-            rows.data,     rows.dtype, rows.stride[0]};
+Column column_of(const Array& array, int64_t count) {
+  if (array.ndim != 1 || array.shape[0] != count) {
+    throw nb::value_error("_core: an index must be (K,)");
   }
-  const nb::tuple pair = nb::borrow<nb::tuple>(object);
-  if (pair.size() != 2) throw nb::value_error("_core: rois as a tuple are (boxes, image_index)");
-  const Array boxes = input(pair[0]), image_index = input(pair[1]);
-  if (boxes.ndim != 2 || boxes.shape[1] != 4 || image_index.ndim != 1 ||
-      image_index.shape[0] != boxes.shape[0]) {
-    throw nb::value_error("_core: boxes must be (K, 4) and image_index (K,)");
-  }
-  return {
-      boxes.shape[0],   boxes.data,        boxes.dtype,          {boxes.stride[0], boxes.stride[1]},
-      image_index.data, image_index.dtype, image_index.stride[0]};
+  return {array.data, array.dtype, array.stride[0]};
 }
 
-// A box gradient, or tangent: (K, 4) contiguous, of the coordinate type. A single row has any
-// stride.
+// Rows (K, 5), or a tuple: boxes (K, 4) and an image index (K,).
+Rois rois_of(const nb::object& object, const nb::object& levels) {
+  Rois rois{};
+  if (nb::isinstance<nb::tuple>(object)) {
+    const nb::tuple pair = nb::borrow<nb::tuple>(object);
+    if (pair.size() != 2) {
+      throw nb::value_error("_core: rois as a tuple are (boxes, image_index)");
+    }
+    const Array boxes = input(pair[0]);
+    if (boxes.ndim != 2 || boxes.shape[1] != 4)
+      throw nb::value_error("_core: boxes must be (K, 4)");
+    rois = {boxes.shape[0], boxes.data, boxes.dtype, {boxes.stride[0], boxes.stride[1]}, {}, {}};
+    rois.image_index = column_of(input(pair[1]), rois.count);
+  } else {
+    const Array rows = input(object);
+    if (rows.ndim != 2 || rows.shape[1] != 5) throw nb::value_error("_core: rois must be (K, 5)");
+    const auto boxes = static_cast<char*>(rows.data) + rows.stride[1] * size_of(rows.dtype);
+    rois = {rows.shape[0], boxes, rows.dtype, {rows.stride[0], rows.stride[1]}, {}, {}};
+    rois.image_index = {rows.data, rows.dtype, rows.stride[0]};
+  }
+  if (!levels.is_none()) rois.level = column_of(input(levels), rois.count);
+  return rois;
+}
+
+// A box gradient, or tangent: (K, 4) contiguous, of the coordinate type. An axis of length 1 has
+// any stride.
 void* boxes_like(const Array& array, const Rois& rois, DType map) {
   const bool contiguous = array.stride[1] == 1 && (rois.count == 1 || array.stride[0] == 4);
   if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != 4 ||
@@ -243,6 +248,41 @@ void* boxes_like(const Array& array, const Rois& rois, DType map) {
 }
 const void* tangent_of(const nb::object& object, const Rois& rois, DType map) {
   return object.is_none() ? nullptr : boxes_like(input(object), rois, map);
+}
+
+// Numbers of a tuple or list.
+std::vector<double> numbers_of(const nb::handle& sequence) {
+  return nb::cast<std::vector<double>>(sequence);
+}
+
+// The maps of a call: an array, or a tuple or list of them. `scales`: y, x of each.
+class MapList {
+ public:
+  MapList(const nb::object& arrays, const nb::handle& scales, bool written) {
+    const auto add = [&](const nb::handle& array) {
+      maps_.push_back({tensor_of(written ? output(array) : input(array)), {}});
+    };
+    if (nb::isinstance<nb::tuple>(arrays) || nb::isinstance<nb::list>(arrays)) {
+      for (const nb::handle array : arrays) add(array);
+    } else {
+      add(arrays);
+    }
+    const std::vector<double> numbers = numbers_of(scales);
+    if (maps_.empty() || numbers.size() != 2 * maps_.size()) {
+      throw nb::value_error("_core: every map must have a scale, y and x");
+    }
+    for (size_t i = 0; i < numbers.size(); ++i) maps_[i / 2].scale[i % 2] = numbers[i];
+  }
+  operator Maps() const { return {maps_.data(), int64_t(maps_.size())}; }
+  DType dtype() const { return maps_[0].array.dtype; }
+
+ private:
+  std::vector<Map> maps_;
+};
+
+Rule rule_of(const nb::handle& sequence) {
+  const std::vector<double> numbers = numbers_of(sequence);
+  return roialign::rule_of(numbers.data(), int64_t(numbers.size()));
 }
 
 // Runs without the interpreter's lock. Before Python 3.14 a daemon thread that asks for the lock
@@ -279,61 +319,91 @@ void wait_for_calls() {
 const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
 #endif
 
-// (scale_y, scale_x, sampling_ratio, pixel_offset, input_offset, end_offset, min_size or None,
-// floor)
-using Rule = std::tuple<double, double, int64_t, double, double, double, nb::object, bool>;
+// A column of indices, each to be an integer in [least, end).
+struct Indices {
+  const char* name;
+  Column column;
+  int64_t count, least, end;
 
-Params params_of(const Rule& rule) {
-  const auto& [scale_y, scale_x, sampling_ratio, pixel, input, end, min_size, floor] = rule;
-  const bool has_min = !min_size.is_none();
-  return {{scale_y, scale_x},
-          sampling_ratio,
-          {pixel, input, end, has_min ? nb::cast<double>(min_size) : 0.0, has_min, floor}};
-}
+  int64_t first_bad() const {
+    return column.data ? first_bad_index(column, count, least, end) : -1;
+  }
+  [[noreturn]] void raise(int64_t bad) const {
+    const int64_t at = bad * column.stride;
+    nb::object got;
+    if (is_float(column.dtype)) {
+      got = nb::float_(float_at(column.data, column.dtype, at));
+    } else if (column.dtype == DType::uint64) {
+      got = nb::int_(element<uint64_t>(column.data, at));
+    } else {
+      got = nb::int_(integer_at(column.data, column.dtype, at));
+    }
+    const nb::str message = nb::str("`{}` of RoI {} must be an integer in [{}, {}), got {}")
+                                .format(name, bad, least, end, got);
+    throw nb::index_error(message.c_str());
+  }
+};
 
-// Each operation returns the first RoI whose image index is bad, having done nothing; or -1.
+// Runs an operation, after a look at the indices: on a bad one nothing is done.
 template <class Operation>
-int64_t run(const Rois& rois, int64_t images, Operation&& operation) {
-  const Unlocked unlocked;
-  const int64_t bad = bad_image_index(rois, images);
-  if (bad < 0) operation();
-  return bad;
+void run(const Rois& rois, Maps maps, Operation&& operation) {
+  const Indices all[] = {
+      {"image_index", rois.image_index, rois.count, 0, maps.first().shape[0]},
+      {"levels", rois.level, rois.count, -1, maps.count},
+  };
+  const Indices* wrong = nullptr;
+  int64_t bad = -1;
+  {
+    const Unlocked unlocked;
+    for (const Indices& indices : all) {
+      if (!wrong && (bad = indices.first_bad()) >= 0) wrong = &indices;
+    }
+    if (!wrong) operation();
+  }
+  if (wrong) wrong->raise(bad);
 }
 
-int64_t forward(const nb::object& features_object, const nb::object& rois_object,
-                const nb::object& tangent_object, const Rule& rule, const nb::object& output_object,
-                int threads) {
-  const Tensor features = tensor_of(input(features_object)),
-               pooled = tensor_of(output(output_object));
-  const Rois rois = rois_of(rois_object);
-  const Params params = params_of(rule);
-  const void* tangent = tangent_of(tangent_object, rois, features.dtype);
-  return run(rois, features.shape[0],
-             [&] { roialign::forward(features, rois, tangent, params, pooled, threads); });
+// For what cannot raise by itself: an index (K,) of a program that runs without Python.
+void check_index(const char* name, const nb::object& object, int64_t end, int64_t least) {
+  const Array index = input(object);
+  const int64_t count = index.shape[0];
+  const Indices indices{name, column_of(index, count), count, least, end};
+  const int64_t bad = indices.first_bad();
+  if (bad >= 0) indices.raise(bad);
 }
 
-int64_t adjoint(const nb::object& d_output_object, const nb::object& rois_object,
-                const nb::object& tangent_object, const Rule& rule,
-                const nb::object& d_features_object, int threads) {
-  const Tensor d_output = tensor_of(input(d_output_object)),
-               d_features = tensor_of(output(d_features_object));
-  const Rois rois = rois_of(rois_object);
-  const Params params = params_of(rule);
-  const void* tangent = tangent_of(tangent_object, rois, d_output.dtype);
-  return run(rois, d_features.shape[0],
-             [&] { roialign::adjoint(d_output, rois, tangent, params, d_features, threads); });
+void forward(const nb::object& features, const nb::object& scales, const nb::object& rois_object,
+             const nb::object& levels, const nb::object& tangent_object, const nb::object& numbers,
+             const nb::object& output_object, int threads) {
+  const MapList maps(features, scales, false);
+  const Rois rois = rois_of(rois_object, levels);
+  const Tensor pooled = tensor_of(output(output_object));
+  const Rule rule = rule_of(numbers);
+  const void* tangent = tangent_of(tangent_object, rois, maps.dtype());
+  run(rois, maps, [&] { roialign::forward(maps, rois, tangent, rule, pooled, threads); });
 }
 
-int64_t box_gradient(const nb::object& d_output_object, const nb::object& features_object,
-                     const nb::object& rois_object, const Rule& rule,
-                     const nb::object& d_boxes_object, int threads) {
-  const Tensor d_output = tensor_of(input(d_output_object)),
-               features = tensor_of(input(features_object));
-  const Rois rois = rois_of(rois_object);
-  const Params params = params_of(rule);
-  void* d_boxes = boxes_like(output(d_boxes_object), rois, features.dtype);
-  return run(rois, features.shape[0],
-             [&] { roialign::box_gradient(d_output, features, rois, params, d_boxes, threads); });
+void adjoint(const nb::object& d_output_object, const nb::object& scales,
+             const nb::object& rois_object, const nb::object& levels,
+             const nb::object& tangent_object, const nb::object& numbers,
+             const nb::object& d_features, int threads) {
+  const Tensor d_output = tensor_of(input(d_output_object));
+  const MapList maps(d_features, scales, true);
+  const Rois rois = rois_of(rois_object, levels);
+  const Rule rule = rule_of(numbers);
+  const void* tangent = tangent_of(tangent_object, rois, maps.dtype());
+  run(rois, maps, [&] { roialign::adjoint(d_output, rois, tangent, rule, maps, threads); });
+}
+
+void box_gradient(const nb::object& d_output_object, const nb::object& features,
+                  const nb::object& scales, const nb::object& rois_object, const nb::object& levels,
+                  const nb::object& numbers, const nb::object& d_boxes_object, int threads) {
+  const Tensor d_output = tensor_of(input(d_output_object));
+  const MapList maps(features, scales, false);
+  const Rois rois = rois_of(rois_object, levels);
+  const Rule rule = rule_of(numbers);
+  void* d_boxes = boxes_like(output(d_boxes_object), rois, maps.dtype());
+  run(rois, maps, [&] { roialign::box_gradient(d_output, maps, rois, rule, d_boxes, threads); });
 }
 
 // `bytes` of memory for a result; NumPy keeps it alive, the cache of freed buffers takes it back.
@@ -368,14 +438,20 @@ NB_MODULE(_core, m) {
   m.def("available_cpus", &available_cpus, nb::arg("cgroup") = "/sys/fs/cgroup");
   m.def("accept", &python::accept);
   m.def("has_memory", &python::has_memory);
-  m.def("are_ordinary", &python::are_ordinary);
+  m.def("takes_rows", &python::takes_rows);
+  m.def("check_index", &python::check_index, nb::arg(), nb::arg(), nb::arg(), nb::arg("least") = 0);
   m.def("allocate", &python::allocate);
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));
-  m.def("forward", &python::forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg());
-  m.def("adjoint", &python::adjoint, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
-        nb::arg());
-  m.def("box_gradient", &python::box_gradient);
+  nb::list rule_names, rule_defaults;
+  for (const char* name : kRuleNames) rule_names.append(name);
+  for (const double number : kRuleDefaults) rule_defaults.append(number);
+  m.attr("rule_names") = nb::tuple(rule_names);
+  m.attr("rule_defaults") = nb::tuple(rule_defaults);
+  const nb::arg any;
+  const auto optional = nb::arg().none();
+  m.def("forward", &python::forward, any, any, any, optional, optional, any, any, any);
+  m.def("adjoint", &python::adjoint, any, any, any, optional, optional, any, any, any);
+  m.def("box_gradient", &python::box_gradient, any, any, any, any, optional, any, any, any);
   nb::dict xla_handlers;  // operation: a capsule, to be registered with XLA
   for (const xla::NamedHandler& named : xla::kHandlers) {
     xla_handlers[named.name] = nb::capsule(reinterpret_cast<const void*>(named.handler));

@@ -1,5 +1,7 @@
 // The operations as custom calls of XLA on the CPU. Arguments: boxes (K, 4), image_index (K,) of
-// int32, then what the operation takes; the attributes are the numbers of the rule, as float64.
+// int32, levels (K,) of int32 where there are several maps, then what the operation takes, its maps
+// one after another. Attributes, as float64: `maps`, how many; `scale_y_0`, `scale_x_0`, ... of
+// each; and the numbers of the rule by their names.
 // Nothing is taken on trust: what does not fit is an error of XLA's, and no exception leaves a
 // handler.
 #include "xla.hpp"
@@ -8,7 +10,9 @@
 #include <atomic>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../operations.hpp"
@@ -52,7 +56,7 @@ DType dtype_of(const Buffer& buffer) {
 }
 
 Tensor tensor_of(const Buffer& buffer) {
-  return dense(buffer.data, dtype_of(buffer), buffer.dims);
+  return contiguous(buffer.data, dtype_of(buffer), buffer.dims);
 }
 
 // A box gradient, or tangent: (K, 4), of the coordinate type.
@@ -63,71 +67,125 @@ void* boxes_like(const Buffer& buffer, const Rois& rois, DType map) {
   return buffer.data;
 }
 
-double number(const Attributes& attributes, const char* name) {
-  for (int64_t i = 0; i < attributes.count; ++i) {
-    const Text& text = *attributes.names[i];
-    if (text.size != std::strlen(name) || std::memcmp(text.begin, name, text.size) != 0) continue;
-    const Scalar& scalar = *static_cast<const Scalar*>(attributes.items[i]);
-    require(attributes.types[i] == kScalar && scalar.dtype == DataType::f64, "roialign: no rule");
-    double value;
-    std::memcpy(&value, scalar.value, sizeof value);
-    return value;
+// The attributes, each of which is asked for once.
+class Numbers {
+ public:
+  explicit Numbers(const Attributes& attributes) : attributes_(known(attributes)) {}
+
+  double get(const std::string& name, std::optional<double> otherwise = {}) {
+    for (int64_t i = 0; i < attributes_.count; ++i) {
+      const Text& text = *attributes_.names[i];
+      if (name.compare(0, std::string::npos, text.begin, text.size) != 0) continue;
+      const Scalar& scalar = *static_cast<const Scalar*>(attributes_.items[i]);
+      require(attributes_.types[i] == kScalar && scalar.dtype == DataType::f64,
+              "roialign: a number is not a float64");
+      double value;
+      std::memcpy(&value, scalar.value, sizeof value);
+      ++found_;
+      return value;
+    }
+    require(otherwise.has_value(), "roialign: a number is missing");
+    return *otherwise;
   }
-  throw std::invalid_argument("roialign: no rule");
-}
-
-Params params_of(const Attributes& attributes) {
-  const auto get = [&](const char* name) { return number(attributes, name); };
-  const double samples = get("sampling_ratio"), min_size = get("min_size");  // min_size < 0: none
-  return {{get("scale_y"), get("scale_x")},
-          int64_t(samples >= 1 ? std::min(samples, 0x1p62) : -1),
-          {get("pixel_offset"), get("input_offset"), get("end_offset"), min_size, min_size >= 0,
-           get("adaptive_floor") != 0}};
-}
-
-// What all operations take.
-struct Call {
-  explicit Call(const CallFrame& frame)
-      : arguments(known(frame.arguments)),
-        results(known(frame.results)),
-        params(params_of(known(frame.attributes))) {
-    const Buffer &boxes = buffer(arguments, 0, 2), &image_index = buffer(arguments, 1, 1);
-    require(boxes.dims[0] >= 0 && boxes.dims[1] == 4 && image_index.dims[0] == boxes.dims[0] &&
-                image_index.dtype == DataType::s32,
-            "roialign: boxes must be (K, 4) and image_index (K,) of int32");
-    const auto* given = static_cast<const int32_t*>(image_index.data);
-    index.assign(given, given + image_index.dims[0]);
-    rois = {boxes.dims[0], boxes.data, dtype_of(boxes), {4, 1}, index.data(), DType::int64, 1};
+  void require_no_other() const {
+    require(found_ == attributes_.count, "roialign: exported by a later version");
   }
 
-  Tensor map(int64_t i) const { return tensor_of(buffer(arguments, i, 4)); }
-  Tensor result() const { return tensor_of(buffer(results, 0, 4)); }
-  const void* tangent(int64_t i, DType map) const {
-    return i < arguments.count ? boxes_like(buffer(arguments, i, 2), rois, map) : nullptr;
-  }
-
-  const Buffers &arguments, &results;
-  const Params params;
-  std::vector<int64_t> index;
-  Rois rois;
+ private:
+  const Attributes& attributes_;
+  int64_t found_ = 0;
 };
 
-void run_forward(const Call& call, int threads) {
-  const Tensor features = call.map(2);
-  forward(features, call.rois, call.tangent(3, features.dtype), call.params, call.result(),
-          threads);
+// What all operations take.
+class Call {
+ public:
+  explicit Call(const CallFrame& frame)
+      : arguments_(known(frame.arguments)), results_(known(frame.results)) {
+    Numbers numbers(frame.attributes);
+    const double count = numbers.get("maps");
+    require(count >= 1 && count <= double(std::max(arguments_.count, results_.count)),
+            "roialign: maps are missing");
+    maps_.resize(size_t(count));
+    for (size_t i = 0; i < maps_.size(); ++i) {
+      maps_[i].scale[0] = numbers.get("scale_y_" + std::to_string(i));
+      maps_[i].scale[1] = numbers.get("scale_x_" + std::to_string(i));
+    }
+    const double values[] = {
+#define ROIALIGN_NUMBER(name, otherwise) numbers.get(#name, otherwise),
+        ROIALIGN_RULE(ROIALIGN_NUMBER)
+#undef ROIALIGN_NUMBER
+    };
+    rule = rule_of(values, kRuleNumbers);
+    numbers.require_no_other();
+
+    const Buffer& boxes = buffer(arguments_, next_++, 2);
+    require(boxes.dims[0] >= 0 && boxes.dims[1] == 4, "roialign: boxes must be (K, 4)");
+    rois = {boxes.dims[0], boxes.data, dtype_of(boxes), {4, 1}, {}, {}};
+    rois.image_index = column();
+    if (maps_.size() > 1) rois.level = column();
+  }
+
+  // The arguments after those, in their order.
+  Tensor array() { return tensor_of(buffer(arguments_, next_++, 4)); }
+  Maps maps() {
+    for (Map& map : maps_) map.array = array();
+    return all();
+  }
+  const void* tangent(DType map) {
+    return next_ < arguments_.count ? boxes_like(buffer(arguments_, next_++, 2), rois, map)
+                                    : nullptr;
+  }
+
+  Tensor result() const { return tensor_of(buffer(results_, 0, 4)); }
+  Maps result_maps() {
+    for (size_t i = 0; i < maps_.size(); ++i) {
+      maps_[i].array = tensor_of(buffer(results_, int64_t(i), 4));
+    }
+    return all();
+  }
+  void* d_boxes(DType map) const { return boxes_like(buffer(results_, 0, 2), rois, map); }
+
+  Rule rule;
+  Rois rois;
+
+ private:
+  Column column() {
+    const Buffer& given = buffer(arguments_, next_++, 1);
+    require(given.dims[0] == rois.count && given.dtype == DataType::s32,
+            "roialign: image_index and levels must be (K,) of int32");
+    return {given.data, DType::int32, 1};
+  }
+  Maps all() const { return {maps_.data(), int64_t(maps_.size())}; }
+
+  const Buffers &arguments_, &results_;
+  int64_t next_ = 0;  // argument
+  std::vector<Map> maps_;
+};
+
+void run_forward(const CallFrame& frame) {
+  Call call(frame);
+  const Maps maps = call.maps();
+  const void* tangent = call.tangent(maps.first().dtype);
+  forward(maps, call.rois, tangent, call.rule, call.result(), num_threads);
 }
 
-void run_adjoint(const Call& call, int threads) {
-  const Tensor d_output = call.map(2);
-  adjoint(d_output, call.rois, call.tangent(3, d_output.dtype), call.params, call.result(),
-          threads);
+void run_adjoint(const CallFrame& frame) {
+  Call call(frame);
+  const Tensor d_output = call.array();
+  const void* tangent = call.tangent(d_output.dtype);
+  adjoint(d_output, call.rois, tangent, call.rule, call.result_maps(), num_threads);
 }
 
-void run_box_gradient(const Call& call, int threads) {
-  const Tensor d_output = call.map(2), features = call.map(3);
-  void* d_boxes = boxes_like(buffer(call.results, 0, 2), call.rois, features.dtype);
-  box_gradient(d_output, features, call.rois, call.params, d_boxes, threads);
+void run_box_gradient(const CallFrame& frame) {
+  Call call(frame);
+  const Tensor d_output = call.array();
+  const Maps maps = call.maps();
+  void* d_boxes = call.d_boxes(d_output.dtype);
+  box_gradient(d_output, maps, call.rois, call.rule, d_boxes, num_threads);
+}
+
+void refuse(const CallFrame&) {
+  throw std::invalid_argument("roialign: exported by roialign 0.1: export it again");
 }
 
 Error* error(const CallFrame& frame, ErrorCode code, const char* message) noexcept {
@@ -135,7 +193,7 @@ Error* error(const CallFrame& frame, ErrorCode code, const char* message) noexce
   return frame.api->create_error(&arguments);
 }
 
-template <void run(const Call&, int)>
+template <void run(const CallFrame&)>
 Error* handle(CallFrame* frame) noexcept {
   try {
     Extension* extension = frame->extensions;
@@ -148,7 +206,7 @@ Error* handle(CallFrame* frame) noexcept {
       return nullptr;
     }
     require(frame->stage == kExecute, "roialign: not a call");
-    run(Call(known(*frame)), num_threads);
+    run(known(*frame));
     return nullptr;
   } catch (const std::invalid_argument& e) {
     return error(*frame, ErrorCode::invalid_argument, e.what());
@@ -163,10 +221,13 @@ Error* handle(CallFrame* frame) noexcept {
 
 }  // namespace
 
-const NamedHandler kHandlers[3] = {
-    {"forward", handle<run_forward>},
-    {"adjoint", handle<run_adjoint>},
-    {"box_gradient", handle<run_box_gradient>},
+const NamedHandler kHandlers[6] = {
+    {"forward_maps", handle<run_forward>},
+    {"adjoint_maps", handle<run_adjoint>},
+    {"box_gradient_maps", handle<run_box_gradient>},
+    {"forward", handle<refuse>},
+    {"adjoint", handle<refuse>},
+    {"box_gradient", handle<refuse>},
 };
 
 void set_num_threads(int threads) {

@@ -110,7 +110,7 @@ struct NamedHandler {
   const char* name;
   Handler* handler;
 };
-extern const NamedHandler kHandlers[3];
+extern const NamedHandler kHandlers[6];
 
 // How many threads the handlers use: they run where no Python is.
 void set_num_threads(int threads);

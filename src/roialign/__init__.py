@@ -3,6 +3,8 @@
 Start with :class:`ROIAlign` (MindSpore's operator) or :func:`roi_align` (every convention by name).
 """
 
+from typing import Any
+
 from roialign._api import (
     ROIAlign,
     get_num_threads,
@@ -11,7 +13,7 @@ from roialign._api import (
     roi_align_box_gradient,
     set_num_threads,
 )
-from roialign._conventions import Convention, conventions
+from roialign._rule import Convention, conventions
 
 __all__ = [
     "Convention",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in ("torch", "jax", "mindspore", "compat"):  # when asked for: they import the framework
         import importlib
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
-from roialign import _checks, _conventions
-from roialign import numpy as _numpy
+from roialign import _checks, _rois
+from roialign._adapter import Adapter, adapter_of
+from roialign._rule import Convention
 from roialign._threads import get_num_threads, set_num_threads
 
 __all__ = [
@@ -22,58 +22,54 @@ __all__ = [
 ]
 
 
+class _Array(Protocol):
+    """What arrays of all libraries have."""
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def shape(self) -> Any: ...
+
+
+Array = TypeVar("Array", bound=_Array)
+Boxes = TypeVar("Boxes", bound="_Array | list[Any]")
+
 # MindSpore's compiler reads the source of what runs in a graph, and not all of Python. It takes the comment
 # beside this condition for its value, and reads no further than the branch.
 _IN_GRAPH = False
 
 
-def _adapter(name: str, array: object) -> ModuleType:
-    """The module for the kind of array that came; nothing is imported that the user has not imported."""
+def _adapter(name: str, array: object) -> Adapter:
     if _IN_GRAPH:  # @jit.cond: True
         return importlib.import_module("roialign.mindspore")
-    if _numpy.is_array(array):
-        return _numpy
-    if _is_a(array, "torch", "Tensor"):
-        import roialign.torch as adapter
-    elif _is_a(array, "jax", "Array"):
-        import roialign.jax as adapter
-    elif _is_a(array, "mindspore", "Tensor"):
-        import roialign.mindspore as adapter
-    elif _is_a(array, "cupy", "ndarray"):
-        import roialign.cupy as adapter
-    else:
-        raise TypeError(
-            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array, mindspore.Tensor or "
-            f"cupy.ndarray, got {_checks.type_name(array)}"
-        )
-    return adapter
-
-
-def _is_a(array: object, library: str, kind: str) -> bool:
-    module = sys.modules.get(library)
-    return module is not None and isinstance(array, getattr(module, kind, ()))
+    return adapter_of(name, array)
 
 
 _remembered_rule = functools.lru_cache(_checks.rule)
 
 
-def _ordinary_rule(*given) -> _conventions.Rule:
-    """`_checks.rule`, remembered for the usual types, which make safe keys."""
-    usual = tuple(map(type, given)) == (float, int, str, str)
+def _rule_of(rows: bool, *given: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """`_checks.rule`, remembered on the short way for the usual types, which make safe keys.
+
+    Elsewhere torch's compiler may read this, which warns of what is remembered.
+    """
+    usual = rows and tuple(map(type, given)) == (float, int, str, str)
     return _remembered_rule(*given) if usual else _checks.rule(*given)
 
 
 def roi_align(
-    features: Any,
+    features: Array,
     rois: Any,
-    output_size: int | tuple[int, int],
+    output_size: int | Sequence[int],
     *,
     spatial_scale: float | tuple[float, float] = 1.0,
     sampling_ratio: int = 0,
-    convention: str | _conventions.Convention = "half_pixel",
+    convention: str | Convention = "half_pixel",
     reduction: str = "mean",
-    out: Any = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
@@ -119,55 +115,58 @@ def roi_align(
     """
     adapter = _adapter("features", features)
     if _IN_GRAPH:  # @jit.cond: True
-        rule = spatial_scale, sampling_ratio, convention, reduction
-        return adapter.roi_align_in_graph(features, rois, output_size, rule, out)
-    ordinary = adapter.are_ordinary(features, rois)
-    if not ordinary:
-        adapter.check_features("features", features)
-        adapter.check_rois(rois)
+        given = spatial_scale, sampling_ratio, convention, reduction
+        return adapter.roi_align_in_graph(features, rois, output_size, given, out)
+    rows = adapter.takes_rows(features, rois)
+    if not rows:
+        _checks.features(adapter, "features", features)
+        _rois.check(adapter, rois)
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, features.dtype)
-    find_rule = _ordinary_rule if ordinary else _checks.rule
-    rule = find_rule(spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _rule_of(rows, spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
-    return _forward(adapter, features, rois, ordinary, bins, rule, out)
+    return _forward(adapter, features, rois, rows, bins, scales, rule, out)
 
 
 def _forward(
-    adapter: ModuleType,
+    adapter: Adapter,
     features: Any,
     rois: Any,
-    ordinary: bool,
+    rows: bool,
     bins: tuple[int, int],
-    rule: _conventions.Rule,
+    scales: tuple[float, float],
+    rule: tuple[float, ...],
     out: Any,
 ) -> Any:
     """The values that `roi_align` and `ROIAlign` check alike, and the call."""
-    if ordinary:
-        parsed = adapter.Rois(rois, None, rois)
-    else:
+    if not rows:
         _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-        parsed = adapter.parse_rois(rois, features.shape[0])
-        _checks.pixels("features", features.shape, parsed.boxes.shape[0])
+        parsed = _rois.parse(adapter, rois, features.shape[0])
+        count = parsed.boxes.shape[0]
+        _checks.pixels("features", features.shape, count)
+        _checks.size("output", (count, features.shape[1], *bins))
     if out is not None:
-        shape = (parsed.boxes.shape[0], features.shape[1], *bins)
-        adapter.check_out_values("out", out, shape, [features, *parsed.arrays()])
-    return adapter.forward(features, parsed.boxes, parsed.image_index, bins, rule, out=out)
+        count = (rois if rows else parsed.boxes).shape[0]
+        inputs = [features, *_rois.arrays(rois)]
+        adapter.check_out_values("out", out, (count, features.shape[1], *bins), inputs)
+    if rows:
+        return adapter.forward_rows(features, rois, bins, scales, rule, out)
+    return adapter.forward((features,), parsed, bins, scales, rule, out=out)
 
 
 def roi_align_adjoint(
-    d_output: Any,
+    d_output: Array,
     rois: Any,
-    feature_shape: tuple[int, int, int, int],
+    feature_shape: Sequence[int],
     *,
     spatial_scale: float | tuple[float, float] = 1.0,
     sampling_ratio: int = 0,
-    convention: str | _conventions.Convention = "half_pixel",
+    convention: str | Convention = "half_pixel",
     reduction: str = "mean",
-    features: Any = None,
-    out: Any = None,
-) -> Any:
+    features: Array | None = None,
+    out: Array | None = None,
+) -> Array:
     """The adjoint of :func:`roi_align`: its gradient in the features, or "paste".
 
     For all ``features`` and ``d_output``, up to rounding::
@@ -201,43 +200,46 @@ def roi_align_adjoint(
     """
     adapter = _adapter("d_output", d_output)
     if _IN_GRAPH:  # @jit.cond: True
-        rule = spatial_scale, sampling_ratio, convention, reduction
+        given = spatial_scale, sampling_ratio, convention, reduction
         return adapter.roi_align_adjoint_in_graph(
-            d_output, rois, feature_shape, rule, features, out
+            d_output, rois, feature_shape, given, features, out
         )
-    adapter.check_features("d_output", d_output)
+    _checks.features(adapter, "d_output", d_output)
     if features is not None:
-        adapter.check_features("features", features)
+        _checks.features(adapter, "features", features)
         _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
-    adapter.check_rois(rois)
+    _rois.check(adapter, rois)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _checks.integers("feature_shape", feature_shape)
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
-    parsed = adapter.parse_rois(rois, shape[0])
+    parsed = _rois.parse(adapter, rois, shape[0])
     _checks.d_output(d_output.shape, parsed.boxes.shape[0], shape[1])
     _checks.pixels("feature_shape", shape, parsed.boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
+    outs = None
     if out is not None:
-        adapter.check_out_values("out", out, shape, [d_output, *parsed.arrays()])
-    return adapter.adjoint(d_output, parsed.boxes, parsed.image_index, shape, rule, out=out)
+        adapter.check_out_values("out", out, shape, [d_output, *_rois.arrays(rois)])
+        outs = (out,)
+    (d_features,) = adapter.adjoint(d_output, parsed, (shape,), scales, rule, out=outs)
+    return d_features
 
 
 def roi_align_box_gradient(
-    d_output: Any,
-    features: Any,
-    rois: Any,
+    d_output: Array,
+    features: Array,
+    rois: Boxes | tuple[Boxes, Any],
     *,
     spatial_scale: float | tuple[float, float] = 1.0,
     sampling_ratio: int = 0,
-    convention: str | _conventions.Convention = "half_pixel",
+    convention: str | Convention = "half_pixel",
     reduction: str = "mean",
     out: Any = None,
-) -> Any:
+) -> Boxes:
     """The gradient of ``(roi_align(features, rois, ...) * d_output).sum()`` in the boxes.
 
     The exact derivative of the bilinear samples in their positions, carried to the box's ends. The
@@ -267,29 +269,29 @@ def roi_align_box_gradient(
     """
     adapter = _adapter("d_output", d_output)
     if _IN_GRAPH:  # @jit.cond: True
-        rule = spatial_scale, sampling_ratio, convention, reduction
-        return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, rule, out)
-    adapter.check_features("d_output", d_output)
-    adapter.check_features("features", features)
+        given = spatial_scale, sampling_ratio, convention, reduction
+        return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, given, out)
+    _checks.features(adapter, "d_output", d_output)
+    _checks.features(adapter, "features", features)
     _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
-    adapter.check_rois(rois)
+    _rois.check(adapter, rois)
     if out is not None:
         if isinstance(rois, list):
             raise TypeError("`out` must be None where `rois` is a list, got an array")
-        for boxes in rois[:1] if isinstance(rois, tuple) else (rois,):
-            adapter.check_out("out", out, adapter.gradient_dtype(boxes.dtype))
+        boxes, *_ = _rois.arrays(rois)
+        adapter.check_out("out", out, _rois.gradient_dtype(adapter, boxes.dtype))
 
-    rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    parsed = adapter.parse_rois(rois, features.shape[0])
+    parsed = _rois.parse(adapter, rois, features.shape[0])
     count = parsed.boxes.shape[0]
     _checks.d_output(d_output.shape, count, features.shape[1])
     _checks.pixels("features", features.shape, count)
     if out is not None:
-        inputs = [d_output, features, *parsed.arrays()]
+        inputs = [d_output, features, *_rois.arrays(rois)]
         adapter.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
-    d_boxes = adapter.box_gradient(d_output, features, parsed.boxes, parsed.image_index, rule)
-    d_rois = parsed.like_given(d_boxes)
+    d_boxes = adapter.box_gradient(d_output, (features,), parsed, scales, rule)
+    d_rois = _rois.like_given(adapter, rois, d_boxes)
     if out is None:
         return d_rois
     out[...] = d_rois
@@ -358,21 +360,20 @@ class ROIAlign:
         self.sample_num = sample_num
         self.roi_end_mode = roi_end_mode
 
-    def __call__(self, features: Any, rois: Any) -> Any:
+    def __call__(self, features: Array, rois: Any) -> Array:
         adapter = _adapter("features", features)
         name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
         bins = self.pooled_height, self.pooled_width
         if _IN_GRAPH:  # @jit.cond: True
-            rule = self.spatial_scale, self.sample_num, name, "mean"
-            return adapter.seed_in_graph(features, rois, bins, rule)
-        ordinary = adapter.are_ordinary(features, rois)
-        if not ordinary:
-            adapter.check_features("features", features)
+            given = self.spatial_scale, self.sample_num, name, "mean"
+            return adapter.layer_in_graph(features, rois, bins, given)
+        rows = adapter.takes_rows(features, rois)
+        if not rows:
+            _checks.features(adapter, "features", features)
             adapter.check_array("rois", rois)
-            adapter.check_rois(rois, integers=False)
-        scale = (float(self.spatial_scale),) * 2
-        rule = _conventions.rule(scale, self.sample_num, _conventions.conventions[name])
-        return _forward(adapter, features, rois, ordinary, bins, rule, None)
+            _rois.check(adapter, rois, integers=False)
+        scales, rule = _rule_of(rows, float(self.spatial_scale), int(self.sample_num), name, "mean")
+        return _forward(adapter, features, rois, rows, bins, scales, rule, None)
 
     def __repr__(self) -> str:
         return (

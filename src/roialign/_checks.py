@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from roialign import _conventions
+from roialign import _rule
+
+if TYPE_CHECKING:
+    from roialign._adapter import Adapter
 
 REDUCTIONS = ("mean",)
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
@@ -35,7 +39,7 @@ def shown(value: object) -> str:
 # Types
 
 
-def integer(name: str, value: object, expected: str = "an int") -> int:
+def integer(name: str, value: Any, expected: str = "an int") -> int:
     """Anything with ``__index__`` but a bool."""
     if type(value) is int:
         return value
@@ -60,10 +64,10 @@ def sequence(name: str, expected: str, value: object) -> None:
         raise TypeError(f"`{name}` must be a tuple {expected}, got {type_name(value)}")
 
 
-def real(name: str, value: object, expected: str = "a real number") -> float:
+def real(name: str, value: Any, expected: str = "a real number") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
-    return _conventions.float_of(value)
+    return _rule.float_of(value)
 
 
 def reals(name: str, value: object) -> tuple[float, ...]:
@@ -75,46 +79,17 @@ def reals(name: str, value: object) -> tuple[float, ...]:
     return (real(name, value, "a number or a pair (scale_y, scale_x)"),) * 2
 
 
-def rois(
-    value: object,
-    array: Callable[[str, object], None],
-    boxes: Callable[[str, object], None],
-    index: Callable[[str, object], None],
-) -> None:
-    """The types in the three forms of rois, by an adapter's own checks ``(name, value)``."""
-    if isinstance(value, tuple) and len(value) == 2:
-        boxes("boxes", value[0])
-        array("image_index", value[1])
-        index("image_index", value[1])
-    elif isinstance(value, tuple):
-        for name, item in zip(("boxes", "image_index"), value):
-            array(name, item)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            boxes(f"rois[{i}]", item)
-    else:
-        boxes("rois", value)
-
-
-def features_dtype(name: str, dtype: object, ok: bool) -> None:
-    if not ok:
-        raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {dtype}")
+def features(adapter: Adapter, name: str, value: Any) -> None:
+    adapter.check_array(name, value)
+    if adapter.kind(value.dtype) != "float":
+        raise TypeError(
+            f"`{name}` must be float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
 
 
 def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
     if dtype != expected:
         raise TypeError(f"`{name}` must have the dtype of `{other}`, {expected}, got {dtype}")
-
-
-def boxes_dtype(name: str, dtype: object, ok: bool, integers: bool) -> None:
-    if not ok:
-        wanted = "a float or integer" if integers else "a float"
-        raise TypeError(f"`{name}` must have {wanted} dtype, got {dtype}")
-
-
-def index_dtype(name: str, dtype: object, ok: bool) -> None:
-    if not ok:
-        raise TypeError(f"`{name}` must have an integer dtype, got {dtype}")
 
 
 def string(name: str, value: object) -> str:
@@ -179,32 +154,6 @@ def shape(name: str, expected: str, got: Sequence[int], ok: bool) -> None:
         raise ValueError(f"`{name}` must have shape {expected}, got {tuple(got)}")
 
 
-def roi_shapes(rois: object, images: int) -> None:
-    """The shapes in the three forms of rois, and how many arrays a list has."""
-    if isinstance(rois, tuple):
-        if len(rois) != 2:
-            raise ValueError(
-                f"`rois` as a tuple must be (boxes, image_index), got {len(rois)} items"
-            )
-        boxes, index = rois
-        _box_shape("boxes", boxes.shape)
-        shape("image_index", f"({boxes.shape[0]},)", index.shape, index.shape == boxes.shape[:1])
-    elif isinstance(rois, list):
-        if len(rois) != images:
-            raise ValueError(
-                f"`rois` as a list must have one array per image, {images}, got {len(rois)}"
-            )
-        for i, boxes in enumerate(rois):
-            _box_shape(f"rois[{i}]", boxes.shape)
-    else:
-        got = rois.shape
-        shape("rois", "(K, 5)", got, len(got) == 2 and got[1] == 5)
-
-
-def _box_shape(name: str, got: Sequence[int]) -> None:
-    shape(name, "(K, 4)", got, len(got) == 2 and got[1] == 4)
-
-
 def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 4 or min(value) < 0:
         raise ValueError(f"`feature_shape` must be (N, C, H, W), got {shown(value)}")
@@ -240,18 +189,18 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
 
 def rule(
     spatial_scale: object, sampling_ratio: object, convention: object, reduction: object
-) -> _conventions.Rule:
-    """The arguments that all operations share: all types first, then the values.
+) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """The arguments that all operations share, as scales and rule: all types first, then the values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
     """
     scale = reals("spatial_scale", spatial_scale)
     ratio = integer("sampling_ratio", sampling_ratio)
-    if not isinstance(convention, (str, _conventions.Convention)):
+    if not isinstance(convention, (str, _rule.Convention)):
         raise TypeError(f"`convention` must be a name or a Convention, got {type_name(convention)}")
     if string("reduction", reduction) not in REDUCTIONS:
         accepted = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")
     scale = scales("spatial_scale", scale)
     samples("sampling_ratio", ratio)
-    return _conventions.rule(scale, ratio, _conventions.resolve(convention))
+    return scale, _rule.vector(_rule.resolve(convention), ratio)

@@ -48,9 +48,9 @@ def result_shapes(
     [(2, 3, 8, 9), (2, 3, 4, 5)]
     """
     dimensions = DIMENSIONS[GIVES[operation]]
-    own = [{"h": h, "w": w} for h, w in maps] if "h" in dimensions else [{}]
     known = {"xy": 4, **sizes}
-    return [tuple([{**known, **pixels}[d] for d in dimensions]) for pixels in own]
+    own = [{**known, "h": h, "w": w} for h, w in maps] if "h" in dimensions else [known]
+    return [tuple([lengths[d] for d in dimensions]) for lengths in own]
 
 
 def giving(array: str) -> str:

@@ -8,9 +8,9 @@ the source of all that runs in a graph, and knows a part of Python only.
 from __future__ import annotations
 
 import functools
-import math
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import mindspore
 import numpy as np
@@ -18,10 +18,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.common import _Function
 
 import roialign
-from roialign import _checks, _core, _threads
-from roialign._conventions import Rule
+from roialign import _checks, _core, _operations, _rois, _threads
 
 __all__ = ["ROIAlign"]
+
+_SELF = sys.modules[__name__]  # the adapter that the shared checks ask
 
 _FLOATS = (mindspore.float16, mindspore.bfloat16, mindspore.float32, mindspore.float64)
 _INTEGERS = (
@@ -39,10 +40,13 @@ def _is_traced() -> bool:
 
 # Types
 
+float32 = mindspore.float32
 
-def are_ordinary(features: object, rois: object) -> bool:
-    """No call has fewer checks here: MindSpore's own work outweighs them."""
-    return False
+
+def kind(dtype: Any) -> str:
+    if dtype in _FLOATS:
+        return "float"
+    return "integer" if dtype in _INTEGERS else "other"
 
 
 @ops.constexpr
@@ -62,210 +66,145 @@ def _check_target() -> None:
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a mindspore.Tensor, got {_checks.type_name(value)}")
-
-
-def check_features(name: str, value: object) -> None:
-    check_array(name, value)
     _check_target()
-    _checks.features_dtype(name, value.dtype, value.dtype in _FLOATS)
-
-
-def _check_float_boxes(name: str, value: object) -> None:
-    check_array(name, value)
-    _checks.boxes_dtype(name, value.dtype, value.dtype in _FLOATS, False)
-
-
-def _check_boxes(name: str, value: object) -> None:
-    check_array(name, value)
-    _checks.boxes_dtype(name, value.dtype, value.dtype in _FLOATS + _INTEGERS, True)
-
-
-def _check_index(name: str, value: Tensor) -> None:
-    _checks.index_dtype(name, value.dtype, value.dtype in _INTEGERS)
-
-
-def check_rois(rois: object, integers: bool = True) -> None:
-    _checks.rois(rois, check_array, _check_boxes if integers else _check_float_boxes, _check_index)
 
 
 def check_out(name: str, out: object, dtype: Any) -> None:
     raise TypeError(f"`{name}` must be None with MindSpore, got {_checks.type_name(out)}")
 
 
-# Values
+# RoIs
 
 
-class Rois(NamedTuple):
-    """The three forms as one: boxes (K, 4) and an image index (K,)."""
-
-    boxes: Tensor
-    image_index: Tensor
-    given: object
-
-    def like_given(self, d_boxes: Tensor) -> Any:
-        """A gradient (K, 4) in the form and dtype in which the rois came."""
-        return _like_given(self.given, d_boxes)
+def columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    if rows.shape[0] == 0:  # the compiler slices nothing of no rows
+        return ops.zeros((0, 4), rows.dtype), ops.zeros((0,), rows.dtype)
+    return rows[:, 1:], rows[:, 0]
 
 
-def parse_rois(rois: Any, images: int) -> Rois:
-    return Rois(*_boxes_and_index(rois, images), rois)
-
-
-def _boxes_and_index(rois: Any, images: int) -> tuple[Tensor, Tensor]:
-    _checks.roi_shapes(rois, images)
-    if isinstance(rois, tuple):
-        return rois
-    if not isinstance(rois, list):
-        if rois.shape[0] == 0:  # the compiler slices nothing of no rows
-            return ops.zeros((0, 4), rois.dtype), ops.zeros((0,), rois.dtype)
-        return rois[:, 1:], rois[:, 0]
-    dtype, counts, pieces = rois[0].dtype if rois else mindspore.float32, (), []
-    for boxes in rois:
-        counts += (boxes.shape[0],)
-        if boxes.dtype != dtype:
+def joined(boxes: list[Tensor]) -> Tensor:
+    dtype, pieces = boxes[0].dtype if boxes else mindspore.float32, []
+    for piece in boxes:
+        if piece.dtype != dtype:
             dtype = mindspore.float64  # holds all of them
-    for boxes in rois:
-        pieces.append(boxes.astype(dtype))
-    return ops.cat(pieces) if pieces else ops.zeros((0, 4), dtype), _repeated(counts)
+    for piece in boxes:
+        pieces.append(piece.astype(dtype))
+    return ops.cat(pieces) if pieces else ops.zeros((0, 4), dtype)
 
 
 @ops.constexpr
 def _repeated(counts: tuple[int, ...]) -> Tensor:
-    """Each image's number as often as it has boxes."""
     return Tensor(np.repeat(np.arange(len(counts)), np.array(counts, np.int64)))
 
 
-def _like_given(rois: Any, d_boxes: Tensor) -> Any:
-    if isinstance(rois, tuple):
-        return d_boxes.astype(gradient_dtype(rois[0].dtype))
-    if not isinstance(rois, list):
-        d_boxes = d_boxes.astype(gradient_dtype(rois.dtype))
-        return ops.cat([ops.zeros((d_boxes.shape[0], 1), d_boxes.dtype), d_boxes], 1)
+def repeated(counts: list[int], like: Tensor) -> Tensor:
+    return _repeated(tuple(counts))
+
+
+def split(array: Tensor, counts: list[int]) -> list[Tensor]:
     pieces, start = [], 0
-    for boxes in rois:
-        end = start + boxes.shape[0]
-        piece = d_boxes[start:end] if end > start else ops.zeros((0, 4), d_boxes.dtype)
-        pieces.append(piece.astype(gradient_dtype(boxes.dtype)))
-        start = end
+    for count in counts:
+        piece = array[start : start + count] if count else ops.zeros((0, 4), array.dtype)
+        pieces.append(piece)
+        start += count
     return pieces
 
 
-def gradient_dtype(dtype: Any) -> Any:
-    """Of a gradient in boxes of ``dtype``: float32 for integers."""
-    return dtype if dtype in _FLOATS else mindspore.float32
+def cast(array: Tensor, dtype: Any) -> Tensor:
+    return array.astype(dtype)
 
 
-# Derivatives. A rule takes which of the gradients are wanted, what its operation took, and the gradient
-# of its result. "forward" and "adjoint" take (array, boxes, image_index, tangent, rule); a tangent
-# (K, 4) asks for the derivative along it.
+def with_index_column(d_boxes: Tensor) -> Tensor:
+    return ops.cat([ops.zeros((d_boxes.shape[0], 1), d_boxes.dtype), d_boxes], 1)
 
 
-def _second_order(boxes: Tensor) -> Tensor:
+# Derivatives, of one map. Where there is no tangent, there is a vector in its place.
+
+_INPUTS = {
+    name: (
+        "numbers",
+        *[array for array in takes if array != "tangent"],
+        "boxes",
+        "image_index",
+        *[array for array in takes if array == "tangent"],
+    )
+    for name, takes in _operations.TAKES.items()
+}
+_GIVES = _operations.GIVES
+_SIBLINGS = {array: _operations.giving(array) for array in _GIVES.values()}
+
+
+def _second_order(operation: str, boxes: Tensor) -> Tensor:
     if _is_traced():  # runs only if its result is used; MindSpore's error then has its name
         return _primitive("has_no_second_derivative_in_the_boxes", ())(boxes)
-    raise NotImplementedError(
-        "roialign has no second derivative in the boxes: stop_gradient() them where a gradient is "
-        "differentiated again"
-    )
+    return _operations.require_first_order(operation, ("tangent",))
 
 
-def _in_boxes(wanted, d_output, features, boxes, index, tangent, rule):
-    """Of "forward" and "adjoint": in the boxes, and in the tangent."""
-    d_boxes = d_tangent = None
-    has_tangent = tangent.ndim == 2
-    if wanted[1] and has_tangent:
-        d_boxes = _second_order(boxes)
-    elif wanted[1]:
-        d_boxes = _call("box_gradient", (), d_output, features, boxes, index, rule)
-        d_boxes = d_boxes.astype(boxes.dtype)
-    if wanted[3] and has_tangent:
-        d_tangent = _call("box_gradient", (), d_output, features, boxes, index, rule)
-    return d_boxes, d_tangent
+def _named(name: str, names: tuple[str, ...], arrays: tuple[Tensor, ...]) -> Tensor:
+    for i in range(len(names)):  # the compiler unrolls it; a dict would stay in the graph
+        if names[i] == name:
+            return arrays[i]
+    return arrays[0]
 
 
-def _forward_gradients(wanted, features, boxes, index, tangent, rule, d_output):
-    d_features = None
-    if wanted[0]:
-        d_features = _call("adjoint", features.shape, d_output, boxes, index, tangent, rule)
-    d_boxes, d_tangent = _in_boxes(wanted, d_output, features, boxes, index, tangent, rule)
-    return d_features, d_boxes, None, d_tangent, None
+def _apply(operation: str, names: tuple[str, ...], arrays: tuple[Tensor, ...]) -> Tensor:
+    size, inputs = (), ()
+    if operation == "forward":
+        size = _named("d_output", names, arrays).shape[2:]
+    if operation == "adjoint":
+        size = _named("features", names, arrays).shape
+    for name in _INPUTS[operation]:
+        inputs += (_named(name, names, arrays),)
+    return _call(operation, size, *inputs)
 
 
-def _adjoint_gradients(wanted, d_output, boxes, index, tangent, rule, d_features):
-    dd_output = None
-    if wanted[0]:
-        dd_output = _call("forward", d_output.shape[2:], d_features, boxes, index, tangent, rule)
-    d_boxes, d_tangent = _in_boxes(wanted, d_output, d_features, boxes, index, tangent, rule)
-    return dd_output, d_boxes, None, d_tangent, None
+def _gradients(operation, wanted, inputs, d_result):
+    """In each of the inputs of an operation, None where that is not wanted or has none."""
+    names, gradients = _INPUTS[operation], ()
+    given = (_GIVES[operation], *names), (d_result, *inputs)
+    has_tangent = _named("tangent", *given).ndim == 2
+    for i in range(len(names)):
+        gradient = None
+        if wanted[i] and names[i] == "boxes" and (has_tangent or operation == "box_gradient"):
+            gradient = _second_order(operation, inputs[i])
+        elif wanted[i] and names[i] == "boxes":
+            gradient = _apply("box_gradient", *given).astype(inputs[i].dtype)
+        elif wanted[i] and names[i] in _SIBLINGS and (has_tangent or names[i] != "tangent"):
+            gradient = _apply(_SIBLINGS[names[i]], *given)
+        gradients += (gradient,)
+    return gradients
 
 
-def _box_gradient_gradients(wanted, d_output, features, boxes, index, rule, v):
-    dd_output = d_features = d_boxes = None
-    if wanted[0]:
-        dd_output = _call("forward", d_output.shape[2:], features, boxes, index, v, rule)
-    if wanted[1]:
-        d_features = _call("adjoint", features.shape, d_output, boxes, index, v, rule)
-    if wanted[2]:
-        d_boxes = _second_order(boxes)
-    return dd_output, d_features, d_boxes, None, None
+def _bprop(operation: str) -> Callable:
+    """In a graph: all gradients are wanted, the compiler drops what nothing uses, and zeros are None."""
+
+    def bprop(a, b, c, d, e, result, d_result):
+        inputs, filled = (a, b, c, d, e), ()
+        gradients = _gradients(operation, (True,) * 5, inputs, d_result)
+        for i in range(5):
+            filled += (ops.zeros_like(inputs[i]) if gradients[i] is None else gradients[i],)
+        return filled
+
+    return bprop
 
 
-# In a graph a rule is the `bprop` of a primitive: all gradients are wanted, the compiler drops those
-# that nothing uses, and zeros stand for None.
+def _function(operation: str) -> type[_Function]:
+    """In PyNative mode, which knows what is wanted."""
 
-_ALL = (True,) * 5
-
-
-def _forward_bprop(features, boxes, index, tangent, rule, output, d_output):
-    inputs = features, boxes, index, tangent, rule
-    return _filled(inputs, _forward_gradients(_ALL, *inputs, d_output))
-
-
-def _adjoint_bprop(d_output, boxes, index, tangent, rule, output, d_features):
-    inputs = d_output, boxes, index, tangent, rule
-    return _filled(inputs, _adjoint_gradients(_ALL, *inputs, d_features))
-
-
-def _box_gradient_bprop(d_output, features, boxes, index, rule, output, v):
-    inputs = d_output, features, boxes, index, rule
-    return _filled(inputs, _box_gradient_gradients(_ALL, *inputs, v))
-
-
-def _filled(inputs, gradients):
-    filled = ()
-    for i in range(len(inputs)):
-        filled += (ops.zeros_like(inputs[i]) if gradients[i] is None else gradients[i],)
-    return filled
-
-
-_BPROPS = {
-    "forward": _forward_bprop,
-    "adjoint": _adjoint_bprop,
-    "box_gradient": _box_gradient_bprop,
-}
-
-
-# In PyNative mode a rule is the `backward` of a function, which knows what is wanted.
-
-
-def _function(gradients: Callable) -> type[_Function]:
     def forward(ctx, primitive, *inputs):
         ctx.save_for_backward(*inputs)
         return primitive(*inputs)
 
     def backward(ctx, d_result):
         wanted = ctx.needs_input_grad[1:]
-        return None, *gradients(wanted, *ctx.saved_tensors, d_result)
+        return None, *_gradients(operation, wanted, ctx.saved_tensors, d_result)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(gradients.__name__, (_Function,), methods)
+    return type(operation, (_Function,), methods)
 
 
-_FUNCTIONS = {
-    "forward": _function(_forward_gradients),
-    "adjoint": _function(_adjoint_gradients),
-    "box_gradient": _function(_box_gradient_gradients),
-}
+_BPROPS = {name: _bprop(name) for name in _INPUTS}
+_FUNCTIONS = {name: _function(name) for name in _INPUTS}
 
 
 # The core's operations as primitives. They are made at their first call: Ascend's want more to be made.
@@ -285,13 +224,13 @@ def _primitive(name: str, size: tuple[int, ...]) -> ops.Custom:
 
     def shape(*inputs):
         if name == "forward":
-            return (inputs[1][0], inputs[0][1], *size)
-        return size if name == "adjoint" else inputs[2 if name == "box_gradient" else 0]
+            return (inputs[2][0], inputs[1][1], *size)
+        return size if name == "adjoint" else inputs[3 if name == "box_gradient" else 0]
 
     def dtype(*inputs):
-        if name != "box_gradient":
-            return inputs[0]
-        wide = inputs[0].element_type() == mindspore.float64
+        if name in ("forward", "adjoint"):
+            return inputs[1]
+        wide = inputs[1 if name == "box_gradient" else 0].element_type() == mindspore.float64
         return mindspore.TensorType(mindspore.float64 if wide else mindspore.float32)
 
     entry = f"{_core.__file__}:roialign_{name}"
@@ -306,14 +245,13 @@ def _primitive(name: str, size: tuple[int, ...]) -> ops.Custom:
 
 
 @functools.lru_cache
-def _rule_tensor(numbers: tuple[float | int | None, ...], threads: int) -> Tensor:
-    """The numbers of the rule, and of the threads that may work, as the core's entries take them."""
-    *numbers, least, floor = numbers
-    return Tensor(np.array([*numbers, math.nan if least is None else least, floor, threads]))
+def _vector(scales: tuple[float, ...], rule: tuple[float, ...], threads: int) -> Tensor:
+    """The numbers of a call as the core's entries take them."""
+    return Tensor(np.array([threads, len(scales) // 2, *scales, *rule]))
 
 
-def _numbers(rule: Rule) -> Tensor:
-    return _rule_tensor(rule.numbers, _threads.get_num_threads())
+def _numbers(scales: tuple[float, ...], rule: tuple[float, ...]) -> Tensor:
+    return _vector(scales, rule, _threads.get_num_threads())
 
 
 def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[Tensor, Tensor]:
@@ -321,73 +259,51 @@ def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[T
     if boxes.dtype not in _FLOATS:
         wide = array.dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
+    if index.dtype == mindspore.uint16:
+        index = index.astype(mindspore.int32)
     if not _is_traced():
-        _check_image_index(index, images)
-    if index.dtype not in _FLOATS:
-        index = index.astype(mindspore.int64)
+        readable = index.astype(mindspore.float32) if index.dtype == mindspore.bfloat16 else index
+        _core.check_index("image_index", readable.asnumpy(), images)
     return boxes, index
-
-
-def _check_image_index(index: Tensor, images: int) -> None:
-    readable = index.astype(mindspore.float32) if index.dtype == mindspore.bfloat16 else index
-    values = readable.asnumpy()
-    bad = np.flatnonzero(~((values >= 0) & (values < images) & (values == np.floor(values))))
-    if len(bad):
-        raise IndexError(
-            f"`image_index` of RoI {bad[0]} must be an integer in [0, {images}), "
-            f"got {values[bad[0]]}"
-        )
 
 
 _NO_TANGENT = Tensor(np.zeros(1, np.float32))
 
 
-def _forward(features, boxes, index, bins, rule):
+def _forward(features, boxes, index, bins, numbers):
     rois = _native(boxes, index, features, features.shape[0])
-    return _call("forward", bins, features, *rois, _NO_TANGENT, rule)
+    return _call("forward", bins, numbers, features, *rois, _NO_TANGENT)
 
 
-def _adjoint(d_output, boxes, index, feature_shape, rule):
+def _adjoint(d_output, boxes, index, feature_shape, numbers):
     rois = _native(boxes, index, d_output, feature_shape[0])
-    return _call("adjoint", feature_shape, d_output, *rois, _NO_TANGENT, rule)
+    return _call("adjoint", feature_shape, numbers, d_output, *rois, _NO_TANGENT)
 
 
-def _box_gradient(d_output, features, boxes, index, rule):
+def _box_gradient(d_output, features, boxes, index, numbers):
     rois = _native(boxes, index, features, features.shape[0])
-    return _call("box_gradient", (), d_output, features, *rois, rule)
+    return _call("box_gradient", (), numbers, d_output, features, *rois)
 
 
-def forward(
-    features: Tensor,
-    boxes: Tensor,
-    image_index: Tensor,
-    output_size: tuple[int, int],
-    rule: Rule,
-    *,
-    out: None = None,
-) -> Tensor:
-    """Pooled features (K, C, P, Q)."""
-    return _forward(features, boxes, image_index, output_size, _numbers(rule))
+def takes_rows(features: object, rois: object) -> bool:
+    return False
 
 
-def adjoint(
-    d_output: Tensor,
-    boxes: Tensor,
-    image_index: Tensor,
-    feature_shape: tuple[int, ...],
-    rule: Rule,
-    *,
-    out: None = None,
-) -> Tensor:
-    """The gradient in the features (N, C, H, W)."""
-    return _adjoint(d_output, boxes, image_index, feature_shape, _numbers(rule))
+def forward(maps, rois, output_size, scales, rule, *, out=None) -> Tensor:
+    (features,) = maps
+    return _forward(features, rois.boxes, rois.image_index, output_size, _numbers(scales, rule))
 
 
-def box_gradient(
-    d_output: Tensor, features: Tensor, boxes: Tensor, image_index: Tensor, rule: Rule
-) -> Tensor:
-    """The gradient in the boxes (K, 4), x1 y1 x2 y2, of the coordinate type."""
-    return _box_gradient(d_output, features, boxes, image_index, _numbers(rule))
+def adjoint(d_output, rois, feature_shapes, scales, rule, *, out=None) -> tuple[Tensor]:
+    (shape,) = feature_shapes
+    numbers = _numbers(scales, rule)
+    return (_adjoint(d_output, rois.boxes, rois.image_index, shape, numbers),)
+
+
+def box_gradient(d_output, maps, rois, scales, rule) -> Tensor:
+    (features,) = maps
+    numbers = _numbers(scales, rule)
+    return _box_gradient(d_output, features, rois.boxes, rois.image_index, numbers)
 
 
 # Graph mode: what the compiler reads in place of the public functions, with their checks in their
@@ -410,74 +326,75 @@ def _feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @ops.constexpr
-def _rule_in_graph(given: tuple) -> Tensor:
-    return _numbers(_checks.rule(*given))
+def _numbers_in_graph(given: tuple) -> Tensor:
+    return _numbers(*_checks.rule(*given))
 
 
 @ops.constexpr
-def _with_pixels(rule: Tensor, name: str, shape: tuple[int, ...], count: int) -> Tensor:
-    """The rule, after a check: the compiler warns of a call on constants whose result nobody uses."""
+def _with_pixels(numbers: Tensor, name: str, shape: tuple[int, ...], count: int) -> Tensor:
+    """The numbers, after a check: the compiler warns of a call on constants whose result nobody uses."""
     _checks.pixels(name, shape, count)
-    return rule
+    return numbers
 
 
 def roi_align_in_graph(features, rois, output_size, rule, out):
-    check_features("features", features)
-    check_rois(rois)
+    _checks.features(_SELF, "features", features)
+    _rois.check(_SELF, rois)
     bins = _integers("output_size", output_size)
     if out is not None:
         check_out("out", out, features.dtype)
-    rule = _rule_in_graph(rule)
-    return _pool(features, rois, _bins(bins), rule)
+    numbers = _numbers_in_graph(rule)
+    return _pool(features, rois, _bins(bins), numbers)
 
 
-def seed_in_graph(features, rois, bins, rule):
-    check_features("features", features)
+def layer_in_graph(features, rois, bins, rule):
+    _checks.features(_SELF, "features", features)
     check_array("rois", rois)
-    check_rois(rois, integers=False)
-    return _pool(features, rois, bins, _rule_in_graph(rule))
+    _rois.check(_SELF, rois, False)
+    return _pool(features, rois, bins, _numbers_in_graph(rule))
 
 
-def _pool(features, rois, bins, rule):
+def _pool(features, rois, bins, numbers):
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    boxes, index = _boxes_and_index(rois, features.shape[0])
-    rule = _with_pixels(rule, "features", features.shape, boxes.shape[0])
-    return _forward(features, boxes, index, bins, rule)
+    boxes, index = _rois.boxes_and_index(_SELF, rois, features.shape[0])
+    numbers = _with_pixels(numbers, "features", features.shape, boxes.shape[0])
+    return _forward(features, boxes, index, bins, numbers)
 
 
 def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, out):
-    check_features("d_output", d_output)
+    _checks.features(_SELF, "d_output", d_output)
     if features is not None:
-        check_features("features", features)
+        _checks.features(_SELF, "features", features)
         _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
-    check_rois(rois)
+    _rois.check(_SELF, rois)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _integers("feature_shape", feature_shape)
     if out is not None:
         check_out("out", out, d_output.dtype)
-    rule = _rule_in_graph(rule)
+    numbers = _numbers_in_graph(rule)
     shape = _feature_shape(shape)
-    boxes, index = _boxes_and_index(rois, shape[0])
+    boxes, index = _rois.boxes_and_index(_SELF, rois, shape[0])
     _checks.d_output(d_output.shape, boxes.shape[0], shape[1])
-    rule = _with_pixels(rule, "feature_shape", shape, boxes.shape[0])
+    numbers = _with_pixels(numbers, "feature_shape", shape, boxes.shape[0])
     if features is not None:
         _checks.shape("features", str(shape), features.shape, features.shape == shape)
-    return _adjoint(d_output, boxes, index, shape, rule)
+    return _adjoint(d_output, boxes, index, shape, numbers)
 
 
 def roi_align_box_gradient_in_graph(d_output, features, rois, rule, out):
-    check_features("d_output", d_output)
-    check_features("features", features)
+    _checks.features(_SELF, "d_output", d_output)
+    _checks.features(_SELF, "features", features)
     _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
-    check_rois(rois)
+    _rois.check(_SELF, rois)
     if out is not None:
         check_out("out", out, features.dtype)
-    rule = _rule_in_graph(rule)
+    numbers = _numbers_in_graph(rule)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    boxes, index = _boxes_and_index(rois, features.shape[0])
+    boxes, index = _rois.boxes_and_index(_SELF, rois, features.shape[0])
     _checks.d_output(d_output.shape, boxes.shape[0], features.shape[1])
-    rule = _with_pixels(rule, "features", features.shape, boxes.shape[0])
-    return _like_given(rois, _box_gradient(d_output, features, boxes, index, rule))
+    numbers = _with_pixels(numbers, "features", features.shape, boxes.shape[0])
+    d_boxes = _box_gradient(d_output, features, boxes, index, numbers)
+    return _rois.like_given(_SELF, rois, d_boxes)
 
 
 # The layer
@@ -516,7 +433,7 @@ class ROIAlign(nn.Cell):
         )
 
     def construct(self, features: Tensor, rois: Tensor) -> Tensor:
-        check_features("features", features)
+        _checks.features(_SELF, "features", features)
         return self.operator(features, rois)
 
     def extend_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The rule of coordinates, docs/spec.md (1) to (3) and (6), on tensors of boxes and bins of one axis.
+"""The rule of coordinates, docs/spec.md (1) to (3) and (6), on tensors: bins of an axis of boxes.
 
 Kernels that call this are compiled with fusion off: a fused multiply-add would move coordinates.
 """
@@ -6,9 +6,10 @@ Kernels that call this are compiled with fusion off: a fused multiply-add would 
 import triton
 import triton.language as tl
 
-WIDE_SAMPLES = tl.constexpr(2**22)  # more: positions in float64
-MAX_SAMPLES = tl.constexpr(2**31)  # more: the mean vanishes
-MAX_POSITION = tl.constexpr(2.0**32)
+WIDE_SAMPLES = tl.constexpr(2**22)  # up to here i + 1/2 is exact in float32 (docs/spec.md, (2))
+MAX_SAMPLES = tl.constexpr(2**31)  # of a bin on an axis (docs/spec.md, (1))
+MOST_SAMPLES = 4096  # where their number is fixed: they bound the time of a call
+MAX_POSITION = tl.constexpr(2.0**32)  # beyond every map, and an int64 holds it
 
 
 @triton.jit
@@ -26,40 +27,66 @@ def divide(a, b):
         return tl.div_rn(a, b)
 
 
+def check(rule: tuple[float, ...]) -> None:
+    sampling_ratio, *_ = rule
+    if not 0 <= sampling_ratio <= MOST_SAMPLES:
+        raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}; 0 adapts to the box")
+
+
+def spread_of(rule: tuple[float, ...], size: int, bins: int, double: bool) -> int:
+    """How many pixels consecutive bins may share, and one: 2, and what rounding moves positions.
+
+    In float32 two ends of a box of B feature pixels are off by at most B / 2^23, and by 2^-22 of
+    the map. A box has at most 2^22 samples a bin, or positions are float64: so an adaptive one,
+    with a sample in every pixel, has B <= 2^22 bins, and in a fixed one bins stay apart where they
+    have less than 2^22 samples together. In float64 all of that is nothing.
+    """
+    sampling_ratio, *_ = rule
+    if double:
+        return min(size, 3)
+    if sampling_ratio * (bins + 1) > 2**22:
+        return size
+    return min(size, 3 + (size >> 20) + (0 if sampling_ratio else bins // 2))
+
+
 @triton.jit
-def grid_of(
-    lo,
-    hi,
-    scale,
-    bins,
-    sampling_ratio,
-    pixel_offset,
-    input_offset,
-    end_offset,
-    min_size,
-    FLOOR: tl.constexpr,
-):
+def grid_of(lo, hi, scale, bins, RULE: tl.constexpr):
     """Equation (1): the start, a bin's length, its samples, and whether `min_size` holds the size.
 
-    A `min_size` of NaN is none.
+    RULE is the vector of numbers of csrc/rule.hpp. They stay constants of Python, which are
+    float64, until they have the coordinates' type: unpacked at once they would be tensors of
+    float32.
     """
-    start = (lo + input_offset) * scale - pixel_offset
-    end = (hi + input_offset + end_offset) * scale - pixel_offset
+    sampling_ratio: tl.constexpr = int(tl.constexpr(RULE).value[0])
+    pixel_offset: tl.constexpr = tl.constexpr(RULE).value[1]
+    input_offset: tl.constexpr = tl.constexpr(RULE).value[2]
+    end_offset: tl.constexpr = tl.constexpr(RULE).value[3]
+    min_size: tl.constexpr = tl.constexpr(RULE).value[4]
+    adaptive: tl.constexpr = tl.constexpr(RULE).value[5]
+    real: tl.constexpr = lo.dtype
+    before, shift = tl.full((), input_offset, real), tl.full((), pixel_offset, real)
+    least = tl.full((), min_size, real)
+
+    start = (lo + before) * scale - shift
+    end = (hi + before + tl.full((), end_offset, real)) * scale - shift
     size = end - start
-    clamped = size < min_size
-    size = tl.where(clamped, min_size, size)
+    clamped = size < least
+    size = tl.where(clamped, least, size)
     size = tl.where(tl.abs(size) < float("inf"), size, float("nan"))
-    bin = divide(size, tl.zeros_like(size) + bins.to(size.dtype))
-    if FLOOR:
-        wanted = tl.floor(bin)
-        wanted = tl.where(wanted > 1, wanted, 1)
+    bin = divide(size, tl.zeros_like(size) + bins.to(real))
+    if sampling_ratio > 0:
+        samples = tl.where(size == size, sampling_ratio, 0).to(tl.int64)
     else:
-        wanted = tl.ceil(bin)
-        wanted = tl.where((bin > 0) & (wanted < 1), 1, wanted)  # NVIDIA's takes subnormals for 0
-    counted = (size > 0) & (wanted <= MAX_SAMPLES)
-    wanted = tl.where(counted, wanted, 0).to(tl.int64)
-    samples = tl.where(sampling_ratio > 0, sampling_ratio, wanted)
-    samples = tl.where((size == size) & (samples <= MAX_SAMPLES), samples, 0)
+        if adaptive == 1:
+            samples = tl.floor(bin)
+            samples = tl.where(samples > 1, samples, 1)
+        else:
+            samples = tl.ceil(bin)
+            samples = tl.where(
+                (bin > 0) & (samples < 1), 1, samples
+            )  # NVIDIA's takes subnormals for 0
+        counted = (size > 0) & (samples <= MAX_SAMPLES)
+        samples = tl.where(counted, samples, 0).to(tl.int64)
     return start, bin, samples, clamped
 
 
@@ -126,7 +153,7 @@ def inside(start, bin, samples, k, size, WIDE: tl.constexpr = True):
 
 @triton.jit
 def tap(p, size):
-    """Equation (3): the lower pixel of a sample at p, the weight of the next, and whether it moves."""
+    """Equation (3): the lower pixel of a sample at p, the next one's weight, whether it moves."""
     raw = tl.where((p >= -1) & (p <= MAX_POSITION), p, 0.0)  # of a sample that is not inside: any
     q = tl.where(raw < 0, 0.0, raw)
     lo = q.to(tl.int64)

@@ -1,22 +1,26 @@
 """The kernels: the taps of a call, and the three operations that add over them.
 
-*Taps* are the matrices A of docs/spec.md (3), y and x of each RoI, in a *table* of `room` slots per RoI:
-those of y, from `x_slot` on those of x. A matrix is a band, because positions ascend with the bins:
-entry (bin, pixel) is in slot ``pixel + spread * rank``, where `rank` counts the bins along the axis and
-`spread` is more than consecutive bins share. So bins and pixels find their entries without a search, and
-a table is as long as the map's sides and the bins.
+*Taps* are the matrices A of docs/spec.md (3), y and x of each RoI, in a *table* of `room` slots per
+RoI: those of y, from `x_slot` on those of x. A matrix is a band, because positions ascend with the
+bins: entry (bin, pixel) is in slot ``pixel + spread * rank``, where `rank` counts the bins along
+the axis and `spread` is more than consecutive bins share. So bins and pixels find their entries
+without a search, and a table is as long as the map's sides and the bins.
 
-- By *rows*, for a sum over pixels: the entries of a bin that count, packed from its first slot on, their
-  pixels beside them; `rows` (K, P + Q, 2) says the first slot and how many.
-- By *columns*, for a sum over bins: all slots of the band; `columns` (K, H + W, 2) says the first and
-  the last rank that reach a pixel, `extents` (K, 2, 3) the first and the last pixel that are reached, and
-  whether ranks count the bins backwards.
+- By *rows*, for a sum over pixels: the entries of a bin that count, packed from its first slot on,
+  their pixels beside them; `rows` (K, P + Q, 2) says the first slot and how many.
+- By *columns*, for a sum over bins: all slots of the band; `columns` (K, H + W, 2) says the first
+  and the last rank that reach a pixel, `extents` (K, 2, 3) the first and the last pixel that are
+  reached, and whether ranks count the bins backwards.
 
-The weights of an entry are in `parts` tables, one after another: value; or value and derivative along a
-box tangent; or value and slopes in the box's start and end.
+The weights of an entry are in one to three tables, one after another: value; or value and
+derivative along a box tangent; or value and slopes in the box's start and end.
 
-A RoI of no image has no taps. No size and no stride is specialised: INNERMOST and ALIGNED say what a
-compiler is to know of strides.
+A launch is for one map. A RoI of no image, or on no map or another one, has no taps (`image_of`).
+No size and no stride is specialised: INNERMOST and ALIGNED say what a compiler is to know of
+strides.
+
+What the launches of several maps write in turn is also their last input, `before`, and not read: a
+framework whose arrays are made once gives the memory of an input to an output.
 """
 
 import triton
@@ -24,7 +28,9 @@ import triton.language as tl
 
 from .geometry import exponent, grid_of, inside, limit, position, shares, tap
 
-ROIS_PER_WORD = tl.constexpr(32)
+ROIS_PER_WORD = tl.constexpr(32)  # the low half of an int64: no sign
+NO_IMAGE = tl.constexpr(-1)  # of a RoI that is on no map, or on this one with a bad image index
+OTHER_MAP = tl.constexpr(-2)  # of a RoI whose results another launch writes
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def plus(total, weight, value):
 
 @triton.jit
 def coordinate(pointer, known, REAL: tl.constexpr):
-    """A number of any dtype as REAL; from bfloat16 by the one way that Triton's interpreter has too."""
+    """A number of any dtype as REAL; from bfloat16 by the one way that the interpreter has too."""
     number = tl.load(pointer, known, other=0)
     if number.dtype == tl.bfloat16:
         number = number.to(tl.float32)
@@ -84,15 +90,30 @@ def coordinate(pointer, known, REAL: tl.constexpr):
 
 
 @triton.jit
-def image_at(index, images):
-    """The image that an index names, or -1 where there is no such image."""
-    if index.dtype.is_floating():
-        valid = (index >= 0) & (index < images) & (index == tl.floor(index))
-        image = tl.where(valid, index, 0).to(tl.int64)
+def index_of(number, end):
+    """The index in [0, end) that a number of any dtype is, or -1."""
+    if number.dtype.is_floating():
+        valid = (number >= 0) & (number < end) & (number == tl.floor(number))
+        index = tl.where(valid, number, 0).to(tl.int64)
     else:
-        image = index.to(tl.int64)
-        valid = (image >= 0) & (image < images)
-    return tl.where(valid, image, -1)
+        index = number.to(tl.int64)
+        valid = (index >= 0) & (index < end)
+    return tl.where(valid, index, -1)
+
+
+@triton.jit
+def index_at(pointer, known, end):
+    if pointer.dtype.element_ty.is_floating():
+        return index_of(coordinate(pointer, known, tl.float64), end)
+    else:
+        return index_of(tl.load(pointer, known, other=-1), end)
+
+
+@triton.jit
+def image_on(image, level, map):
+    """The image of a RoI on a level as a map sees it; the first map has those on no map."""
+    elsewhere = tl.where((level < 0) & (map == 0), NO_IMAGE, OTHER_MAP)
+    return tl.where(level == map, image, elsewhere)
 
 
 @triton.jit
@@ -112,8 +133,8 @@ def span_of(start, bin, samples, k, bins, size):
 
 
 _AXIS_TAPS_SIZES = [
-    "count", "images", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x", "sampling_ratio",
-    "boxes_stride", "boxes_step", "index_stride",
+    "map", "maps", "count", "images", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x",
+    "boxes_stride", "boxes_step", "index_stride", "levels_stride",
 ]  # fmt: skip
 
 
@@ -121,7 +142,10 @@ _AXIS_TAPS_SIZES = [
 def axis_taps(
     boxes,
     image_index,
+    levels,
     tangent,
+    map,
+    maps,
     count,
     images,
     height,
@@ -130,44 +154,40 @@ def axis_taps(
     bins_x,
     spread_y,
     spread_x,
-    sampling_ratio,
-    scale_y: "fp64",
-    scale_x: "fp64",
-    pixel_offset: "fp64",
-    input_offset: "fp64",
-    end_offset: "fp64",
-    min_size: "fp64",
+    scale_y: "fp64",  # noqa: F821
+    scale_x: "fp64",  # noqa: F821
     boxes_stride,
     boxes_step,
     index_stride,
+    levels_stride,
     image_of,
     ranges,
     extents,
     pixels,
     weights,
+    RULE: tl.constexpr,
     REAL: tl.constexpr,
-    PARTS: tl.constexpr,
+    TABLES: tl.constexpr,
+    LEVELS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FLOOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Fills a table. One program: an axis of some RoIs; lanes are their bins.
+    """Fills the tables. One program: an axis of some RoIs; lanes are their bins.
 
-    `ranges` is `rows`, or `columns` if COLUMNS (then there are `extents`, and no `pixels`). PARTS: 1, or
-    2 with a tangent, or 3. `image_of` (K,) gets the image, or -1.
+    `ranges` is `rows`, or `columns` if COLUMNS (then there are `extents`, and no `pixels`). TABLES:
+    1, or 2 with a tangent, or 3. `image_of` (K,) gets the image, or NO_IMAGE, or OTHER_MAP. There
+    are `levels` if LEVELS, and a `tangent` if TABLES is 2.
     """
-    count, images, sampling_ratio = whole(count), whole(images), whole(sampling_ratio)
+    count, images = whole(count), whole(images)
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     axis, block = divided(tl.program_id(0), whole(2))  # 0: y, 1: x
     roi = block * BLOCK_K + tl.arange(0, BLOCK_K)
     known = roi < count
 
-    index_of = image_index + roi * index_stride
-    if image_index.dtype.element_ty.is_floating():
-        image = image_at(coordinate(index_of, known, tl.float64), images)
-    else:
-        image = image_at(tl.load(index_of, known, other=0), images)
+    image = index_at(image_index + roi * index_stride, known, images)
+    if LEVELS:
+        image = image_on(image, index_at(levels + roi * levels_stride, known, whole(maps)), map)
     if axis == 0:
         tl.store(image_of + roi, image, known)
 
@@ -189,22 +209,11 @@ def axis_taps(
     finite = (
         (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
     )
-    if PARTS == 2:
+    if TABLES == 2:
         v_lo = tl.load(tangent + roi * 4 + 1 - axis, known, other=0).to(tl.float64)[:, None]
         v_hi = tl.load(tangent + roi * 4 + 3 - axis, known, other=0).to(tl.float64)[:, None]
 
-    start, bin, samples, clamped = grid_of(
-        lo,
-        hi,
-        scale.to(REAL),
-        bins,
-        sampling_ratio,
-        real(pixel_offset).to(REAL),
-        real(input_offset).to(REAL),
-        real(end_offset).to(REAL),
-        real(min_size).to(REAL),
-        FLOOR,
-    )
+    start, bin, samples, clamped = grid_of(lo, hi, scale.to(REAL), bins, RULE)
     samples = tl.where(known & (image >= 0), samples, 0)
     mean = 1 / tl.maximum(samples, 1).to(tl.float64)
     slope_factor = mean * scale.to(REAL).to(tl.float64)
@@ -214,7 +223,7 @@ def axis_taps(
     mean, slope_factor, finite = mean[:, None], slope_factor[:, None], finite[:, None]
     row = roi[:, None]
     table = row * room + first_slot
-    part = count * room
+    next_table = count * room
     lowest, highest = tl.full((BLOCK_K,), 2**62, tl.int64), tl.full((BLOCK_K,), -1, tl.int64)
 
     for block in range(0, bins, BLOCK_P):
@@ -245,7 +254,7 @@ def axis_taps(
             while tl.max(take.to(tl.int32)) > 0:
                 value += tl.where(take, 1 - fraction, 0)
                 next_value += tl.where(take, fraction, 0)
-                if PARTS > 1:
+                if TABLES > 1:
                     in_lo, in_hi = shares(bin, samples, bins, k, j, clamped, tl.float64)
                     counted = take & moves & finite
                     slope_lo -= tl.where(counted, in_lo, 0)
@@ -259,10 +268,10 @@ def axis_taps(
             in_band = used & (pixel <= high)
             weight = (value * mean).to(REAL)
             counts = weight != 0
-            if PARTS > 1:
+            if TABLES > 1:
                 weight_lo = (slope_lo * slope_factor).to(REAL)
                 weight_hi = (slope_hi * slope_factor).to(REAL)
-                if PARTS == 2:
+                if TABLES == 2:
                     moved = weight_lo.to(tl.float64) * v_lo + weight_hi.to(tl.float64) * v_hi
                     sloped = (weight_lo != 0) | (weight_hi != 0)
                     weight_lo = tl.where(sloped, moved, 0).to(REAL)
@@ -271,7 +280,7 @@ def axis_taps(
                     counts = counts | (weight_lo != 0) | (weight_hi != 0)
             if COLUMNS:
                 at = ranges + (row * (height + width) + first_pixel + pixel) * 2
-                # the first bin that reaches this pixel writes so, and the last; one writes that none does
+                # the first bin that reaches this pixel writes so, and the last; or that none does
                 in_gap = used & (pixel > high) & (pixel <= last)
                 tl.store(at, tl.where(in_gap, 1, rank), (in_band & (pixel > before)) | in_gap)
                 tl.store(at + 1, tl.where(in_gap, 0, rank), (in_band & (pixel < after)) | in_gap)
@@ -283,10 +292,10 @@ def axis_taps(
                 tl.store(pixels + to, pixel, written)
                 entries += written.to(tl.int64)
             tl.store(weights + to, weight, written)
-            if PARTS > 1:
-                tl.store(weights + part + to, weight_lo, written)
-            if PARTS > 2:
-                tl.store(weights + 2 * part + to, weight_hi, written)
+            if TABLES > 1:
+                tl.store(weights + next_table + to, weight_lo, written)
+            if TABLES > 2:
+                tl.store(weights + 2 * next_table + to, weight_hi, written)
             pixel += 1
             value, next_value = next_value, tl.zeros_like(value)
             slope_lo, next_lo = next_lo, tl.zeros_like(value)
@@ -318,9 +327,9 @@ def touched(
     TILE_X: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Which RoIs reach a tile of a map: `bits` (images, tiles, words), the first RoI the lowest bit.
+    """Which RoIs reach a tile of a map. One program: some words of one tile.
 
-    One program: some words of one tile.
+    In `bits` (images, tiles, words) the first RoI is the lowest bit.
     """
     count, words = whole(count), whole(words)
     block, tile = divided(tl.program_id(0), tl.cdiv(words, BLOCK_W))
@@ -371,14 +380,15 @@ def forward(
     output_c,
     output_p,
     output_q,
+    before,
     output,
-    PARTS: tl.constexpr,
+    TABLES: tl.constexpr,
     INNERMOST: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """docs/spec.md (4), and with PARTS 2 its derivative (8). One program: bins and channels of a RoI."""
+    """docs/spec.md (4), with TABLES 2 its derivative (8). One program: bins, channels of a RoI."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
     features_n, features_c = (
         stride(features_n, False, ALIGNED),
@@ -389,8 +399,9 @@ def forward(
     output_p, output_q = stride(output_p, False, ALIGNED), stride(output_q, False, ALIGNED)
     block, rest = divided(tl.program_id(0), tl.cdiv(bins_y * bins_x, BLOCK_B))
     roi, c_block = divided(rest, count)
+    image = tl.load(image_of + roi)
     b = block * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
-    exists = b < bins_y * bins_x
+    exists = b < tl.where(image == OTHER_MAP, 0, bins_y * bins_x)
     q, p = divided(b, bins_x)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < stride(channels, False, ALIGNED)
@@ -399,9 +410,8 @@ def forward(
     taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
     slot_y = roi * room + tl.load(at_y, exists, other=0)
     slot_x = roi * room + tl.load(at_x, exists, other=0)
-    part = count * room
-    image = tl.maximum(tl.load(image_of + roi), 0)
-    plane = features + image * features_n + c * features_c
+    next_table = count * room
+    plane = features + tl.maximum(image, 0) * features_n + c * features_c
 
     REAL: tl.constexpr = weights.dtype.element_ty
     total = tl.zeros((BLOCK_C, BLOCK_B), REAL)
@@ -411,21 +421,21 @@ def forward(
         w_y = tl.load(weights + slot_y + i, in_y, other=0)
         line = plane + y * features_h
         along = tl.zeros((BLOCK_C, BLOCK_B), REAL)
-        if PARTS == 2:
-            v_y = tl.load(weights + part + slot_y + i, in_y, other=0)
+        if TABLES == 2:
+            v_y = tl.load(weights + next_table + slot_y + i, in_y, other=0)
             v_along = tl.zeros((BLOCK_C, BLOCK_B), REAL)
         for j in range(tl.max(taps_x)):
             in_x = j < taps_x
             x = tl.load(pixels + slot_x + j, in_x, other=0).to(tl.int64)
             w_x = tl.load(weights + slot_x + j, in_x, other=0)
             value = tl.load(line + x * features_w, in_y & in_x & has_channel, other=0).to(REAL)
-            if PARTS == 2:
-                v_x = tl.load(weights + part + slot_x + j, in_x, other=0)
+            if TABLES == 2:
+                v_x = tl.load(weights + next_table + slot_x + j, in_x, other=0)
                 along = plus(along, w_x, value)
                 v_along = plus(v_along, v_x, value)
             else:
                 along = tl.fma(w_x, value, along)
-        if PARTS == 2:
+        if TABLES == 2:
             total = plus(plus(total, v_y, along), w_y, v_along)
         else:
             total = tl.fma(w_y, along, total)
@@ -465,14 +475,14 @@ def adjoint(
     d_features_h,
     d_features_w,
     d_features,
-    PARTS: tl.constexpr,
+    TABLES: tl.constexpr,
     INNERMOST: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
 ):
-    """docs/spec.md (5), and with PARTS 2 its derivative (8). One program: channels of a tile of a map.
+    """docs/spec.md (5), with TABLES 2 its derivative (8). One program: channels of a map's tile.
 
     It adds the RoIs that reach the tile, in their order, and writes each pixel once.
     """
@@ -493,7 +503,7 @@ def adjoint(
     )
     x_slot = height + bins_y * spread_y
     room = x_slot + width + bins_x * spread_x
-    part = count * room
+    next_table = count * room
     channels = stride(channels, False, ALIGNED)
     c_block, tile = divided(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
     tile_x, rest = divided(tile, tl.cdiv(width, TILE_X))
@@ -529,8 +539,8 @@ def adjoint(
                 w_y = tl.load(taps_y + spread_y * rank, i < bins_of_y, other=0)
                 counts_y = w_y != 0
                 along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
-                if PARTS == 2:
-                    v_y = tl.load(taps_y + spread_y * rank + part, i < bins_of_y, other=0)
+                if TABLES == 2:
+                    v_y = tl.load(taps_y + spread_y * rank + next_table, i < bins_of_y, other=0)
                     counts_y = counts_y | (v_y != 0)
                     v_along = tl.zeros((BLOCK_C, TILE_Y * TILE_X), REAL)
                 for j in range(tl.max(bins_of_x)):
@@ -538,16 +548,16 @@ def adjoint(
                     q = tl.where(backwards_x, bins_x - 1 - rank, rank)
                     w_x = tl.load(taps_x + spread_x * rank, j < bins_of_x, other=0)
                     counts = counts_y & (w_x != 0)
-                    if PARTS == 2:
-                        v_x = tl.load(taps_x + spread_x * rank + part, j < bins_of_x, other=0)
+                    if TABLES == 2:
+                        v_x = tl.load(taps_x + spread_x * rank + next_table, j < bins_of_x, other=0)
                         counts = counts_y & ((w_x != 0) | (v_x != 0))
                     at = rows + p * d_output_p + q * d_output_q
                     value = tl.load(at, counts & has_channel, other=0).to(REAL)
-                    if PARTS == 2:
+                    if TABLES == 2:
                         along, v_along = plus(along, w_x, value), plus(v_along, v_x, value)
                     else:
                         along = tl.fma(w_x, value, along)
-                if PARTS == 2:
+                if TABLES == 2:
                     total = plus(plus(total, v_y, along), w_y, v_along)
                 else:
                     total = tl.fma(w_y, along, total)
@@ -591,7 +601,7 @@ def box_gradient(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """docs/spec.md (7), of some channels of a RoI, as x1, y1, x2, y2 in `partial` (channel blocks, K, 4)."""
+    """docs/spec.md (7), of some channels of a RoI: x1, y1, x2, y2 in `partial` (blocks, K, 4)."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
     d_output_k, d_output_c = (
         stride(d_output_k, False, ALIGNED),
@@ -606,7 +616,7 @@ def box_gradient(
     roi, c_block = divided(tl.program_id(0), count)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < stride(channels, False, ALIGNED)
-    part = count * room
+    next_table = count * room
     image = tl.maximum(tl.load(image_of + roi), 0)
     plane = features + image * features_n + c * features_c
 
@@ -629,8 +639,8 @@ def box_gradient(
             in_y = i < taps_y
             y = tl.load(pixels + slot_y + i, in_y, other=0).to(tl.int64)
             w_y = tl.load(weights + slot_y + i, in_y, other=0)
-            lo_y = tl.load(weights + part + slot_y + i, in_y, other=0)
-            hi_y = tl.load(weights + 2 * part + slot_y + i, in_y, other=0)
+            lo_y = tl.load(weights + next_table + slot_y + i, in_y, other=0)
+            hi_y = tl.load(weights + 2 * next_table + slot_y + i, in_y, other=0)
             holds_y, moves_y = holds_y | (w_y != 0), moves_y | (lo_y != 0) | (hi_y != 0)
             line = plane + y * features_h
             along, along_lo, along_hi = none, none, none
@@ -638,8 +648,8 @@ def box_gradient(
                 in_x = j < taps_x
                 x = tl.load(pixels + slot_x + j, in_x, other=0).to(tl.int64)
                 w_x = tl.load(weights + slot_x + j, in_x, other=0)
-                lo_x = tl.load(weights + part + slot_x + j, in_x, other=0)
-                hi_x = tl.load(weights + 2 * part + slot_x + j, in_x, other=0)
+                lo_x = tl.load(weights + next_table + slot_x + j, in_x, other=0)
+                hi_x = tl.load(weights + 2 * next_table + slot_x + j, in_x, other=0)
                 holds_x, moves_x = holds_x | (w_x != 0), moves_x | (lo_x != 0) | (hi_x != 0)
                 value = tl.load(line + x * features_w, in_y & in_x & has_channel, other=0).to(REAL)
                 along = plus(along, w_x, value)
@@ -656,3 +666,26 @@ def box_gradient(
     tl.store(at + 1, tl.sum(y1))
     tl.store(at + 2, tl.sum(x2))
     tl.store(at + 3, tl.sum(y2))
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def sum_blocks(
+    partial,
+    image_of,
+    count,
+    blocks,
+    before,
+    d_boxes,
+    REAL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds `partial` (blocks, K, 4) over blocks, in order, as REAL. One program: some RoIs."""
+    count = whole(count)
+    roi = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+    at = roi * 4 + tl.arange(0, 4)[None, :]
+    known = roi < count
+    total = tl.zeros((BLOCK_K, 4), REAL)
+    for block in range(blocks):
+        total += tl.load(partial + whole(block) * count * 4 + at, known, other=0).to(REAL)
+    written = known & (tl.load(image_of + roi, known, other=0) != OTHER_MAP)
+    tl.store(d_boxes + at, total.to(d_boxes.dtype.element_ty), written)

@@ -4,29 +4,37 @@ The same for every framework: it gives a `call`, which launches one kernel::
 
     call(kernel, grid, inputs, outputs, **constants) -> the outputs
 
-`inputs` are arrays and numbers. An output is an array to write, or a `New` one to make first; the kernel
-takes them after the inputs. Nothing here reads a value, so nothing waits for the device.
+`inputs` are arrays and numbers. An output is an array to write, or a `New` one to make first; the
+kernel takes them after the inputs. Nothing here reads a value, so nothing waits for the device.
+
+`rois` are boxes, image index and levels (`roialign._rois.Rois`). Several maps are as many launches,
+which write the same output, each its own rows: from the second on it is an array, and the last
+input as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton.language as tl
 
-from . import kernels
+from . import geometry, kernels
+
+if TYPE_CHECKING:
+    from roialign._rois import Rois
 
 Array = Any
 
-MAX_PROGRAMS = 2**31 - 1  # of one launch
-TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes
-WORDS = 8  # of a tile, that one program writes
+MAX_PROGRAMS = 2**31 - 1  # of one launch: CUDA's grids have no more on their first axis
+TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes: a lane each
+WORDS = 8  # of a tile, that one program writes: with the bits of a word, 256 lanes
+BOXES = 128  # whose sums one program adds: a lane each
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
-OPTIONS = {
-    "enable_fp_fusion": False
-}  # coordinates are defined to the bit; sums say `fma` themselves
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+# coordinates are defined to the bit; sums say `fma` themselves
+OPTIONS = {"enable_fp_fusion": False}
 
 
 class New(NamedTuple):
@@ -48,7 +56,7 @@ class Taps(NamedTuple):
     spread: tuple[int, int]
 
 
-def _strides(array: Array) -> tuple[int, ...]:
+def strides(array: Array | New) -> tuple[int, ...]:
     """In elements; an array that has none is in C order."""
     if hasattr(array, "stride"):
         return array.stride()
@@ -56,133 +64,173 @@ def _strides(array: Array) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _is_double(array: Array) -> bool:
-    return str(array.dtype).endswith("float64")
+def dtype_of(array: Array | New) -> str:
+    """Its name, without that of a framework."""
+    return str(array.dtype).rpartition(".")[2]
 
 
-def _power(number: int, most: int) -> int:
+def power(number: int, most: int) -> int:
     """The least power of two that is not below the number, or `most`."""
     return min(1 << max(number - 1, 0).bit_length(), most)
 
 
-def _quotient(number: int, by: int) -> int:
+def quotient(number: int, by: int) -> int:
     """Rounded up."""
     return -(-number // by)
 
 
-def _programs(count: int) -> tuple[int]:
+def programs(count: int) -> tuple[int]:
     if count > MAX_PROGRAMS:
         raise ValueError(f"a GPU takes at most {MAX_PROGRAMS} programs in a launch, got {count}")
     return (count,)
 
 
-def _spread(size: int, bins: int, sampling_ratio: int, double: bool) -> int:
-    """How many pixels consecutive bins may share, and one: 2, and what rounding moves positions.
+def check_fit(
+    maps: Sequence[Array | New],
+    pooled: Array | New,
+    rois: Rois,
+    tangent: Array | None,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
+) -> None:
+    """Raises where shapes or dtypes disagree: kernels trust them, and operators take any arrays."""
+    geometry.check(rule)
+    count, sides = tuple(pooled.shape[:1]), [side for each in maps for side in each.shape[2:]]
+    vectors = [array for array in rois[1:] if array is not None]
+    rows = [rois.boxes] if tangent is None else [rois.boxes, tangent]
+    fits = (
+        all(len(array.shape) == 4 for array in (*maps, pooled))
+        and all(array.shape[0] == maps[0].shape[0] for array in maps)
+        and all(array.shape[1] == pooled.shape[1] for array in maps)
+        and all(tuple(array.shape) == count for array in vectors)
+        and all(tuple(array.shape) == (*count, 4) for array in rows)
+        and 0 < 2 * len(maps) == len(scales)
+        and (len(maps) == 1 or rois.levels is not None)
+        and not (0 in sides and count[0])
+    )
+    if not fits:
+        raise ValueError("the maps, the RoIs and the pooled array do not fit")
+    dtypes = {dtype_of(array) for array in (*maps, pooled)}
+    if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
+        raise TypeError(f"the maps and the pooled array must be of one float dtype, got {dtypes}")
 
-    In float32 two ends of a box of B feature pixels are off by at most B / 2^23, and by 2^-22 of the
-    map. A box has at most 2^22 samples a bin, or positions are float64: so an adaptive one, with a
-    sample in every pixel, has B <= 2^22 bins, and in a fixed one bins stay apart where they have less
-    than 2^22 samples together. In float64 that is nothing, short of 2^51 samples together.
-    """
-    if sampling_ratio * (bins + 1) > (2**51 if double else 2**22):
-        return size
-    moved = 0 if double else (size >> 20) + (bins // 2 if sampling_ratio <= 0 else 0)
-    return min(size, 3 + moved)
+
+def is_empty(maps: Sequence[Array | New], pooled: Array | New) -> bool:
+    """Whether there is nothing to add: no RoI, image, channel or bin."""
+    return 0 in (maps[0].shape[0], *pooled.shape)
 
 
-def _numbers(rule: tuple) -> tuple[float, ...]:
-    """Of the rule, from the samples on, as kernels take them: all but how adaptive sampling rounds."""
-    scale_y, scale_x, sampling_ratio, *offsets, min_size, _ = rule
-    real = scale_y, scale_x, *offsets, math.nan if min_size is None else min_size
-    return (sampling_ratio, *map(float, real))
+def before(output: Array | New, other: Array) -> Array:
+    """The last input of launches that write in turn; with no output yet, another array."""
+    return other if isinstance(output, New) else output
+
+
+def rois_of(rois: Rois, tangent: Array | None, level: int, maps: Sequence[Array | New]) -> tuple:
+    """(arrays, numbers, strides) of the RoIs as kernels take them: any array where there is none."""
+    boxes, index, levels = rois
+    levels = index if levels is None else levels
+    steps = *strides(boxes), *strides(index), *strides(levels)
+    return (boxes, index, levels, boxes if tangent is None else tangent), (level, len(maps)), steps
 
 
 def _axis_taps(
     call: Callable,
-    boxes: Array,
-    image_index: Array,
-    tangent: Array | None,
-    map_shape: tuple[int, int, int],
+    maps: Sequence[Array | New],
+    level: int,
     bins: tuple[int, int],
-    rule: tuple,
+    rois: Rois,
+    tangent: Array | None,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
     *,
-    double: bool,
-    parts: int,
+    tables: int,
     columns: bool,
 ) -> Taps:
-    images, *size = map_shape
-    count = boxes.shape[0]
-    sampling_ratio, *_ = numbers = _numbers(rule)
-    spread = tuple(_spread(length, b, sampling_ratio, double) for length, b in zip(size, bins))
-    room = sum(length + s * b for length, s, b in zip(size, spread, bins))
-    block_p = _power(max(bins), 64)
+    """Of one of the maps, for weights in so many tables."""
+    images, _, *size = maps[level].shape
+    count = rois.boxes.shape[0]
+    double = dtype_of(maps[level]) == "float64"
+    spread = tuple(geometry.spread_of(rule, n, b, double) for n, b in zip(size, bins, strict=True))
+    room = sum(length + s * b for length, s, b in zip(size, spread, bins, strict=True))
+    block_p = power(max(bins), 64)
     block_k = max(1, 32 // block_p)
     ranges = New((count, sum(size if columns else bins), 2), "int32" if columns else "int64")
     unused = (1,)
-    arrays = call(
+    arrays, numbers, steps = rois_of(rois, tangent, level, maps)
+    made = call(
         kernels.axis_taps,
-        _programs(2 * _quotient(count, block_k)),
+        programs(2 * quotient(count, block_k)),
         (
-            boxes,
-            image_index,
-            boxes if tangent is None else tangent,
-            *(count, images, *size, *bins, *spread, *numbers),
-            *(*_strides(boxes), *_strides(image_index)),
+            *(*arrays, *numbers, count, images, *size, *bins, *spread),
+            *(*scales[2 * level :][:2], *steps),
         ),
         (
             New((count,), "int64"),
             ranges,
             New((count, 2, 3) if columns else unused, "int32"),
             New(unused if columns else (count, room), "int32"),
-            New((parts, count, room), "float64" if double else "float32"),
+            New((tables, count, room), "float64" if double else "float32"),
         ),
+        RULE=rule,
         REAL=tl.float64 if double else tl.float32,
-        PARTS=parts,
+        TABLES=tables,
+        LEVELS=rois.levels is not None,
         COLUMNS=columns,
-        FLOOR=bool(rule[-1]),
         BLOCK_K=block_k,
         BLOCK_P=block_p,
         num_warps=1,
         **OPTIONS,
     )
-    return Taps(*arrays, room, spread)
+    return Taps(*made, room, spread)
 
 
 def forward(
     call: Callable,
-    features: Array,
-    boxes: Array,
-    image_index: Array,
+    maps: Sequence[Array],
+    rois: Rois,
     tangent: Array | None,
-    rule: tuple,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
     output: Array | New,
 ) -> Array:
     """Writes ``output`` (K, C, P, Q)."""
+    check_fit(maps, output, rois, tangent, scales, rule)
+    if is_empty(maps, output):
+        return output.zero_()
     count, channels, *bins = output.shape
-    images, _, *size = features.shape
-    parts = 1 if tangent is None else 2
-    taps = _axis_taps(
-        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
-        double=_is_double(features), parts=parts, columns=False,
-    )  # fmt: skip
-    share = parts if _is_double(features) else 1
-    block = _blocks((features, output), math.prod(bins), share)
-    blocks = _quotient(math.prod(bins), block.others) * _quotient(channels, block.channels)
-    (output,) = call(
-        kernels.forward,
-        _programs(count * blocks),
-        (
-            *(features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
-            *(count, channels, *bins, taps.room, *_strides(features), *_strides(output)),
-        ),
-        (output,),
-        PARTS=parts,
-        **block.constants,
-        BLOCK_C=block.channels,
-        BLOCK_B=block.others,
-        num_warps=4,
-        **OPTIONS,
-    )
+    tables = 1 if tangent is None else 2
+    share = tables if dtype_of(output) == "float64" else 1
+    for level, features in enumerate(maps):
+        taps = _axis_taps(
+            call,
+            maps,
+            level,
+            tuple(bins),
+            rois,
+            tangent,
+            scales,
+            rule,
+            tables=tables,
+            columns=False,
+        )
+        block = _blocks((features, output), math.prod(bins), share)
+        blocks = quotient(math.prod(bins), block.others) * quotient(channels, block.channels)
+        (output,) = call(
+            kernels.forward,
+            programs(count * blocks),
+            (
+                *(features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+                *(count, channels, *bins, taps.room, *strides(features), *strides(output)),
+                before(output, features),
+            ),
+            (output,),
+            TABLES=tables,
+            **block.constants,
+            BLOCK_C=block.channels,
+            BLOCK_B=block.others,
+            num_warps=4,
+            **OPTIONS,
+        )
     return output
 
 
@@ -200,30 +248,33 @@ def _blocks(arrays: tuple[Array | New, ...], others: int, share: int = 1) -> _Bl
     A kernel that holds many sums takes a share of what others take, so that registers suffice.
     """
     channels = arrays[0].shape[1]
-    strides = [_strides(array) for array in arrays]
-    innermost = channels > 1 and all(steps[1] == 1 for steps in strides)
-    outer = [step for steps in strides for axis, step in enumerate(steps) if axis != 1]
+    steps = [strides(array) for array in arrays]
+    innermost = channels > 1 and all(each[1] == 1 for each in steps)
+    outer = [step for each in steps for axis, step in enumerate(each) if axis != 1]
     aligned = innermost and not any(number % 16 for number in (channels, *outer))
+    # 8 sums in each of the 128 lanes of four warps: what no target spills, in any dtype
     block_c, block_b = (64, 16) if innermost else (16, 64)
     constants = {"INNERMOST": innermost, "ALIGNED": aligned}
-    return _Blocks(_power(channels, block_c), _power(others, block_b // share), constants)
+    return _Blocks(power(channels, block_c), power(others, block_b // share), constants)
 
 
-def _touched(
+def touched(
     call: Callable,
     image_of: Array,
     extents: Array,
-    map_shape: tuple[int, int, int],
+    map_shape: tuple[int, ...],
     tile: tuple[int, int],
 ) -> Array:
-    """Which RoIs reach each tile: bits (tiles of all maps, words)."""
-    images, *size = map_shape
+    """Which RoIs reach each tile of a map (N, C, H, W): bits (tiles of all images, words)."""
+    images, _, *size = map_shape
     count = image_of.shape[0]
-    words = _quotient(count, ROIS_PER_WORD)
-    tiles = images * math.prod(_quotient(length, side) for length, side in zip(size, tile))
+    words = quotient(count, ROIS_PER_WORD)
+    tiles = images * math.prod(
+        quotient(length, side) for length, side in zip(size, tile, strict=True)
+    )
     (bits,) = call(
         kernels.touched,
-        _programs(tiles * _quotient(words, WORDS)),
+        programs(tiles * quotient(words, WORDS)),
         (image_of, extents, count, *size, words),
         (New((tiles, words), "int64"),),
         TILE_Y=tile[0],
@@ -238,73 +289,99 @@ def _touched(
 def adjoint(
     call: Callable,
     d_output: Array,
-    boxes: Array,
-    image_index: Array,
+    rois: Rois,
     tangent: Array | None,
-    rule: tuple,
-    d_features: Array | New,
-) -> Array:
-    """Writes ``d_features`` (N, C, H, W)."""
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
+    d_features: Sequence[Array | New],
+) -> list[Array]:
+    """Writes each of ``d_features`` (N, C, H, W)."""
+    check_fit(d_features, d_output, rois, tangent, scales, rule)
+    if is_empty(d_features, d_output):
+        return [d_map.zero_() for d_map in d_features]
     count, channels, *bins = d_output.shape
-    images, _, *size = d_features.shape
-    parts = 1 if tangent is None else 2
-    taps = _axis_taps(
-        call, boxes, image_index, tangent, (images, *size), tuple(bins), rule,
-        double=_is_double(d_output), parts=parts, columns=True,
-    )  # fmt: skip
-    bits = _touched(call, taps.image_of, taps.extents, (images, *size), TILE)
-    tiles, words = bits.shape
-    block_c = _power(channels, 16)
-    (d_features,) = call(
-        kernels.adjoint,
-        _programs(tiles * _quotient(channels, block_c)),
-        (
-            *(d_output, taps.ranges, taps.extents, taps.weights, bits),
-            *(count, channels, *size, *bins, *taps.spread, words),
-            *(*_strides(d_output), *_strides(d_features)),
-        ),
-        (d_features,),
-        PARTS=parts,
-        **_blocks((d_output, d_features), 1).constants,
-        BLOCK_C=block_c,
-        TILE_Y=TILE[0],
-        TILE_X=TILE[1],
-        num_warps=4,
-        **OPTIONS,
-    )
-    return d_features
+    tables = 1 if tangent is None else 2
+    block_c = power(channels, 16)
+    results = []
+    for level, d_map in enumerate(d_features):
+        taps = _axis_taps(
+            call, d_features, level, tuple(bins), rois, tangent, scales, rule,
+            tables=tables, columns=True,
+        )  # fmt: skip
+        bits = touched(call, taps.image_of, taps.extents, d_map.shape, TILE)
+        tiles, words = bits.shape
+        results += call(
+            kernels.adjoint,
+            programs(tiles * quotient(channels, block_c)),
+            (
+                *(d_output, taps.ranges, taps.extents, taps.weights, bits),
+                *(count, channels, *d_map.shape[2:], *bins, *taps.spread, words),
+                *(*strides(d_output), *strides(d_map)),
+            ),
+            (d_map,),
+            TABLES=tables,
+            **_blocks((d_output, d_map), 1).constants,
+            BLOCK_C=block_c,
+            TILE_Y=TILE[0],
+            TILE_X=TILE[1],
+            num_warps=4,
+            **OPTIONS,
+        )
+    return results
 
 
 def box_gradient(
     call: Callable,
     d_output: Array,
-    features: Array,
-    boxes: Array,
-    image_index: Array,
-    rule: tuple,
+    maps: Sequence[Array],
+    rois: Rois,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
+    d_boxes: Array | New,
 ) -> Array:
-    """Gives the partial sums (channel blocks, K, 4) of the gradient in the boxes."""
+    """Writes ``d_boxes`` (K, 4), in C order and of the coordinates' dtype."""
+    check_fit(maps, d_output, rois, None, scales, rule)
+    if is_empty(maps, d_output):
+        return d_boxes.zero_()
     count, channels, *bins = d_output.shape
-    images, _, *size = features.shape
-    taps = _axis_taps(
-        call, boxes, image_index, None, (images, *size), tuple(bins), rule,
-        double=_is_double(features), parts=3, columns=False,
-    )  # fmt: skip
-    share = 4 if _is_double(features) else 2
-    block = _blocks((d_output, features), math.prod(bins), share)
-    blocks = _quotient(channels, block.channels)
-    (partial,) = call(
-        kernels.box_gradient,
-        _programs(count * blocks),
-        (
-            *(d_output, features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
-            *(count, channels, *bins, taps.room, *_strides(d_output), *_strides(features)),
-        ),
-        (New((blocks, count, 4), "float64" if _is_double(features) else "float32"),),
-        **block.constants,
-        BLOCK_C=block.channels,
-        BLOCK_B=block.others,
+    double = dtype_of(d_output) == "float64"
+    for level, features in enumerate(maps):
+        taps = _axis_taps(
+            call, maps, level, tuple(bins), rois, None, scales, rule, tables=3, columns=False
+        )
+        block = _blocks((d_output, features), math.prod(bins), 4 if double else 2)
+        blocks = quotient(channels, block.channels)
+        (partial,) = call(
+            kernels.box_gradient,
+            programs(count * blocks),
+            (
+                *(d_output, features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+                *(count, channels, *bins, taps.room, *strides(d_output), *strides(features)),
+            ),
+            (New((blocks, count, 4), "float64" if double else "float32"),),
+            **block.constants,
+            BLOCK_C=block.channels,
+            BLOCK_B=block.others,
+            num_warps=4,
+            **OPTIONS,
+        )
+        d_boxes = sum_blocks(call, partial, taps.image_of, d_boxes, tl.float64)
+    return d_boxes
+
+
+def sum_blocks(
+    call: Callable, partial: Array, image_of: Array, d_boxes: Array | New, real: tl.dtype
+) -> Array:
+    """Writes the RoIs of this map: their sums over blocks of channels, added up in `real`."""
+    blocks, count, _ = partial.shape
+    (d_boxes,) = call(
+        kernels.sum_blocks,
+        programs(quotient(count, BOXES)),
+        (partial, image_of, count, blocks, before(d_boxes, partial)),
+        (d_boxes,),
+        REAL=real,
+        BLOCK_K=BOXES,
         num_warps=4,
         **OPTIONS,
     )
-    return partial
+    return d_boxes

@@ -4,10 +4,12 @@
 library is needed; torch is imported when one of the two is asked for.
 """
 
+from typing import Any
+
 __all__ = ["detectron2", "torchvision"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in __all__:
         import importlib
 

@@ -173,7 +173,7 @@ class MultiScaleRoIAlign(nn.Module):
         self.featmap_names = featmap_names
         self.sampling_ratio = _samples(sampling_ratio)
         try:
-            self.output_size = tuple(output_size)
+            self.output_size = tuple(output_size)  # type: ignore[arg-type]  # an int is the exception
         except TypeError:
             self.output_size = _checks.integers("output_size", output_size)
         self.canonical_scale = canonical_scale

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../windows.hpp"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -22,8 +24,7 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kLineBytes = 64;                     // one pixel of one block of channels
-constexpr int kParts = kLineBytes / kVectorBytes;  // vectors of a line
+constexpr int kVectors = kLineBytes / kVectorBytes;  // vectors of a line
 
 #define ROIALIGN_UNROLL _Pragma("GCC unroll 4")
 
@@ -40,22 +41,22 @@ constexpr int kLanes = kLineBytes / int(sizeof(Real));
 
 template <class Real>
 struct Line {
-  Vector<Real> part[kParts];
+  Vector<Real> vector[kVectors];
 };
 
 template <class Real>
 inline Line<Real> load(const Real* p) {
   Line<Real> line;
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
-    line.part[v] = *reinterpret_cast<const Vector<Real>*>(p + v * (kLanes<Real> / kParts));
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
+    line.vector[v] = *reinterpret_cast<const Vector<Real>*>(p + v * (kLanes<Real> / kVectors));
   }
   return line;
 }
 
 template <class Real>
 inline void store(Real* p, const Line<Real>& line) {
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) {
-    *reinterpret_cast<Vector<Real>*>(p + v * (kLanes<Real> / kParts)) = line.part[v];
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
+    *reinterpret_cast<Vector<Real>*>(p + v * (kLanes<Real> / kVectors)) = line.vector[v];
   }
 }
 
@@ -67,12 +68,12 @@ inline Vector<Real> broadcast(Real value) {
 // acc += weight * line; contraction makes it one instruction where there is one.
 template <class Real>
 inline void multiply_add(Line<Real>& acc, Vector<Real> weight, const Line<Real>& line) {
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += weight * line.part[v];
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) acc.vector[v] += weight * line.vector[v];
 }
 
 template <class Real>
 inline void multiply_add(Line<Real>& acc, const Line<Real>& a, const Line<Real>& b) {
-  ROIALIGN_UNROLL for (int v = 0; v < kParts; ++v) acc.part[v] += a.part[v] * b.part[v];
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) acc.vector[v] += a.vector[v] * b.vector[v];
 }
 
 // --- Transposition

@@ -1,20 +1,28 @@
-"""The kernels as matrix products, for devices that gather slowly: Out = A_y . F . A_x^T, tile by tile.
+"""The kernels as matrix products: Out = A_y . F . A_x^T, tile by tile.
 
-`axis_weights` writes the matrices A of docs/spec.md (3) as they are, zeros too: for each RoI A_y (P, H),
-then A_x (Q, W), together `room` numbers. It fills the *window*, the pixels that a RoI reaches, and leaves
-the other columns unwritten. `extents` (K, 2, 3) says the window's first and last pixel, in y and in x. The
-`weights` are in `parts` tables, one after another: value; or value and derivative along a box tangent; or
-value and slopes in the box's start and end.
+`axis_weights` writes the matrices A of docs/spec.md (3) as they are, zeros too: for each RoI A_y
+(P, H), then A_x (Q, W), together `room` numbers. It fills the *window*, the pixels that a RoI
+reaches, and leaves the other columns unwritten. `extents` (K, 2, 3) says the window's first and
+last pixel, in y and in x. The weights are in one to three tables, one after another: value; or
+value and derivative along a box tangent; or value and slopes in the box's start and end.
 
-Coordinates, weights and sums are in float32; there is no float64. A program takes turns, so a grid may be
-smaller than the work. Sizes are not specialised; the last strides are, where they are 1.
+Coordinates, weights and sums are in float32; there is no float64. A program takes turns, so a grid
+may be smaller than the work. Sizes are not specialised; the last strides are, where they are 1.
 """
 
 import triton
 import triton.language as tl
 
-from .geometry import exponent, grid_of, inside, position, shares, tap
-from .kernels import ROIS_PER_WORD, divided, image_at, rounded, whole
+from roialign._triton.geometry import exponent, grid_of, inside, position, shares, tap
+from roialign._triton.kernels import (
+    OTHER_MAP,
+    ROIS_PER_WORD,
+    divided,
+    image_on,
+    index_of,
+    rounded,
+    whole,
+)
 
 
 @triton.jit
@@ -42,8 +50,8 @@ def product(a, b, total):
 
 
 _AXIS_WEIGHTS_SIZES = [
-    "count", "images", "height", "width", "bins_y", "bins_x", "sampling_ratio",
-    "boxes_stride", "boxes_step", "index_stride",
+    "map", "maps", "count", "images", "height", "width", "bins_y", "bins_x",
+    "boxes_stride", "boxes_step", "index_stride", "levels_stride",
 ]  # fmt: skip
 
 
@@ -51,39 +59,42 @@ _AXIS_WEIGHTS_SIZES = [
 def axis_weights(
     boxes,
     image_index,
+    levels,
     tangent,
+    map,
+    maps,
     count,
     images,
     height,
     width,
     bins_y,
     bins_x,
-    sampling_ratio,
     scale_y,
     scale_x,
-    pixel_offset,
-    input_offset,
-    end_offset,
-    min_size,
     boxes_stride,
     boxes_step,
     index_stride,
+    levels_stride,
     image_of,
     extents,
     weights,
-    PARTS: tl.constexpr,
-    FLOOR: tl.constexpr,
+    RULE: tl.constexpr,
+    TABLES: tl.constexpr,
+    LEVELS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Fills the matrices, and `image_of` and `extents` as `kernels.axis_taps`. One turn: an axis of a RoI."""
-    images, sampling_ratio = whole(images), whole(sampling_ratio)
+    """Fills the matrices, `image_of` and `extents` (see `axis_taps`). One turn: an axis of a RoI."""
+    images, maps = whole(images), whole(maps)
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
     k = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
     for turn in range(tl.program_id(0), 2 * count, tl.num_programs(0)):
         axis, roi = divided(whole(turn), whole(2))  # 0: y, 1: x
-        image = image_at(tl.load(image_index + roi * index_stride), images)
+        image = index_of(tl.load(image_index + roi * index_stride), images)
+        if LEVELS:
+            level = index_of(tl.load(levels + roi * levels_stride), maps)
+            image = image_on(image, level, map)
         tl.store(image_of + roi, image, axis == 0)
         size, bins = tl.where(axis == 0, height, width), tl.where(axis == 0, bins_y, bins_x)
         scale = tl.where(axis == 0, scale_y, scale_x)
@@ -106,12 +117,7 @@ def axis_weights(
             tl.where(k < bins, hi, 0),
             scale,
             bins,
-            sampling_ratio,
-            pixel_offset,
-            input_offset,
-            end_offset,
-            min_size,
-            FLOOR,
+            RULE,
         )
         samples = tl.where(image >= 0, samples, 0)
         divisor = tl.maximum(samples, 1).to(tl.float32)
@@ -135,7 +141,7 @@ def axis_weights(
                 lower, fraction, moves = tap(position(start, bin, samples, k, j, False), size)
                 here, next = (j < end) & (pixel == lower), (j < end) & (pixel == lower + 1)
                 value += tl.where(here, 1 - fraction, tl.where(next, fraction, 0))
-                if PARTS > 1:
+                if TABLES > 1:
                     in_lo, in_hi = shares(bin, samples, bins, k, j, clamped, tl.float32)
                     sign = tl.where(here, -1.0, 1.0)
                     counted = (here | next) & moves
@@ -145,13 +151,13 @@ def axis_weights(
             written = (k < bins) & (pixel <= highest)
             tl.store(to, value / divisor, written)
             slope_lo, slope_hi = slope_lo * slope_scale / divisor, slope_hi * slope_scale / divisor
-            if PARTS == 2:
+            if TABLES == 2:
                 v_lo = tl.load(tangent + roi * 4 + 1 - axis).to(tl.float32)
                 v_hi = tl.load(tangent + roi * 4 + 3 - axis).to(tl.float32)
                 sloped = (slope_lo != 0) | (slope_hi != 0)
                 moved = tl.where(sloped, slope_lo * v_lo + slope_hi * v_hi, 0)
                 tl.store(to + count * room, moved, written)
-            if PARTS == 3:
+            if TABLES == 3:
                 tl.store(to + count * room, slope_lo, written)
                 tl.store(to + 2 * count * room, slope_hi, written)
 
@@ -182,25 +188,26 @@ def forward(
     output_c,
     output_p,
     output_q,
+    before,
     output,
-    PARTS: tl.constexpr,
+    TABLES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """docs/spec.md (4), and with PARTS 2 its derivative (8). One turn: a channel of a RoI."""
+    """docs/spec.md (4), and with TABLES 2 its derivative (8). One turn: a channel of a RoI."""
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
-    part = count * room
+    next_table = count * room
     for turn in range(tl.program_id(0), count * channels, tl.num_programs(0)):
         c, roi = divided(whole(turn), channels)
-        image = tl.maximum(tl.load(image_of + roi), 0)
-        plane = features + image * features_n + c * features_c
+        image = tl.load(image_of + roi)
+        plane = features + tl.maximum(image, 0) * features_n + c * features_c
         matrix_y = weights + roi * room
         matrix_x = matrix_y + bins_y * height
         extent = extents + roi * 6
         first_y, end_y = tl.load(extent), tl.load(extent + 1) + 1
         first_x, end_x = tl.load(extent + 3), tl.load(extent + 4) + 1
-        for p in range(0, bins_y, BLOCK_P):
+        for p in range(0, tl.where(image == OTHER_MAP, 0, bins_y), BLOCK_P):
             for q in range(0, bins_x, BLOCK_P):
                 total = tl.zeros((BLOCK_P, BLOCK_P), tl.float32)
                 for y in range(first_y, end_y, SIDE):
@@ -210,14 +217,16 @@ def forward(
                         f = tile(plane, y, end_y, x, end_x, features_h, features_w, SIDE, SIDE)
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                         along = product(f, tl.trans(a_x), along)
-                        if PARTS == 2:
+                        if TABLES == 2:
                             v_x = tile(
-                                matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
+                                matrix_x + next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
                             )
                             v_along = product(f, tl.trans(v_x), v_along)
                     a_y = tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
-                    if PARTS == 2:
-                        v_y = tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    if TABLES == 2:
+                        v_y = tile(
+                            matrix_y + next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE
+                        )
                         total = product(a_y, v_along, product(v_y, along, total))
                     else:
                         total = product(a_y, along, total)
@@ -256,17 +265,17 @@ def adjoint(
     d_features_h,
     d_features_w,
     d_features,
-    PARTS: tl.constexpr,
+    TABLES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """docs/spec.md (5), and with PARTS 2 its derivative (8). One turn: a channel of a tile of a map.
+    """docs/spec.md (5), with TABLES 2 its derivative (8). One turn: a channel of a map's tile.
 
     It adds the RoIs that reach the tile, in their order, and writes each pixel once.
     """
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
-    part = count * room
+    next_table = count * room
     tiles_y, tiles_x = tl.cdiv(height, SIDE), tl.cdiv(width, SIDE)
     turns = (images * tiles_y * tiles_x * channels).to(tl.int32)
     for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
@@ -288,9 +297,19 @@ def adjoint(
                 added = tl.zeros((SIDE, SIDE), tl.float32)
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
-                    if PARTS == 2:
+                    if TABLES == 2:
                         v_y = tl.trans(
-                            tile(matrix_y + part, p, bins_y, y, height, height, 1, BLOCK_P, SIDE)
+                            tile(
+                                matrix_y + next_table,
+                                p,
+                                bins_y,
+                                y,
+                                height,
+                                height,
+                                1,
+                                BLOCK_P,
+                                SIDE,
+                            )
                         )
                     for q in range(0, bins_x, BLOCK_P):
                         g = tile(
@@ -299,9 +318,9 @@ def adjoint(
                         a_x = tile(matrix_x, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
                         none = tl.zeros((BLOCK_P, SIDE), tl.float32)
                         along = product(g, a_x, none)
-                        if PARTS == 2:
+                        if TABLES == 2:
                             v_x = tile(
-                                matrix_x + part, q, bins_x, x, width, width, 1, BLOCK_P, SIDE
+                                matrix_x + next_table, q, bins_x, x, width, width, 1, BLOCK_P, SIDE
                             )
                             added = product(a_y, product(g, v_x, none), product(v_y, along, added))
                         else:
@@ -352,13 +371,13 @@ def box_gradient(
     BLOCK_P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """docs/spec.md (7), of some channels of a RoI, as x1, y1, x2, y2 in `partial` (channel blocks, K, 4).
+    """docs/spec.md (7), of some channels of a RoI: x1, y1, x2, y2 in `partial` (blocks, K, 4).
 
     <G, A_y . F . A_x^T> is <A_y^T . G . A_x, F>: one turn makes the former's adjoint, tile by tile.
     """
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
-    part = count * room
+    next_table = count * room
     for turn in range(tl.program_id(0), count * tl.cdiv(channels, BLOCK_C), tl.num_programs(0)):
         roi, block = divided(whole(turn), count)
         image = tl.maximum(tl.load(image_of + roi), 0)
@@ -374,16 +393,20 @@ def box_gradient(
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
                     lo_y = tl.trans(
-                        tile(matrix_y + part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                        tile(matrix_y + next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
                     )
                     hi_y = tl.trans(
-                        tile(matrix_y + 2 * part, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                        tile(
+                            matrix_y + 2 * next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE
+                        )
                     )
                     for q in range(0, bins_x, BLOCK_P):
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
-                        lo_x = tile(matrix_x + part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        lo_x = tile(
+                            matrix_x + next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
+                        )
                         hi_x = tile(
-                            matrix_x + 2 * part, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
+                            matrix_x + 2 * next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
                         )
                         for turned in range(tl.minimum(BLOCK_C, channels - block * BLOCK_C)):
                             c = block * BLOCK_C + turned

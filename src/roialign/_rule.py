@@ -1,6 +1,6 @@
-"""Coordinate conventions: each is a row of numbers, and the rule is written elsewhere, once.
+"""Conventions: each is a row of numbers, and the rule of coordinates is written elsewhere, once.
 
-The rule they parametrise is equations (1) to (3) of docs/spec.md.
+The numbers are those of equations (1) to (3) of docs/spec.md. `vector` gives them to the kernels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any
+
+from roialign import _core
 
 __all__ = ["Convention", "conventions"]
 
 
-def float_of(value: numbers.Real) -> float:
+def float_of(value: Any) -> float:
     """Infinite where it is too large for a float."""
     try:
         return float(value)
@@ -77,6 +79,9 @@ class Convention:
             raise ValueError(f"`adaptive` must be 'ceil' or 'floor', got {self.adaptive!r}")
 
 
+Convention.__module__ = "roialign"  # what pickles and pages call it
+
+
 # Canonical name: (numbers, the names by which users of other libraries know it). Measured against
 # the libraries themselves (docs/conventions.md), but for mmdet_legacy, which was read.
 _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
@@ -135,28 +140,19 @@ conventions: Mapping[str, Convention] = MappingProxyType(
 """Read-only: name -> record. Canonical names first, then the aliases ``library:setting``."""
 
 
-class Rule(NamedTuple):
-    """What the arguments of a call say about coordinates."""
-
-    spatial_scale: tuple[float, float]
-    sampling_ratio: int
-    convention: Convention
-    numbers: tuple[float | int | None, ...]
-    """The same for the core and for the operators of a framework: they have no records."""
+_WORDS = {None: -math.inf, "ceil": 0.0, "floor": 1.0}  # of a Convention, as numbers
 
 
-def rule(spatial_scale: tuple[float, float], sampling_ratio: int, convention: Convention) -> Rule:
-    c = convention
-    numbers = (
-        *spatial_scale,
-        max(-1, sampling_ratio),
-        c.pixel_offset,
-        c.input_offset,
-        c.end_offset,
-        c.min_size,
-        c.adaptive == "floor",
-    )
-    return Rule(spatial_scale, sampling_ratio, c, numbers)
+def vector(convention: Convention, sampling_ratio: int) -> tuple[float, ...]:
+    """The rule as kernels take it: the numbers that the core names, in its order.
+
+    >>> import roialign
+    >>> vector(roialign.conventions["mindspore"], 2)
+    (2.0, 0.0, 0.0, 1.0, -inf, 1.0)
+    """
+    given = {"sampling_ratio": max(0, sampling_ratio), **vars(convention)}
+    values = [given[name] for name in _core.rule_names]
+    return tuple([float(_WORDS.get(value, value)) for value in values])
 
 
 def resolve(convention: str | Convention) -> Convention:

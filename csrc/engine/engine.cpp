@@ -1,0 +1,375 @@
+// The engine: Out = Ay F Ax^T for every RoI, by blocks of channels: a line of 64 bytes, 16 floats
+// or 8 doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few
+// blocks.
+//
+//   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W];
+//                 for every row p of bins: strip = Ay[p] F, a line per column of the window; then
+//                 tile[p] = strip Ax^T. The finished tile leaves while the next one is made.
+//   adjoint       load d_output's tile; for every p: strip = tile[p] Ax; add Ay[p]^T strip to the
+//                 lines; unpack the pixels that the band was the last to touch.
+//   box_gradient  for every p the same strips, and dot products with the slopes.
+//
+// This file is compiled once per instruction set, into a namespace named after it. It must not
+// instantiate anything with external linkage that another file instantiates too (no std::
+// containers or algorithms): the linker could keep the copy with the wrong instructions.
+#include "../engine.hpp"
+
+#include "../memory.hpp"
+#include "../parallel.hpp"
+#include "arrays.hpp"
+
+namespace roialign {
+namespace ROIALIGN_ISA {
+namespace {
+
+constexpr int64_t kAhead = 12;    // groups of pixels asked for ahead, while memory takes to answer
+constexpr int64_t kUnpacked = 8;  // groups of pixels that leave together: 8 cache lines a channel
+constexpr int64_t kStreamBytes = int64_t{2} << 20;  // larger results would drive out a second cache
+constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations, some 50 us: one thread
+
+// What a task works in, cut from the thread's scratch. Every array starts on a line.
+template <class T, class Real>
+struct Workspace {
+  Real* map;     // [blocks][H * W] lines: packed features, or the sums of d_features
+  Real* strips;  // [kRows] for each column of a window
+  Real* tile;    // [blocks][P][Q] lines
+  T* stage;      // a finished tile, or pixels of the map, in the array's dtype and order
+
+  int64_t map_step;  // from one block to the next
+  int64_t tile_step;
+  int64_t row_step;  // from one row of the map to the next
+
+  Workspace(const Tensor& features, int64_t max_columns, const int64_t bins[2], int64_t blocks)
+      : map_step((features.shape[2] * features.shape[3] + kGroup) * kLanes<Real>),
+        tile_step(bins[0] * bins[1] * kLanes<Real>),
+        row_step(features.shape[3] * kLanes<Real>) {
+    const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
+    const int64_t sizes[] = {
+        blocks * map_step * int64_t(sizeof(Real)), kRows * max_columns * kLineBytes,
+        blocks * tile_step * int64_t(sizeof(Real)), staged * int64_t(sizeof(T))};
+    int64_t at[5] = {0};
+    for (int i = 0; i < 4; ++i)
+      at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
+    char* base = static_cast<char*>(thread_scratch(size_t(at[4])));
+    map = reinterpret_cast<Real*>(base);
+    strips = reinterpret_cast<Real*>(base + at[1]);
+    tile = reinterpret_cast<Real*>(base + at[2]);
+    stage = reinterpret_cast<T*>(base + at[3]);
+  }
+  ~Workspace() { trim_thread_scratch(); }
+  Lines<Real> map_of(int64_t block) const { return {map + block * map_step, row_step}; }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+};
+
+// --- The operations
+// -------------------------------------------------------------------------------
+
+// Packs the pixels that the band is the first to touch.
+template <class T, class Real>
+void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, Real>& work) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    if (g + kAhead < groups.count) prefetch_pixels(plane, groups.at[g + kAhead] * kGroup, kGroup);
+    const int64_t first = groups.at[g] * kGroup;
+    load_lines(plane, first, least_of(kGroup, plane.pixels - first),
+               work.map + first * kLanes<Real>, work.map_step);
+  }
+}
+
+// What one task works on: a slice of the channels of one visit's map.
+template <class Real>
+struct Task {
+  const Visit<Real>& visit;
+  const Tensor& map;
+  Range channels;
+  int64_t first_block;
+};
+
+// The windows of a call; `slices_of(map)` are the slices of a map's channels.
+template <class Real, class SlicesOf>
+Windows<Real> windows_of(Operation operation, Maps maps, const Rois& rois, const void* tangent,
+                         const Rule& rule, const int64_t* bins, const SlicesOf& slices_of,
+                         int threads) {
+  const auto count = [](const void* context, int64_t map) {
+    return (*static_cast<const SlicesOf*>(context))(map).count();
+  };
+  return build_windows(operation, maps, rois, static_cast<const Real*>(tangent), rule, bins,
+                       Slicing{count, &slices_of}, threads);
+}
+
+// Runs body(task) for each slice of each visit.
+template <class Real, class SlicesOf, class Body>
+void for_tasks(const Windows<Real>& windows, Maps maps, const SlicesOf& slices_of, int threads,
+               Body body) {
+  const auto visits_of = [&](int64_t m) { return windows.ends[m] - (m ? windows.ends[m - 1] : 0); };
+  int64_t tasks = 0;
+  for (int64_t m = 0; m < maps.count; ++m) tasks += visits_of(m) * slices_of(m).count();
+  const int64_t work = windows.work * blocks_of<Real>(maps.first().shape[1]);
+  parallel_for(tasks, work < kSerialWork ? 1 : threads, [&](int64_t task) {
+    int64_t m = 0, visit = 0;
+    Slices slices = slices_of(m);
+    for (int64_t own; task >= (own = visits_of(m) * slices.count()); slices = slices_of(++m)) {
+      task -= own;
+      visit = windows.ends[m];
+    }
+    visit += task / slices.count();
+    const int64_t slice = task % slices.count();
+    body(Task<Real>{windows.visits[visit], maps[m].array, slices[slice], slice * slices.blocks});
+  });
+}
+
+// Calls enter(band), body(window, the next one or null) for its windows, and leave(band).
+template <class Real, class Enter, class Body, class Leave>
+void for_windows(const Visit<Real>& visit, Enter enter, Body body, Leave leave) {
+  for (int64_t b = 0; b < visit.count; ++b) {
+    const Band<Real>& band = visit.bands[b];
+    enter(band);
+    for (int64_t i = 0; i < band.count; ++i) {  // the windows of a visit lie one after another
+      const bool last = b + 1 == visit.count && i + 1 == band.count;
+      body(band.windows[i], last ? nullptr : band.windows + i + 1);
+    }
+    leave(band);
+  }
+}
+template <class Real, class Enter, class Body>
+void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
+  for_windows(visit, enter, body, [](const Band<Real>&) {});
+}
+
+// Calls body(range) for runs of at most kRows bins of y, ranges_of(bins) times.
+inline int64_t ranges_of(int64_t bins) {
+  return (bins + kRows - 1) / kRows;
+}
+template <class Body>
+inline void for_rows(int64_t bins, Body body) {
+  for (int64_t p = 0; p < bins; p += kRows) body(Range{p, least_of(p + kRows, bins)});
+}
+
+int64_t count_of(const Tensor& t) {
+  return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3];
+}
+
+template <class T>
+void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
+             const Tensor& output, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = output.shape + 2;
+  const auto slices_of = [&](int64_t m) { return Slices::of(features[m].array, &output, T{}); };
+  const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
+  const Windows<Real> windows =
+      windows_of<Real>(Operation::forward, features, rois, tangent, rule, bins, slices_of, threads);
+  for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
+    const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
+    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
+    Copy leaving;  // the tile before
+    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
+      if (!window.term_count) {
+        std::memset(work.tile, 0, size_t(plane.blocks() * work.tile_step) * sizeof(Real));
+      }
+      const int64_t piece = leaving.run * leaving.runs / (plane.blocks() * ranges_of(bins[0]));
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        for_rows(bins[0], [&](Range p) {
+          Real* out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
+          leaving.advance(piece);  // before the work: stores wait in line behind it
+          for (int s = 0; s < window.term_count; ++s) {
+            pool_bins(window.term[s], p, bins[1], work.map_of(b), work.strips, out, s > 0);
+          }
+        });
+      }
+      leaving.finish();
+      leaving = store_lines(plane_of<T>(output, window.roi, task.channels), 0, bins[0] * bins[1],
+                            work.tile, work.tile_step, work.stage, streamed);
+    });
+    leaving.finish();
+    if (streamed) stream_fence();
+  });
+}
+
+template <class T, class Real>
+void load_tile(const Tensor& d_output, const Window<Real>& window, Range channels,
+               const Workspace<T, Real>& work) {
+  const auto tile = plane_of<const T>(d_output, window.roi, channels);
+  load_lines(tile, 0, tile.pixels, work.tile, work.tile_step);
+}
+
+template <class T>
+void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
+             Maps d_features, int threads) {
+  using Real = Accumulator<T>;
+  constexpr int64_t line = kLanes<Real>;
+  const int64_t* bins = d_output.shape + 2;
+  const auto slices_of = [&](int64_t m) {
+    return Slices::of(d_features[m].array, &d_features[m].array, T{});
+  };
+  const Windows<Real> windows = windows_of<Real>(Operation::adjoint, d_features, rois, tangent,
+                                                 rule, bins, slices_of, threads);
+  for_tasks(windows, d_features, slices_of, threads, [&](const Task<Real>& task) {
+    const bool streamed = count_of(task.map) * int64_t(sizeof(T)) > kStreamBytes;
+    const auto plane = plane_of<T>(task.map, task.visit.image, task.channels);
+    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
+    const auto zero = [&](int64_t group, int64_t count) {
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        std::memset(work.map + b * work.map_step + group * kGroup * line, 0,
+                    size_t(count * kGroup * kLineBytes));
+      }
+    };
+    // Groups that follow each other leave together, where pixels do too cut between cache lines.
+    // The lines of pixel i are at i * step.
+    const bool runs = plane.even() && plane.pixel_stride == 1;
+    const auto unpack = [&](const Groups& groups, int64_t step) {
+      for (int64_t g = 0; g < groups.count;) {
+        int64_t from = groups.at[g] * kGroup, end = from + kGroup;
+        while (++g < groups.count && groups.at[g] * kGroup == end) end += kGroup;
+        for (end = least_of(end, plane.pixels); from < end;) {
+          int64_t to = least_of(from + kUnpacked * kGroup, end);
+          if (runs && to < end) {
+            to -= int64_t(reinterpret_cast<uintptr_t>(plane.data + to) % kLineBytes / sizeof(T));
+          }
+          store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage,
+                      streamed)
+              .finish();
+          from = to;
+        }
+      }
+    };
+    const auto enter = [&](const Band<Real>& band) {
+      for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g], 1);
+    };
+    const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
+    for_windows(
+        task.visit, enter,
+        [&](const Window<Real>& window, const Window<Real>* following) {
+          Upcoming<T> upcoming(d_output, following, task.channels,
+                               2 * plane.blocks() * ranges_of(bins[0]));
+          if (window.term_count) load_tile(d_output, window, task.channels, work);
+          for (int64_t b = 0; b < plane.blocks(); ++b) {
+            for_rows(bins[0], [&](Range p) {
+              const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * line;
+              for (int s = 0; s < window.term_count; ++s) {
+                const Term<Real>& term = window.term[s];
+                upcoming.ask();
+                pull_columns(term.x, p.count(), d_out, bins[1], work.strips);
+                upcoming.ask();
+                spread_columns(term, p, work.strips, work.map_of(b));
+              }
+            });
+          }
+        },
+        leave);
+    zero(0, least_of(kUnpacked, (plane.pixels + kGroup - 1) / kGroup));
+    unpack(task.visit.untouched, 0);
+    if (streamed) stream_fence();
+  });
+}
+
+template <class Real>
+Real sum_of(const Line<Real>& line) {
+  Real lanes[kLanes<Real>], sum = 0;
+  store(lanes, line);
+  for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
+  return sum;
+}
+
+template <class T>
+void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
+                  void* d_boxes, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = d_output.shape + 2;
+  const auto slices_of = [&](int64_t m) { return Slices::of(features[m].array, nullptr, T{}); };
+  const Windows<Real> windows = windows_of<Real>(Operation::box_gradient, features, rois, nullptr,
+                                                 rule, bins, slices_of, threads);
+  // A row of sums per block of channels, added in order: the same bits for any threads and layout.
+  const int64_t count = rois.count * 4, blocks = blocks_of<Real>(d_output.shape[1]);
+  const size_t bytes = size_t(most_of<int64_t>(1, blocks * count)) * sizeof(Real);
+  Real* partial = static_cast<Real*>(map_memory(bytes));
+  struct Owner {
+    void* memory;
+    size_t bytes;
+    ~Owner() { unmap_memory(memory, bytes); }
+  } const owner{partial, bytes};
+  for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
+    const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
+    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
+    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
+      Upcoming<T> upcoming(d_output, following, task.channels,
+                           4 * plane.blocks() * ranges_of(bins[0]));
+      if (window.term_count) load_tile(d_output, window, task.channels, work);
+      for (int64_t b = 0; b < plane.blocks(); ++b) {
+        Line<Real> d_x[2] = {}, d_y[2] = {};
+        if (window.term_count) {
+          // d_output pulled back to the map's columns, against the slopes of y; and the features
+          // pooled to the columns, against the slopes of x.
+          const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
+          for_rows(bins[0], [&](Range p) {
+            const Real* d_out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
+            upcoming.ask();
+            pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
+            upcoming.ask();
+            dot_y_slopes(pulled, p, work.map_of(b), work.strips, d_y);
+            upcoming.ask();
+            pool_columns(pooled, p, work.map_of(b), work.strips);
+            upcoming.ask();
+            dot_x_slopes(pooled, p, bins[1], work.strips, d_out, d_x);
+          });
+        }
+        Real* d_box = partial + (task.first_block + b) * count + window.roi * 4;
+        d_box[0] = sum_of(d_x[0]);
+        d_box[1] = sum_of(d_y[0]);
+        d_box[2] = sum_of(d_x[1]);
+        d_box[3] = sum_of(d_y[1]);
+      }
+    });
+  });
+  Real* result = static_cast<Real*>(d_boxes);
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += double(partial[block * count + i]);
+    result[i] = Real(sum);
+  }
+}
+
+// Calls run(an element) of the maps' dtype.
+template <class Run>
+void by_dtype(Maps maps, Run run) {
+  switch (maps.first().dtype) {
+    case DType::float16:
+      return run(half{});
+    case DType::bfloat16:
+      return run(bfloat16{});
+    case DType::float32:
+      return run(float{});
+    default:
+      return run(double{});
+  }
+}
+
+}  // namespace
+
+#define ROIALIGN_STRING(x) #x
+#define ROIALIGN_NAME(x) ROIALIGN_STRING(x)
+
+extern const Engine engine;
+const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA),
+                    [](Maps features, const Rois& rois, const void* tangent, const Rule& rule,
+                       const Tensor& output, int threads) {
+                      by_dtype(features, [&](auto t) {
+                        forward<decltype(t)>(features, rois, tangent, rule, output, threads);
+                      });
+                    },
+                    [](const Tensor& d_output, const Rois& rois, const void* tangent,
+                       const Rule& rule, Maps d_features, int threads) {
+                      by_dtype(d_features, [&](auto t) {
+                        adjoint<decltype(t)>(d_output, rois, tangent, rule, d_features, threads);
+                      });
+                    },
+                    [](const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
+                       void* d_boxes, int threads) {
+                      by_dtype(features, [&](auto t) {
+                        box_gradient<decltype(t)>(d_output, features, rois, rule, d_boxes, threads);
+                      });
+                    }};
+
+}  // namespace ROIALIGN_ISA
+}  // namespace roialign

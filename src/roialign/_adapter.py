@@ -1,0 +1,128 @@
+"""What the module of an array library owes, and which module it is for the arrays that came."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from roialign import _checks
+from roialign import numpy as _numpy
+from roialign._rois import Rois
+
+
+class Adapter(Protocol):
+    """An array library. Arrays are its own; `K` is the number of RoIs.
+
+    The operations get arguments that have been checked, but for devices and the values of indices.
+    `maps` and `feature_shapes` have one entry for each map, `scales` two: y and x, one map after another.
+    `rule` is the vector of `_rule.vector`.
+    """
+
+    float32: Any  # the dtype
+
+    def check_array(self, name: str, value: object) -> None:
+        """Raises TypeError if it is no array that the operations can take."""
+
+    def kind(self, dtype: Any) -> str:
+        """ "float": of maps and boxes; "wide float": of boxes only; "integer"; "other"."""
+
+    def check_out(self, name: str, out: object, dtype: Any) -> None:
+        """Raises TypeError if ``out`` is no array of this dtype that can be written to."""
+
+    def check_out_values(
+        self, name: str, out: Any, shape: tuple[int, ...], inputs: list[Any]
+    ) -> None:
+        """Raises ValueError if ``out`` has another shape, is read-only, or overlaps itself or an input."""
+
+    def columns(self, rows: Any) -> tuple[Any, Any]:
+        """Boxes (K, 4) and image index (K,) of rows (K, 5)."""
+
+    def joined(self, boxes: list[Any]) -> Any:
+        """(K, 4) from arrays (K_i, 4); those of different dtypes meet in one that holds all."""
+
+    def repeated(self, counts: list[int], like: Any) -> Any:
+        """Each image's number as often as it has boxes: (K,), where the boxes `like` are."""
+
+    def split(self, array: Any, counts: list[int]) -> Sequence[Any]:
+        """The rows of an array as arrays of so many."""
+
+    def cast(self, array: Any, dtype: Any) -> Any:
+        """Rounded to a dtype; infinite where it is too large for that."""
+
+    def with_index_column(self, d_boxes: Any) -> Any:
+        """(K, 5) from (K, 4), with zeros in front."""
+
+    def takes_rows(self, features: object, rois: object) -> bool:
+        """Whether `forward_rows` takes these as they are: no check of types and shapes can fail."""
+
+    def forward_rows(
+        self,
+        features: Any,
+        rows: Any,
+        output_size: tuple[int, int],
+        scales: tuple[float, ...],
+        rule: tuple[float, ...],
+        out: Any,
+    ) -> Any:
+        """`forward` of one map and rows (K, 5): the short way of most calls."""
+
+    def forward(
+        self,
+        maps: tuple[Any, ...],
+        rois: Rois,
+        output_size: tuple[int, int],
+        scales: tuple[float, ...],
+        rule: tuple[float, ...],
+        *,
+        out: Any = None,
+    ) -> Any:
+        """Pooled features (K, C, P, Q)."""
+
+    def adjoint(
+        self,
+        d_output: Any,
+        rois: Rois,
+        feature_shapes: tuple[tuple[int, ...], ...],
+        scales: tuple[float, ...],
+        rule: tuple[float, ...],
+        *,
+        out: Any = None,
+    ) -> tuple[Any, ...]:
+        """The gradient in each map (N, C, H, W); `out` is a tuple of as many arrays."""
+
+    def box_gradient(
+        self,
+        d_output: Any,
+        maps: tuple[Any, ...],
+        rois: Rois,
+        scales: tuple[float, ...],
+        rule: tuple[float, ...],
+    ) -> Any:
+        """The gradient in the boxes (K, 4), x1 y1 x2 y2."""
+
+
+def adapter_of(name: str, array: object) -> Adapter:
+    """The module for the kind of array that came; nothing is imported that the user has not imported."""
+    if _numpy.is_array(array):
+        return _numpy
+    module: Any  # by statements: torch's compiler reads them, and no importlib
+    if _is_a(array, "torch", "Tensor"):
+        import roialign.torch as module
+    elif _is_a(array, "jax", "Array"):
+        import roialign.jax as module
+    elif _is_a(array, "mindspore", "Tensor"):
+        import roialign.mindspore as module
+    elif _is_a(array, "cupy", "ndarray"):
+        import roialign.cupy as module
+    else:
+        raise TypeError(
+            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array, mindspore.Tensor or "
+            f"cupy.ndarray, got {_checks.type_name(array)}"
+        )
+    return module
+
+
+def _is_a(array: object, library: str, kind: str) -> bool:
+    module = sys.modules.get(library)
+    return module is not None and isinstance(array, getattr(module, kind, ()))

@@ -1,0 +1,176 @@
+"""The operations on memory: by the core on the CPU, by the kernels for its device elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roialign import _checks, _core, _threads
+from roialign._rois import Rois
+
+from . import calls
+from .calls import CHANNELS, Arrays, Call, Result
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_LARGE = 4 << 20  # bytes: from here on results live on huge pages
+
+_core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
+
+
+def home(tensor: Tensor) -> str | None:
+    """The folder of the kernels for the tensor's device; None on the CPU, which has the core."""
+    if tensor.is_cpu:
+        return None
+    if tensor.is_cuda:  # of NVIDIA or AMD
+        return "_triton"
+    return "_ascend" if tensor.device.type == "npu" else None
+
+
+def kind(dtype: torch.dtype) -> str:
+    if dtype in FLOATS:
+        return "float"
+    return "integer" if dtype in _INTEGERS else "other"
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raises if its storage was emptied: its address, then a small number or 0, is no memory."""
+    if type(tensor) not in PLAIN:
+        return
+    try:
+        freed = not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+    except NotImplementedError:  # a transform's wrapper
+        return
+    if freed:
+        raise TypeError(f"`{name}` must be in memory, got a tensor whose storage was freed")
+
+
+# Results
+
+
+def results(call: Call, arrays: Arrays, empty: Callable[[Tensor, tuple], Tensor]) -> Result:
+    """Of "forward" and "adjoint", not written yet; `empty(like, shape)` makes a tensor."""
+    like = calls.source(arrays)
+    made = tuple([laid_out(like, shape, empty) for shape in calls.result_shapes(call, arrays)])
+    return made if call.operation == "adjoint" else made[0]
+
+
+def laid_out(like: Tensor, shape: tuple[int, ...], empty: Callable) -> Tensor:
+    """One, with channels innermost in memory if they are so in `like`."""
+    if not _is_channels_last(like):
+        return empty(like, shape)
+    n, c, h, w = shape
+    return empty(like, (n, h, w, c)).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Channels next to each other in memory, in a tensor where that means something."""
+    if tensor.is_contiguous():
+        return False
+    _, channels, height, width = tensor.shape
+    return channels > 1 and height * width > 1 and tensor.stride(1) == 1
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    size = math.prod(shape) * like.itemsize
+    if like.is_cpu and size >= _LARGE:
+        _checks.size("output", shape)
+        return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient in boxes of ``dtype``: float32 for integers."""
+    return dtype if dtype in FLOATS else torch.float32
+
+
+# Operations
+
+
+def run(call: Call, arrays: Arrays, out: Result | None = None) -> Result:
+    """Writes `out`, if it is given. On the CPU raises where an image index or a level is bad.
+
+    Of tensors that have memory and are aligned there.
+    """
+    operation, boxes, tangent = call.operation, arrays["boxes"], arrays.get("tangent")
+    like = calls.source(arrays)
+    real = torch.float64 if like.dtype is torch.float64 else torch.float32
+    dtype = boxes.dtype
+    if dtype not in FLOATS:
+        boxes = boxes.to(real)
+    if tangent is not None:
+        tangent = tangent.to(real, copy=True).contiguous()
+    if operation == "box_gradient":
+        out = torch.empty((boxes.shape[0], 4), dtype=real, device=like.device)
+    elif out is None:
+        out = results(call, arrays, empty)
+
+    given = [arrays[name] for name in CHANNELS[operation]]
+    rois = Rois(boxes, arrays["image_index"], arrays.get("levels"))
+    tangents = () if operation == "box_gradient" else (tangent,)
+    if home(like) is None:
+        rest = *tangents, call.rule, out, threads()
+        getattr(_core, operation)(*given, call.scales, rois[:2], rois.levels, *rest)
+    else:
+        _on_device(like, operation, given, rois, *tangents, call.scales, call.rule, out)
+    return out.to(gradient_dtype(dtype)) if operation == "box_gradient" else out
+
+
+def threads() -> int:
+    return min(_threads.get_num_threads(), torch.get_num_threads())
+
+
+# Kernels of a device
+
+
+def _on_device(tensor: Tensor, operation: str, given: list, rois: Rois, *rest: Any) -> None:
+    folder = home(tensor)
+    if folder == "_ascend":  # for devices without float64
+        if tensor.dtype is torch.float64:
+            raise TypeError(
+                f"`{CHANNELS[operation][0]}` must be float16, bfloat16 or float32 on "
+                f"{tensor.device}, got float64"
+            )
+        index = rois.image_index
+        index = index.float() if index.dtype in FLOATS else index.long()
+        rois = rois._replace(boxes=rois.boxes.float(), image_index=index)
+    with _device_of(tensor):
+        getattr(_launches(folder), operation)(launch, *given, rois, *rest)
+
+
+@functools.cache
+def _launches(folder: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"roialign.{folder}.launch")
+    except ImportError as error:
+        raise ImportError(
+            "roialign needs Triton for tensors on a GPU: pip install 'roialign[gpu]'"
+        ) from error
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, on which kernels are launched."""
+    if tensor.is_cpu:  # the kernels are interpreted
+        return contextlib.nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def launch(kernel, grid, inputs, outputs, **constants) -> list[Tensor]:
+    """One kernel on the current stream of the device: the `call` of `_triton.launch`."""
+    results = [
+        output
+        if isinstance(output, Tensor)
+        else torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=inputs[0].device)
+        for output in outputs
+    ]
+    kernel[grid](*inputs, *results, **constants)
+    return results

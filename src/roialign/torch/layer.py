@@ -1,0 +1,59 @@
+"""MindSpore's operator as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import roialign
+
+from . import adapter
+
+
+class ROIAlign(torch.nn.Module):
+    """MindSpore's RoIAlign as a layer; coming from torchvision or detectron2, use `roialign.compat`.
+
+    Args:
+        pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode: as in
+            :class:`roialign.ROIAlign`, with the same errors.
+
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
+    in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. Gradients
+    reach both. It has no parameters and an empty ``state_dict``.
+
+    >>> import torch, roialign.torch
+    >>> pool = roialign.torch.ROIAlign(2, 2, 0.5)
+    >>> features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    >>> rois = torch.tensor([[0, 0.2, 0.3, 0.2, 0.3]])
+    >>> pool(features, rois)
+    tensor([[[[1.7750, 2.0250],
+              [2.2750, 2.5250]]]])
+    """
+
+    def __init__(
+        self,
+        pooled_height: int,
+        pooled_width: int,
+        spatial_scale: float,
+        sample_num: int = 2,
+        roi_end_mode: int = 1,
+    ) -> None:
+        super().__init__()
+        self.operator = roialign.ROIAlign(
+            pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode
+        )
+
+    def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+        adapter.check_array("features", features)
+        return self.operator(features, rois)
+
+    def extra_repr(self) -> str:
+        return repr(self.operator)[len("ROIAlign(") : -1]
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "roialign.torch.ROIAlign cannot be scripted: use torch.compile or torch.export"
+        )
+
+
+ROIAlign.__module__ = "roialign.torch"  # what pickles and pages call it
