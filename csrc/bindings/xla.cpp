@@ -13,6 +13,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../operations.hpp"
@@ -72,10 +73,10 @@ class Numbers {
  public:
   explicit Numbers(const Attributes& attributes) : attributes_(known(attributes)) {}
 
-  double get(const std::string& name, std::optional<double> otherwise = {}) {
+  double get(std::string_view name, std::optional<double> otherwise = {}) {
     for (int64_t i = 0; i < attributes_.count; ++i) {
       const Text& text = *attributes_.names[i];
-      if (name.compare(0, std::string::npos, text.begin, text.size) != 0) continue;
+      if (std::string_view(text.begin, text.size) != name) continue;
       const Scalar& scalar = *static_cast<const Scalar*>(attributes_.items[i]);
       require(attributes_.types[i] == kScalar && scalar.dtype == DataType::f64,
               "roialign: a number is not a float64");

@@ -6,7 +6,6 @@ The arguments are those of `_triton.launch`. A result is given as its shape and 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def _taps(
 ) -> list[_Taps]:
     """Of y and x."""
     x1, y1, x2, y2 = box
-    axes = zip((y1, x1), (y2, x2), bins, size, scale)
+    axes = zip((y1, x1), (y2, x2), bins, size, scale, strict=True)
     y, x = [axis_taps(lo, hi, rule, *numbers) for lo, hi, *numbers in axes]
     finite = jnp.isfinite(box).all()
     return [(values, jnp.where(finite, slopes, 0)) for values, slopes in (y, x)]
@@ -98,7 +97,7 @@ def _terms(y: _Taps, x: _Taps, tangent: Array | None) -> list[tuple[Array, Array
 
 def _pairs(scales: tuple[float, ...]) -> list[tuple[float, float]]:
     """y and x of each map."""
-    return list(zip(scales[::2], scales[1::2]))
+    return list(zip(scales[::2], scales[1::2], strict=True))
 
 
 def _levels(rois: Any) -> Array:
@@ -111,7 +110,7 @@ def _rows(
     """``row(map, its scale, box, image, others)`` of each RoI; 0 of one that is on no map."""
     if 0 in result.shape:
         return jnp.zeros(result.shape, result.dtype)
-    branches = [functools.partial(row, *each) for each in zip(maps, _pairs(scales))]
+    branches = [functools.partial(row, *each) for each in zip(maps, _pairs(scales), strict=True)]
 
     def one(roi: tuple) -> Array:
         box, image, level, others = roi
@@ -151,7 +150,8 @@ def adjoint(d_output, rois, tangent, scales, rule, d_features) -> list[Array]:
         each = rois.boxes, rois.image_index, _levels(rois), d_output, tangent
         return lax.scan(add, zeros, each)[0].astype(result.dtype)
 
-    return [of_map(*each) for each in zip(itertools.count(), d_features, _pairs(scales))]
+    each = enumerate(zip(d_features, _pairs(scales), strict=True))
+    return [of_map(level, *numbers) for level, numbers in each]
 
 
 def box_gradient(d_output, maps, rois, scales, rule, d_boxes) -> Array:

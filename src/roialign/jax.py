@@ -151,15 +151,15 @@ class _Call(NamedTuple):
 
     def named(self, operands: Sequence[Any]) -> dict[str, list]:
         groups: dict[str, list] = {}
-        for name, operand in zip(self.names, operands):
+        for name, operand in zip(self.names, operands, strict=True):
             groups.setdefault(name, []).append(operand)
         return groups
 
     def sizes(self, shapes: Sequence[tuple]) -> dict[str, Any]:
         """The length of each named dimension. Height and width are a map's own: `maps` has them."""
-        sizes = dict(zip("npq", (self.images, *self.bins)))
-        for name, shape in zip(self.names, shapes):
-            sizes.update(zip(DIMENSIONS[name], shape))
+        sizes = dict(zip("npq", (self.images, *self.bins), strict=True))
+        for name, shape in zip(self.names, shapes, strict=True):
+            sizes.update(zip(DIMENSIONS[name], shape, strict=True))
         return sizes
 
     def results(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -173,7 +173,7 @@ class _Call(NamedTuple):
 def _bind(call: _Call, given: Mapping[str, Sequence[Array]]) -> list[Array]:
     """The operation on those of the arrays that it takes."""
     taken = [(name, x) for name in (*ROIS, *TAKES[call.operation]) for x in given.get(name, ())]
-    names, operands = zip(*taken)
+    names, operands = zip(*taken, strict=True)
     axes = frozenset().union(*map(_dense.manual_axes, operands))
     operands = [_dense.varying(x, axes) for x in operands]
     return _roi_align_p.bind(*operands, call=call._replace(names=names))
@@ -206,7 +206,7 @@ def _native(call: _Call, *operands: Array) -> list[Array]:
     names = "maps", *scales, *_core.rule_names
     numbers = map(np.float64, (len(call.maps), *call.scales, *call.rule))
     run = ffi.ffi_call(f"roialign_{call.operation}_maps", call.results(operands))
-    return run(*operands, **dict(zip(names, numbers)))
+    return run(*operands, **dict(zip(names, numbers, strict=True)))
 
 
 # On GPUs: the kernels in Triton
@@ -260,10 +260,10 @@ def _partitioned(run: Callable, call: _Call) -> custom_partitioning:
     gives = (given,) * (len(call.maps) if given == "features" else 1)
 
     def infer(mesh: Mesh, arguments: tuple, _results: Any) -> list[NamedSharding]:
-        return _shardings(mesh, gives, _cut(mesh, zip(call.names, arguments)))
+        return _shardings(mesh, gives, _cut(mesh, zip(call.names, arguments, strict=True)))
 
     def partition(mesh: Mesh, arguments: tuple, results: Any) -> tuple:
-        cut = _cut(mesh, zip((*call.names, *gives), (*arguments, *results)))
+        cut = _cut(mesh, zip((*call.names, *gives), (*arguments, *results), strict=True))
         if mesh.empty:  # the arrays have no named axes: everything is everywhere
             devices = results[0].sharding.device_set
             mesh = Mesh(np.array(sorted(devices, key=lambda d: d.id)), "all")
@@ -295,7 +295,10 @@ def _partitioned(run: Callable, call: _Call) -> custom_partitioning:
 def _factors(names: Sequence[str]) -> str:
     """The dimensions of these arrays, as Shardy reads them. Height and width are a map's own."""
     own = [names[:i].count("features") for i in range(len(names))]
-    arrays = [[f"{d}{i}" if d in "hw" else d for d in DIMENSIONS[n]] for n, i in zip(names, own)]
+    arrays = [
+        [f"{d}{i}" if d in "hw" else d for d in DIMENSIONS[n]]
+        for n, i in zip(names, own, strict=True)
+    ]
     return ", ".join(map(" ".join, arrays))
 
 
@@ -345,10 +348,10 @@ def _abstract(*operands, call):
     meshes = [x.sharding.mesh for x in operands]  # a type's, where its axes are explicit
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     gives = [GIVES[call.operation]] * len(results)
-    shardings = _shardings(mesh, gives, _cut(mesh, zip(call.names, operands)))
+    shardings = _shardings(mesh, gives, _cut(mesh, zip(call.names, operands, strict=True)))
     return [
         operands[0].update(shape=new.shape, dtype=new.dtype, weak_type=False, sharding=sharding)
-        for new, sharding in zip(results, shardings)
+        for new, sharding in zip(results, shardings, strict=True)
     ]
 
 
@@ -393,23 +396,26 @@ def _jvp(primals, tangents, *, call):
         if name not in ("image_index", "levels") and any(type(d) is not ad.Zero for d in group):
             moved[name] = [ad.instantiate_zeros(d) for d in group]
     changes = [_bind(call, term) for term in terms(call.operation, given, moved)]
-    return _bind(call, given), [functools.reduce(ad.add_tangents, each) for each in zip(*changes)]
+    return _bind(call, given), [
+        functools.reduce(ad.add_tangents, each) for each in zip(*changes, strict=True)
+    ]
 
 
 def _transpose(d_results, *operands, call):
-    linear = [ad.is_undefined_primal(x) for x in operands]
-    (wanted,) = {name for name, is_linear in zip(call.names, linear) if is_linear}
-    if all(type(d) is ad.Zero for d in d_results):
-        return [ad.Zero(x.aval) if is_linear else None for x, is_linear in zip(operands, linear)]
     given = call.named(operands)
-    del given[wanted]
+    (wanted,) = (name for name, group in given.items() if any(map(ad.is_undefined_primal, group)))
     given[GIVES[call.operation]] = [ad.instantiate_zeros(d) for d in d_results]
-    results = iter(_bind(call._replace(operation=giving(wanted)), given))
-    results = [next(results) if name == wanted else None for name in call.names]
-    return [
-        _placed(d, x.aval) if is_linear else None
-        for d, x, is_linear in zip(results, operands, linear)
-    ]
+    group, zero = given.pop(wanted), all(type(d) is ad.Zero for d in d_results)
+
+    def cotangent(x, d):
+        if not ad.is_undefined_primal(x):
+            return None
+        return ad.Zero(x.aval) if zero else _placed(d, x.aval)
+
+    sibling = call._replace(operation=giving(wanted))
+    results = [None] * len(group) if zero else _bind(sibling, given)
+    results = iter([cotangent(*each) for each in zip(group, results, strict=True)])
+    return [next(results) if name == wanted else None for name in call.names]
 
 
 def _placed(array, aval):
@@ -421,11 +427,10 @@ def _placed(array, aval):
 
 def _batch(operands, dims, *, call):
     """The axis of the batch becomes more channels, or more RoIs and images."""
-    size = next(x.shape[d] for x, d in zip(operands, dims) if d is not None)
-    into = folded(call.operation, {name for name, d in zip(call.names, dims) if d is not None})
-    shapes = [
-        x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :]) for x, d in zip(operands, dims)
-    ]
+    arrays = list(zip(call.names, operands, dims, strict=True))
+    size = next(x.shape[d] for _, x, d in arrays if d is not None)
+    into = folded(call.operation, {name for name, _, d in arrays if d is not None})
+    shapes = [x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :]) for _, x, d in arrays]
     lengths = call.sizes(shapes)
 
     def fold(name, array, d):
@@ -436,7 +441,7 @@ def _batch(operands, dims, *, call):
             array, d = jnp.broadcast_to(array, (size, *array.shape)), 0
         return lax.collapse(jnp.moveaxis(array, d, axis), axis, axis + 2)
 
-    given = call.named([fold(*each) for each in zip(call.names, operands, dims)])
+    given = call.named([fold(*each) for each in arrays])
     if into.get("features") == "n":
         (index,) = given["image_index"]
         first = call.images * jnp.arange(size, dtype=index.dtype)
