@@ -17,6 +17,8 @@ torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch ne
 import torch.distributed as dist  # noqa: E402
 
 import roialign.torch  # noqa: E402
+from roialign import _rule  # noqa: E402
+from roialign._rois import Rois  # noqa: E402
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("the tests of distributed PyTorch need gloo", allow_module_level=True)
@@ -178,6 +180,28 @@ def check_dtensors(compiled=("replicated", "RoIs", "channels", "images"), kinds=
     check_results([d_boxes], [right], [rows])
 
     check_second_derivatives(mesh, table)
+    check_maps(mesh, table)
+
+
+def check_maps(mesh, table):
+    """Two maps: all shards are cut alike, and one decision is remembered for as many maps."""
+
+    def gradients(fine, coarse, boxes, index, levels, d_output):
+        leaves = [t.detach().requires_grad_() for t in (fine, coarse, boxes)]
+        maps, rois = leaves[:2], Rois(leaves[2], index, levels)
+        rule = _rule.vector(roialign.conventions["half_pixel"], 2)
+        output = roialign.torch.forward(maps, rois, (3, 3), (0.5, 0.5, 0.25, 0.25), rule)
+        return output.detach(), *torch.autograd.grad(output, leaves, d_output)
+
+    features, boxes, index, d_output = draw()
+    tensors = features, features[..., ::2, ::2].clone(), boxes, index, index % 3 - 1, d_output
+    expected = gradients(*tensors)
+    for given, wanted in table.values():
+        of_maps, of_boxes, of_index, of_output = given
+        placements = of_maps, of_maps, of_boxes, of_index, of_index, of_output
+        if wanted is not None:
+            wanted = wanted[0], wanted[1], wanted[1], wanted[2]
+        check_results(gradients(*shards(mesh, tensors, placements)), expected, wanted)
 
 
 def check_second_derivatives(mesh, table):
