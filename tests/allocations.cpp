@@ -6,7 +6,7 @@
 #include <cerrno>
 #include <new>
 
-#include "memory.hpp"
+#include "../csrc/memory.hpp"
 
 namespace roialign {
 namespace {
