@@ -137,7 +137,9 @@ def test_vmap(given, batched):
         "levels": ((None, None), None, 0),
         "maps and boxes": ((1, 0), 0, None),
     }[batched]
-    changes = lambda t, i: (1 - 0.1 * i) * t if t.is_floating_point() else (t + i + 1) % 3 - 1
+
+    def changes(t, i):
+        return (1 - 0.1 * i) * t if t.is_floating_point() else (t + i + 1) % 3 - 1
 
     def call(maps, boxes, levels):
         def loss(maps, boxes):
