@@ -14,6 +14,7 @@ Without a tangent, `forward` and `adjoint` are the form before it is differentia
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ TAKES = {
     "box_gradient": ("d_output", "features"),
 }
 GIVES = {"forward": "d_output", "adjoint": "features", "box_gradient": "tangent"}
+_RESULT = {name: operator.itemgetter(*DIMENSIONS[gives]) for name, gives in GIVES.items()}
 
 
 def result_shapes(
@@ -47,10 +49,9 @@ def result_shapes(
     >>> result_shapes("adjoint", {"n": 2, "c": 3}, [(8, 9), (4, 5)])
     [(2, 3, 8, 9), (2, 3, 4, 5)]
     """
-    dimensions = DIMENSIONS[GIVES[operation]]
-    known = {"xy": 4, **sizes}
-    own = [{**known, "h": h, "w": w} for h, w in maps] if "h" in dimensions else [known]
-    return [tuple([lengths[d] for d in dimensions]) for lengths in own]
+    shape = _RESULT[operation]
+    count = len(maps) if GIVES[operation] == "features" else 1
+    return [shape({**sizes, "xy": 4, "h": h, "w": w}) for h, w in maps[:count]]
 
 
 def giving(array: str) -> str:

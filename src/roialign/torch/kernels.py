@@ -85,7 +85,7 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if like.is_cpu and size >= _LARGE:
         _checks.size("output", shape)
         return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return like.new_empty(shape)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -110,7 +110,7 @@ def run(call: Call, arrays: Arrays, out: Result | None = None) -> Result:
     if tangent is not None:
         tangent = tangent.to(real, copy=True).contiguous()
     if operation == "box_gradient":
-        out = torch.empty((boxes.shape[0], 4), dtype=real, device=like.device)
+        out = like.new_empty((boxes.shape[0], 4), dtype=real)
     elif out is None:
         out = results(call, arrays, empty)
 

@@ -70,6 +70,12 @@ def have_memory(tensors: Sequence[Tensor]) -> bool:
     return all(map(has_memory, tensors))
 
 
+def are_in_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel can have these, and nobody looks on."""
+    watched = is_traced() or is_watched() or in_forward_mode()
+    return not watched and are_plain(tensors) and have_memory(tensors)
+
+
 # Ways
 
 
@@ -135,6 +141,8 @@ def _to_contents(call: Call, arrays: Arrays) -> Result:
 # The table. The first row whose condition the call and its tensors meet says the way.
 
 ROUTES: tuple[tuple[Callable[[Call, Sequence[Tensor]], bool], Callable], ...] = (
+    # most calls: nobody looks on, and nothing is to be remembered
+    (lambda call, tensors: are_in_memory(tensors) and not needs_gradient(tensors), kernels.run),
     # an export to ONNX, which has an operator of its own
     (
         lambda call, tensors: is_traced() and call.operation == "forward" and onnx.is_exporting(),
@@ -145,14 +153,11 @@ ROUTES: tuple[tuple[Callable[[Call, Sequence[Tensor]], bool], Callable], ...] = 
     # torch.func, forward mode, a mode of dispatch
     (lambda call, tensors: is_watched() or in_forward_mode(), _to_function),
     # what a transform has left behind
-    (
-        lambda call, tensors: any([not has_memory(t) and contents(t) is not t for t in tensors]),
-        _to_contents,
-    ),
+    (lambda call, tensors: any([contents(t) is not t for t in tensors]), _to_contents),
     # zeros or a negation that is not stored, memory that is not aligned or was freed
     (lambda call, tensors: not have_memory(tensors), _to_operator),
-    (lambda call, tensors: needs_gradient(tensors), _to_record),
-    (lambda call, tensors: True, kernels.run),
+    # a backward may come
+    (lambda call, tensors: True, _to_record),
 )
 
 

@@ -68,13 +68,14 @@ class RoIAlignRows(Function):
         d_features = d_rows = None
         if d_output is not None:
             features, rows = ctx.saved_tensors
-            call, rois = ctx.call, Rois(*adapter.columns(rows))
+            (_, *rest), (boxes, image_index) = ctx.call, adapter.columns(rows)
+            rois = {"boxes": boxes, "image_index": image_index}
             if ctx.needs_input_grad[1]:
-                shape = call.images, d_output.shape[1], *call.maps[0]
-                given = d_output, rois, (shape,), call.scales, call.rule
-                (d_features,) = adapter.adjoint(*given)
+                call = Call("adjoint", *rest)
+                (d_features,) = routes.run(call, {"d_output": d_output, **rois})
             if ctx.needs_input_grad[2]:
-                d_boxes = adapter.box_gradient(d_output, (features,), rois, call.scales, call.rule)
+                arrays = {"d_output": d_output, "features": (features,), **rois}
+                d_boxes = routes.run(Call("box_gradient", *rest), arrays)
                 d_rows = adapter.with_index_column(d_boxes)
         return None, d_features, d_rows
 
