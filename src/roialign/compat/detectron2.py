@@ -25,10 +25,10 @@ class ROIAlign(RoIAlign):
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`roialign.roi_align`, from the call (of
-            ``sampling_ratio`` at construction); messages call ``input`` `features`.
+            ``sampling_ratio`` at construction). Messages call ``input`` `features`.
 
-    Gradients reach ``input`` and, other than detectron2's, ``rois``. Source: detectron2's
-    documentation, and recorded results of what it calls.
+    Gradients reach ``input`` and also ``rois``, which detectron2 does not offer. Source:
+    detectron2's documentation, and recorded results of torchvision, whose function it calls.
 
     >>> import torch
     >>> from roialign.compat.detectron2 import ROIAlign

@@ -42,8 +42,12 @@ def roi_align(
         TypeError, ValueError, IndexError: as :func:`roialign.roi_align`, whose messages call
             ``input`` `features` and ``boxes`` `rois`.
 
-    Gradients reach ``input`` and, other than torchvision's, ``boxes``. Source: torchvision's
-    documentation, and recorded results of torchvision 0.27.
+    Gradients reach ``input`` and also ``boxes``, which torchvision's kernels do not offer. Results
+    are those of torchvision's kernels, in every mode of torch. (On a GPU, under
+    ``torch.use_deterministic_algorithms(True)``, torchvision itself takes another function, which
+    does not pool 0 beyond the map: see :class:`MultiScaleRoIAlign`.)
+
+    Source: torchvision's documentation, and recorded results of torchvision 0.27.
 
     >>> import torch
     >>> from roialign.compat.torchvision import roi_align
@@ -73,9 +77,9 @@ class RoIAlign(nn.Module):
         output_size, spatial_scale, sampling_ratio, aligned: as in :func:`roi_align`.
 
     Called with ``input`` (N, C, H, W) and ``rois`` (K, 5), or one (K_i, 4) for each image, in image
-    pixels, it gives (K, C, P, Q) in the dtype of ``input``. That call checks the arguments too: it
-    raises what :func:`roi_align` raises (``sampling_ratio`` is checked at construction). Gradients
-    reach both. Source: torchvision's documentation.
+    pixels, it gives (K, C, P, Q) in the dtype of ``input``. ``sampling_ratio`` is checked at
+    construction. The call checks the other arguments, and raises what :func:`roi_align` raises.
+    Gradients reach both. Source: torchvision's documentation.
 
     >>> import torch
     >>> from roialign.compat.torchvision import RoIAlign
@@ -125,27 +129,39 @@ class MultiScaleRoIAlign(nn.Module):
 
     Called with
 
-    - ``x``: the maps by name, (N, C, H_i, W_i), from fine to coarse; others in it are not used;
+    - ``x``: the maps by name, (N, C, H_i, W_i), from fine to coarse; maps with other names are not
+      used;
     - ``boxes``: one (K_i, 4) for each image, ``x1, y1, x2, y2`` in image pixels, of any dtype;
     - ``image_shapes``: (height, width) of each image, in pixels,
 
     it gives (K, C, P, Q) in the dtype of the first map, in the order of the boxes. The scale of a
-    map is the power of 2 nearest to its height over the greatest height of an image. A box of area
-    A is of level ``floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6)``, but no finer
-    and no coarser than the maps are. The convention is "torchvision:aligned=False".
+    map is the power of 2 nearest to its height divided by the greatest height of an image. A box of
+    area A has the level ``floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6)``. Levels
+    finer than the finest map, or coarser than the coarsest, count as that map's level. The
+    convention is "torchvision:aligned=False".
 
-    Gradients reach the maps and the boxes; the choice of the map has none.
+    Gradients reach the maps and the boxes. The choice of a map has no gradient.
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`roi_align`, from the call, but of ``sampling_ratio`` at
-            construction.
-        ValueError: ``x`` has no map of ``featmap_names``, or a coarser before a finer one; there is
-            no image or a map without a height; ``boxes`` are not (K_i, 4), one for each image.
+        TypeError, ValueError, IndexError: as :func:`roi_align`, from the call (of
+            ``sampling_ratio`` at construction).
+        ValueError: ``x`` has no map of ``featmap_names``, or a coarser one before a finer one;
+            there is no image, or a map without a height; ``boxes`` are not (K_i, 4), one for each
+            image.
 
-    Deliberately different from torchvision: scales belong to the call, where torchvision keeps
-    those of the first one (in ``scales`` and ``map_levels``, which do not exist here); and every
-    box has a map, where torchvision gives zeros. A box whose area is negative or NaN is pooled from
-    the finest; one that would be beyond the last, as a level before it is missing, from the last.
+    What differs from torchvision on purpose:
+
+    - Scales are computed in each call. torchvision keeps those of the first call, in its attributes
+      ``scales`` and ``map_levels``, which do not exist here.
+    - Every box is pooled from a map; torchvision gives zeros where it finds none. A box whose area
+      is negative or NaN is pooled from the finest map. If a level between the maps is missing, a
+      box that would come after the last map is pooled from the last.
+
+    torchvision's deterministic mode: on a GPU, under ``torch.use_deterministic_algorithms(True)``,
+    torchvision computes its ``roi_align`` by another function (torchvision 0.28). It gives other
+    values where boxes reach beyond the map: on a map of ones, a box that lies wholly outside gives
+    1, where torchvision's C++ kernels, ONNX Runtime and this class give 0. This class gives the
+    same values in both modes, and is always deterministic.
 
     Source: torchvision's documentation; the levels are equation 1 of Feature Pyramid Networks
     (arXiv:1612.03144).
