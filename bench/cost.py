@@ -34,7 +34,7 @@ WEIGHTS = {"forward": 1, "adjoint": 1, "box_gradient": 3}  # of a tap: the latte
 
 
 def launched(workload, operation, dtype, layout, convention):
-    """The kernels of an operation: the programs and the constants of each, and the private memory."""
+    """The kernels of an operation: each one's programs and constants, and the private memory."""
     kernels, made = [], []
 
     def call(kernel, grid, inputs, outputs, **constants):
@@ -121,7 +121,7 @@ def count(lanes_y, lanes_x, row, itemsize):
 
 
 def bins(y, x, weights, constants):
-    """Of one RoI, for each program: its lanes, which have bins, with their pixels; bytes of a table."""
+    """Of one RoI, for each program: its lanes that have bins, their pixels; bytes of a table."""
     of_y, of_x = y.weights != 0, x.weights != 0
     pixels_y, pixels_x = listed(of_y, y.pixels), listed(of_x, x.pixels)
     p, q = np.indices((len(of_y), len(of_x))).reshape(2, -1)

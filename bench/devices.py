@@ -102,7 +102,7 @@ class Cuda(Cpu):
     def flush(self):
         """Writes what fills the L2 cache and reads it: nothing is left to be written back.
 
-        That takes longer than the host needs to launch a call, so what the host does is in no sample.
+        That takes longer than the host needs to launch a call: what it does is in no sample.
         """
         self.buffer.zero_()
         self.buffer.amax()
@@ -191,7 +191,7 @@ def smi(*fields):
         lines = subprocess.check_output(command, text=True, timeout=20).splitlines()
     except (OSError, subprocess.SubprocessError):
         lines = []
-    return dict(zip(fields, lines[0].split(", "), strict=False)) if lines else {}
+    return dict(zip(fields, lines[0].split(", "), strict=True)) if lines else {}
 
 
 DEVICES = {"cpu": Cpu, "cuda": Cuda}

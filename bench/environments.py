@@ -21,7 +21,7 @@ REQUIREMENTS = {
 
 
 def find(names, given):
-    """Name -> Python: from the command line, from `--setup`, or this one where it has the library."""
+    """Name -> Python: from the command line, from `--setup`, or this one if it has the library."""
     found = {name: str(python_of(name)) for name in names if python_of(name).exists()} | given
     for name in names - found.keys():
         if name == "ours" or importlib.util.find_spec(name):

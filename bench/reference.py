@@ -1,4 +1,4 @@
-"""What is right: Out = Ay F Ax^T with the oracle's weights, in float64, for a part of a workload."""
+"""What is right: Out = Ay F Ax^T with the oracle's weights, in float64, of a part of a workload."""
 
 import sys
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import roialign
 from bench.environments import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-from oracle import Problem  # noqa: E402
+from oracle import Problem
 
 CHECKED_CHANNELS = 3
 CHECKED_BOXES = 64  # of a box gradient

@@ -193,7 +193,8 @@ def machine_line(record):
     if "gpu" in machine:
         on = f"{machine['gpu']}, driver {machine['driver']}"
     return (
-        f"{on}, convention `{settings['convention']}` (MindSpore and ours against it: `mindspore`), "
+        f"{on}, convention `{settings['convention']}` "
+        "(MindSpore and ours against it: `mindspore`), "
         f"{settings['rounds']} interleaved rounds, {record['date'][:10]}. "
         f"Bandwidth in GB/s: {', '.join(speeds) or '-'}. {', '.join(versions)}."
     )

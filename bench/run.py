@@ -54,7 +54,7 @@ class Worker:
     """A process with one implementation. It is stopped unless it has something to answer."""
 
     def __init__(self, process, device, threads, python, path=None):
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the worker is)
         variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment = os.environ | dict.fromkeys(variables, str(threads))
         environment |= {} if path is None else {"PYTHONPATH": path}
@@ -259,7 +259,7 @@ def place_of(before, python):
 
 
 def run_workload(workload, team, record):
-    """Adds rows of seconds in every round and of memory, or why not; and what there was no time for."""
+    """Adds rows of seconds in every round and of memory, or why not; and what had no time."""
     settings, peers, timed = team.settings, PEERS[team.settings.device], []
 
     def begun(rows):
@@ -327,7 +327,7 @@ def run(settings, pythons, say=print, start=Worker):
             stack.callback(judge.close)
 
         def fresh(worker):
-            """A process of ours that has done nothing; a GPU's memory is counted by what it holds."""
+            """A process of ours that has done nothing; of a GPU's memory, what it holds."""
             new = start("ours", "cpu", settings.threads, pythons["ours"]) if here else None
             return contextlib.closing(new) if new else contextlib.nullcontext(worker)
 

@@ -20,7 +20,7 @@ from bench.peers import PEERS, Peer
 
 @dataclass
 class Problem:
-    """What an implementation is asked: arrays of its own kind, in a dtype and layout, and numbers."""
+    """What an implementation is asked: arrays of its kind, in a dtype and layout, and numbers."""
 
     peer: Peer
     features: object  # [N, C, H, W]
@@ -77,7 +77,7 @@ class Session:
         self.arrays = {name: np.load(file) for name, file in files.items()}
 
     def prepare(self, key, save, **asked):
-        """Builds a call and saves its first result; its seconds, and whether the bits are the same."""
+        """Builds a call, saves its first result; its seconds, and whether the bits are the same."""
         call = self._call(**asked)
         first, second = self._result(call), self._result(call)
         np.save(save, first)

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import __main__ as command
-from bench import devices, floor, reference, report, run, worker
+from bench import __main__ as command, devices, floor, reference, report, run, worker
 from bench.peers import MAIN, PEERS
 from cases import WORKLOADS, Workload
 

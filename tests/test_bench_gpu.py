@@ -14,8 +14,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import roialign  # noqa: E402
 from bench import devices, report, run  # noqa: E402
-from bench.peers import MAIN, PEERS, ROUNDING  # noqa: E402
-from bench.peers import torch as of_torch  # noqa: E402
+from bench.peers import (  # noqa: E402
+    MAIN,
+    PEERS,
+    ROUNDING,
+    torch as of_torch,
+)
 from test_bench import TINY, Here, ran  # noqa: E402
 
 OURS, THEIRS, DETERMINISTIC = "ours", "torchvision", "torchvision_deterministic"

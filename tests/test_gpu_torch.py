@@ -1,7 +1,7 @@
 """PyTorch on a GPU: the operators choose the kernels by the device, and all else stays as it is.
 
-The kernels run in Triton's interpreter, on tensors of the CPU that pass for a GPU's; with TRITON_INTERPRET=0
-on the GPU that is there.
+The kernels run in Triton's interpreter, on tensors of the CPU that pass for a GPU's; with
+TRITON_INTERPRET=0 on the GPU that is there.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def same_as_the_core(function, *arguments):
     flat, _ = torch.utils._pytree.tree_flatten(results)
     flat_expected, _ = torch.utils._pytree.tree_flatten(expected)
     assert len(flat) == len(flat_expected)
-    for result, value in zip(flat, flat_expected):
+    for result, value in zip(flat, flat_expected, strict=True):
         assert result.device.type == DEVICE
         torch.testing.assert_close(result.cpu(), value, rtol=1e-12, atol=1e-12)
 

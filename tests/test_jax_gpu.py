@@ -24,8 +24,11 @@ from roialign._rois import Rois
 jax = pytest.importorskip("jax", reason="the tests of JAX on GPUs need jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.interpreters import mlir  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.sharding import (  # noqa: E402
+    Mesh,
+    NamedSharding,
+    PartitionSpec as P,
+)
 
 import roialign.jax  # noqa: E402
 

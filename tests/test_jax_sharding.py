@@ -15,8 +15,11 @@ from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the tests of sharding in JAX need jax")
 import jax.numpy as jnp  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.sharding import (  # noqa: E402
+    Mesh,
+    NamedSharding,
+    PartitionSpec as P,
+)
 
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 PROBLEM = draw_problem(shape=(8, 16, 8, 12), count=24)

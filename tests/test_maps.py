@@ -7,8 +7,7 @@ import pytest
 
 import oracle
 import tolerance
-from roialign import _core, _rule, get_num_threads, set_num_threads
-from roialign import numpy as adapter
+from roialign import _core, _rule, get_num_threads, numpy as adapter, set_num_threads
 from roialign._rois import Rois
 
 SIZES = ((24, 31), (9, 11), (5, 40))

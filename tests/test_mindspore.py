@@ -192,7 +192,7 @@ def test_beside_their_operator(mode, roi_end_mode, number):
     d_features = mindspore.grad(Net(loss_of_ours))(features, rois).asnumpy()
     if roi_end_mode == 1:
         expected = mindspore.grad(Net(loss_of_theirs))(features, rois).asnumpy()
-    else:  # theirs is the gradient of roi_end_mode 1: the forward is linear, so differences are exact
+    else:  # theirs is that of roi_end_mode 1: the forward is linear, so differences are exact
         direction = random.standard_normal(values.shape).astype(np.float32)
         along = (ours(Tensor(direction), rois) * d_output).sum().asnumpy()
         terms = np.abs(d_features * direction).sum()
@@ -427,7 +427,7 @@ def test_errors_of_the_box_gradient(mode, changed, error, message):
 
 @pytest.mark.parametrize("index", [2, -1, 0.5, np.nan, np.inf])
 def test_image_index(index):
-    """PyNative mode raises; in a graph, where nothing is read, the row is 0 and so are its gradients."""
+    """PyNative mode raises; in a graph, where nothing is read, row and gradients are 0."""
     random = np.random.default_rng(0)
     values, rois = random.random((2, 3, 8, 9), np.float32), ROIS.asnumpy().copy()
     features, good = Tensor(values), Tensor(rois)
@@ -490,8 +490,9 @@ def test_other_targets(monkeypatch, target):
 def test_bad_and_extreme_boxes(mode, name, ratio):
     """The rule's zeros and finite numbers, as NumPy's; no crash."""
     features = np.random.default_rng(1).standard_normal((1, 5, 7, 8)).astype(np.float32)
-    boxes = [[np.nan, 0, 3, 3], [0, 0, np.inf, 3], [-1e9, -1e9, 1e9, 1e9], [5, 5, 1, 1], [2, 2, 2, 2],
-             [500, 500, 600, 600], [-1e38, 0, 1e38, 3], [0.0005, 0, 0.0002, 3]]  # fmt: skip
+    boxes = [[np.nan, 0, 3, 3], [0, 0, np.inf, 3], [-1e9, -1e9, 1e9, 1e9], [5, 5, 1, 1],
+             [2, 2, 2, 2], [500, 500, 600, 600], [-1e38, 0, 1e38, 3],
+             [0.0005, 0, 0.0002, 3]]  # fmt: skip
     rois = np.array([[0, *box] for box in boxes], np.float32)
     options = {"sampling_ratio": ratio, "convention": name}
 

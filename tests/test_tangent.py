@@ -7,8 +7,7 @@ import pytest
 
 import oracle
 import tolerance
-from roialign import _core, _rule
-from roialign import numpy as adapter
+from roialign import _core, _rule, numpy as adapter
 from roialign._rois import Rois
 
 STEP = 1e-4

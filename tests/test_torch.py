@@ -312,7 +312,7 @@ def test_torch_func(problem, differentiable):
 
     with_grad = [t.requires_grad_() for t in (features.clone(), boxes.clone())]
     expected = torch.autograd.grad(f(*with_grad), with_grad, g)
-    output, pull = torch.func.vjp(f, features, boxes)
+    _, pull = torch.func.vjp(f, features, boxes)
     for actual, wanted in zip(pull(g), expected, strict=True):
         assert torch.equal(actual, wanted)
     gradients = torch.func.grad(lambda *x: (f(*x) * g).sum(), argnums=(0, 1))(features, boxes)
@@ -715,7 +715,10 @@ def test_layer_in_a_model():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, roialign; assert 'torch' not in sys.modules; roialign.torch; assert 'torch' in sys.modules"
+    code = (
+        "import sys, roialign; assert 'torch' not in sys.modules; "
+        "roialign.torch; assert 'torch' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -733,14 +736,14 @@ assert torch.equal(pool(features, rois), roialign.roi_align(features, rois, 2))
 
 @pytest.mark.parametrize("moves", [(True, False), (False, True), (True, True)])
 def test_rows_have_the_gradients_of_a_pair(make_problem, moves):
-    """Rows are one step of the graph, a pair is another: same values, same gradients, once and twice."""
+    """Rows are one step of the graph, a pair another: same values and gradients, once and twice."""
     problem = make_problem(sampling=2)
     features = tensor(problem.features)
     rows = torch.cat([tensor(problem.index)[:, None], tensor(problem.boxes)], 1).to(features.dtype)
     assert roialign.torch.takes_rows(features, rows)
 
     def gradients(form):
-        leaves = [t.clone().requires_grad_(m) for t, m in zip((features, rows), moves)]
+        leaves = [t.clone().requires_grad_(m) for t, m in zip((features, rows), moves, strict=True)]
         rois = leaves[1] if form == "rows" else (leaves[1][:, 1:], leaves[1][:, 0].long())
         output = roialign.roi_align(leaves[0], rois, problem.size, **problem.options)
         moving = [leaf for leaf in leaves if leaf.requires_grad]
@@ -749,7 +752,7 @@ def test_rows_have_the_gradients_of_a_pair(make_problem, moves):
             first += torch.autograd.grad(first[0].square().sum(), moving)
         return [output, *first]
 
-    for ours, other in zip(gradients("rows"), gradients("pair")):
+    for ours, other in zip(gradients("rows"), gradients("pair"), strict=True):
         assert torch.equal(ours, other)
 
 
@@ -890,7 +893,7 @@ def test_gradients_of_a_batch():
     leaves = features, rois
     batched = torch.autograd.grad(output, leaves, g, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(output, leaves, each, retain_graph=True) for each in g]
-    for actual, expected in zip(batched, zip(*one_by_one), strict=True):
+    for actual, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 

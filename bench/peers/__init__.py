@@ -2,8 +2,8 @@
 
 A module has a function for each operation: it takes a worker's `Problem`, does all that a user does
 once, and returns a function that computes the result and waits for it. Where that has an attribute
-`before`, it takes what `before()` makes, untimed. `given(array, device)` makes a NumPy array its own
-kind, `array(result)` does the reverse; `PACKAGES` are those whose versions are recorded.
+`before`, it takes what `before()` makes, untimed. `given(array, device)` makes a NumPy array its
+own kind, `array(result)` does the reverse; `PACKAGES` are those whose versions are recorded.
 """
 
 from dataclasses import dataclass
@@ -82,8 +82,14 @@ CPU = (
     Peer("jnp_gathers", "jnp, gathers", FORWARD, "jax", "gathers", **JNP),
     Peer("jnp_products", "jnp, products", FORWARD, "jax", "products", **JNP),
     Peer("mindspore_ours", "roialign in MindSpore", GRADIENT, "mindspore", ours=True, **MINDSPORE),
-    Peer("graph", "MindSpore, Graph", GRADIENT, "mindspore graph", beside=("graph_ours",), **MINDSPORE),
-    Peer("graph_ours", "roialign in MindSpore, Graph", GRADIENT, "mindspore graph", ours=True, **MINDSPORE),
+    Peer(
+        "graph", "MindSpore, Graph", GRADIENT, "mindspore graph", beside=("graph_ours",),
+        **MINDSPORE,
+    ),
+    Peer(
+        "graph_ours", "roialign in MindSpore, Graph", GRADIENT, "mindspore graph", ours=True,
+        **MINDSPORE,
+    ),
 )  # fmt: skip
 BACKWARD = ("forward", "adjoint", "gradient", "backward")
 CUDA = (

@@ -33,7 +33,7 @@ class Pool(nn.Cell):
 
 
 class Gradient(nn.Cell):
-    """The features' gradient of a weighted sum. PyNative mode makes the forward and the boxes' too."""
+    """The features' gradient of a weighted sum. PyNative mode makes all there are."""
 
     def __init__(self, problem):
         super().__init__()

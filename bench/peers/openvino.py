@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 os.environ["CI"] = "true"  # else the import forks a process that reports its use, and outlives us
-import openvino  # noqa: E402
-from openvino import opset9  # noqa: E402
+import openvino
+from openvino import opset9
 
 PACKAGES = ("openvino",)
 

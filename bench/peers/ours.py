@@ -4,6 +4,7 @@ from functools import partial
 from unittest.mock import patch
 
 import numpy as np
+
 import roialign
 
 PACKAGES = ("roialign", "numpy")

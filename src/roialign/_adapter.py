@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from roialign import _checks
-from roialign import numpy as _numpy
+from roialign import _checks, numpy as _numpy
 from roialign._rois import Rois
 
 
@@ -15,8 +14,8 @@ class Adapter(Protocol):
     """An array library. Arrays are its own; `K` is the number of RoIs.
 
     The operations get arguments that have been checked, but for devices and the values of indices.
-    `maps` and `feature_shapes` have one entry for each map, `scales` two: y and x, one map after another.
-    `rule` is the vector of `_rule.vector`.
+    `maps` and `feature_shapes` have one entry for each map, `scales` two: y and x, one map after
+    another. `rule` is the vector of `_rule.vector`.
     """
 
     float32: Any  # the dtype
@@ -33,7 +32,7 @@ class Adapter(Protocol):
     def check_out_values(
         self, name: str, out: Any, shape: tuple[int, ...], inputs: list[Any]
     ) -> None:
-        """Raises ValueError if ``out`` has another shape, is read-only, or overlaps itself or an input."""
+        """Raises ValueError: another shape, read-only, or an overlap with itself or an input."""
 
     def columns(self, rows: Any) -> tuple[Any, Any]:
         """Boxes (K, 4) and image index (K,) of rows (K, 5)."""
@@ -103,7 +102,7 @@ class Adapter(Protocol):
 
 
 def adapter_of(name: str, array: object) -> Adapter:
-    """The module for the kind of array that came; nothing is imported that the user has not imported."""
+    """The module for the kind of array that came; imports nothing that the user has not."""
     if _numpy.is_array(array):
         return _numpy
     module: Any  # by statements: torch's compiler reads them, and no importlib

@@ -36,8 +36,8 @@ class _Array(Protocol):
 Array = TypeVar("Array", bound=_Array)
 Boxes = TypeVar("Boxes", bound="_Array | list[Any]")
 
-# MindSpore's compiler reads the source of what runs in a graph, and not all of Python. It takes the comment
-# beside this condition for its value, and reads no further than the branch.
+# MindSpore's compiler reads the source of what runs in a graph, and not all of Python. It takes the
+# comment beside this condition for its value, and reads no further than the branch.
 _IN_GRAPH = False
 
 
@@ -74,8 +74,8 @@ def roi_align(
 
     No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
     (arXiv:1703.06870). Takes arrays of NumPy, PyTorch, JAX, MindSpore or CuPy, all of one kind, and
-    gives that kind on the same device; those of a framework have derivatives (docs/pytorch.md, jax.md,
-    mindspore.md; on GPUs gpu.md).
+    gives that kind on the same device; those of a framework have derivatives (docs/pytorch.md,
+    jax.md, mindspore.md; on GPUs gpu.md).
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -89,8 +89,8 @@ def roi_align(
         convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
             or a :class:`Convention`.
         reduction: "mean".
-        out: an array for the result: its shape and dtype, writeable, overlapping no input. Not where
-            PyTorch needs a gradient, and not with JAX or MindSpore.
+        out: an array for the result: its shape and dtype, writeable, overlapping no input. Not
+            where PyTorch needs a gradient, and not with JAX or MindSpore.
 
     Returns:
         (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
@@ -99,8 +99,9 @@ def roi_align(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, size, scale, name or ``out`` is wrong.
-        IndexError: an image index is not an integer in [0, N). (On a GPU, and of a traced array of JAX,
-            its value is not known without waiting: the row of that RoI is 0, and so are its gradients.)
+        IndexError: an image index is not an integer in [0, N). (On a GPU, and of a traced array of
+            JAX, its value is not known without waiting: the row of that RoI is 0, and so are its
+            gradients.)
         RuntimeError: ``out`` with tensors of which a gradient is needed.
 
     The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes
@@ -171,7 +172,8 @@ def roi_align_adjoint(
 
     For all ``features`` and ``d_output``, up to rounding::
 
-        (roi_align(features, ...) * d_output).sum() == (features * roi_align_adjoint(d_output, ...)).sum()
+        d_features = roi_align_adjoint(d_output, ...)
+        (roi_align(features, ...) * d_output).sum() == (features * d_features).sum()
 
     Deterministic: the same bits for any number of threads.
 
@@ -244,8 +246,9 @@ def roi_align_box_gradient(
 
     The exact derivative of the bilinear samples in their positions, carried to the box's ends. The
     number of samples and the divisor are constants; at an integer position it is the derivative to
-    the right; the jumps where samples leave the map have none; where ``min_size`` holds a size, all of
-    it goes to the box's start. A box that is not finite has gradient 0 (docs/spec.md, equation 7).
+    the right; the jumps where samples leave the map have none; where ``min_size`` holds a size, all
+    of it goes to the box's start. A box that is not finite has gradient 0 (docs/spec.md,
+    equation 7).
 
     Args:
         d_output: (K, C, P, Q), of the features' dtype.
@@ -309,20 +312,20 @@ class ROIAlign:
         pooled_width: bins per row of the output, an int >= 1.
         spatial_scale: feature pixels per image pixel, a float > 0.
         sample_num: samples per bin and axis, an int <= 4096; <= 0 adapts their number to the box.
-        roi_end_mode: 1: a box's end is an inclusive pixel (the convention "mindspore"); 0: it is not,
-            and a box has at least one feature pixel ("mindspore_legacy").
+        roi_end_mode: 1: a box's end is an inclusive pixel (the convention "mindspore"); 0: it is
+            not, and a box has at least one feature pixel ("mindspore_legacy").
 
     Raises:
-        TypeError: a size, ``sample_num`` or ``roi_end_mode`` is not an int, or ``spatial_scale`` not
-            a float.
-        ValueError: a size < 1, a scale that is not finite and > 0, a ``sample_num`` > 4096, or another
-            ``roi_end_mode``.
+        TypeError: a size, ``sample_num`` or ``roi_end_mode`` is not an int, or ``spatial_scale``
+            not a float.
+        ValueError: a size < 1, a scale that is not finite and > 0, a ``sample_num`` > 4096, or
+            another ``roi_end_mode``.
 
-    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
-    in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. That call
-    raises TypeError, ValueError and IndexError as :func:`roi_align`; lists are refused, and so are
-    integer rois. Its gradients are :func:`roi_align_adjoint` and :func:`roi_align_box_gradient` in
-    the same convention.
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows
+    ``(image_index, x1, y1, x2, y2)`` in image pixels, it gives (K, C, pooled_height, pooled_width)
+    in the features' dtype. That call raises TypeError, ValueError and IndexError as
+    :func:`roi_align`; lists are refused, and so are integer rois. Its gradients are
+    :func:`roi_align_adjoint` and :func:`roi_align_box_gradient` in the same convention.
 
     >>> import numpy as np, roialign
     >>> features = np.array([[[[1, 2], [3, 4]]]], np.float32)

@@ -1,7 +1,8 @@
 """Argument checks that do not depend on the array library.
 
-Types are checked for all arguments before any value is, and values before image indices, so that the
-order of errors is TypeError, ValueError, IndexError. A message names the argument and shows what came.
+Types are checked for all arguments before any value is, and values before image indices, so that
+errors come in the order TypeError, ValueError, IndexError. A message names the argument and shows
+what came.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def string(name: str, value: object) -> str:
 
 
 def exactly(name: str, value: object, kind: type) -> None:
-    """The seed's own check: a Python ``kind``, neither a bool nor a NumPy scalar of another type."""
+    """The seed's own check: a Python ``kind``, neither a bool nor another type's NumPy scalar."""
     if not isinstance(value, kind) or isinstance(value, bool):
         article = "an" if kind is int else "a"
         raise TypeError(
@@ -171,7 +172,7 @@ def size(name: str, shape: Sequence[int]) -> None:
 
 
 def pixels(name: str, shape: Sequence[int], rois: int) -> None:
-    """RoIs need an image and pixels to sample, as many as 32 bits count; channels there may be none.
+    """RoIs need an image and pixels to sample, as many as 32 bits count; channels may be none.
 
     How many RoIs there are is asked last: while a compiler reads, it may not be known, nor a side.
     """
@@ -190,7 +191,7 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
 def rule(
     spatial_scale: object, sampling_ratio: object, convention: object, reduction: object
 ) -> tuple[tuple[float, float], tuple[float, ...]]:
-    """The arguments that all operations share, as scales and rule: all types first, then the values.
+    """The arguments that all operations share, as scales and rule: types first, then values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
     """

@@ -1,8 +1,9 @@
 """The table of operations: what each takes and gives, and what follows from it in every framework.
 
-The sum of ``forward(features) * d_output`` is linear in the features and in ``d_output``. Its derivative
-along a ``tangent`` of the boxes is linear in that too. So there is one trilinear form of the three, and
-each operation takes all but one of them and gives its gradient in the one (docs/spec.md, 5, 7 and 8)::
+The sum of ``forward(features) * d_output`` is linear in the features and in ``d_output``. Its
+derivative along a ``tangent`` of the boxes is linear in that too. So there is one trilinear form of
+the three, and each operation takes all but one of them and gives its gradient in the one
+(docs/spec.md, 5, 7 and 8)::
 
     forward       (features [, tangent])  ->  d_output, "the output"
     adjoint       (d_output [, tangent])  ->  features
@@ -18,7 +19,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-# The named dimensions of each array: images n, channels c, RoIs k. Height h and width w are a map's own.
+# The named dimensions of each array: images n, channels c, RoIs k; h and w are a map's own.
 DIMENSIONS = {
     "features": ("n", "c", "h", "w"),
     "d_output": ("k", "c", "p", "q"),
@@ -57,8 +58,8 @@ def result_shapes(
 def giving(array: str) -> str:
     """The operation that gives `array`.
 
-    It is the gradient in `array` of every operation that takes it: of the same other arrays, and of the
-    gradient of that operation's result in the result's place.
+    It is the gradient in `array` of every operation that takes it: of the same other arrays, and of
+    the gradient of that operation's result in the result's place.
 
     >>> giving("features")
     'adjoint'
@@ -91,16 +92,17 @@ def require_first_order(operation: str, given: Collection[str]) -> None:
     if "tangent" in given or GIVES[operation] == "tangent":
         raise NotImplementedError(
             "roialign has no second derivative in the boxes: take them as constants (detach() in "
-            "PyTorch, jax.lax.stop_gradient in JAX, ops.stop_gradient in MindSpore) where a gradient "
-            "is differentiated again"
+            "PyTorch, jax.lax.stop_gradient in JAX, ops.stop_gradient in MindSpore) where a "
+            "gradient is differentiated again"
         )
 
 
 def folded(operation: str, batched: Collection[str]) -> dict[str, str | None]:
     """Into which dimension of each array, and of the result, the axis of a batch is folded.
 
-    None: the array is the same for the whole batch. Where nothing but channels differs, they are more
-    channels, and taps are built once. Else they are more RoIs, on more images where maps differ too.
+    None: the array is the same for the whole batch. Where nothing but channels differs, they are
+    more channels, and taps are built once. Else they are more RoIs, on more images where maps
+    differ too.
 
     >>> folded("forward", {"features"})["d_output"], folded("forward", {"boxes"})["d_output"]
     ('c', 'k')

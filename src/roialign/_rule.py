@@ -41,8 +41,8 @@ class Convention:
         input_offset: added to both ends in image pixels.
         end_offset: added to the end in image pixels: 1 where the end is an inclusive pixel.
         min_size: least size of a box in feature pixels, or None.
-        adaptive: how many samples per bin where ``sampling_ratio <= 0``: "ceil" of the bin's length,
-            or "floor" of it and at least 1.
+        adaptive: how many samples per bin where ``sampling_ratio <= 0``: "ceil" of the bin's
+            length, or "floor" of it and at least 1.
 
     Raises:
         TypeError: a number is not a real number, or ``adaptive`` not a str.

@@ -49,8 +49,8 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """How many CPU threads a call may use.
 
-    What :func:`set_num_threads` set; before that the environment's ``ROIALIGN_NUM_THREADS``, else the
-    CPUs that this process may use (its affinity and its cgroup's quota).
+    What :func:`set_num_threads` set; before that the environment's ``ROIALIGN_NUM_THREADS``, else
+    the CPUs that this process may use (its affinity and its cgroup's quota).
 
     >>> import roialign
     >>> roialign.get_num_threads() >= 1

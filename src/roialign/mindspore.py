@@ -1,8 +1,8 @@
 """The MindSpore adapter: which tensors are accepted, the operators, their derivatives, the layer.
 
-In reading order: checks; the rules of differentiation; the primitives, which are entries of the core;
-the operations; what a graph has in place of the public functions; the layer. MindSpore's compiler reads
-the source of all that runs in a graph, and knows a part of Python only.
+In reading order: checks; the rules of differentiation; the primitives, which are entries of the
+core; the operations; what a graph has in place of the public functions; the layer. MindSpore's
+compiler reads the source of all that runs in a graph, and knows a part of Python only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _check_target() -> None:
     target = _target()
     if target != "CPU":
         raise NotImplementedError(
-            f"roialign runs on MindSpore's CPU target, got {target}: use mindspore.ops.ROIAlign there, "
+            f"roialign runs on MindSpore's CPU target, got {target}: "
+            "use mindspore.ops.ROIAlign there, "
             "which is the convention 'mindspore' (roi_end_mode=1) or 'mindspore_legacy' (0)"
         )
 
@@ -176,7 +177,7 @@ def _gradients(operation, wanted, inputs, d_result):
 
 
 def _bprop(operation: str) -> Callable:
-    """In a graph: all gradients are wanted, the compiler drops what nothing uses, and zeros are None."""
+    """In a graph: all gradients are wanted, what nothing uses is dropped, and zeros are None."""
 
     def bprop(a, b, c, d, e, result, d_result):
         inputs, filled = (a, b, c, d, e), ()
@@ -207,7 +208,7 @@ _BPROPS = {name: _bprop(name) for name in _INPUTS}
 _FUNCTIONS = {name: _function(name) for name in _INPUTS}
 
 
-# The core's operations as primitives. They are made at their first call: Ascend's want more to be made.
+# The core's operations as primitives, made at their first call: Ascend's want more to be made.
 
 
 def _call(name: str, size: tuple[int, ...], *inputs: Tensor) -> Tensor:
@@ -332,7 +333,7 @@ def _numbers_in_graph(given: tuple) -> Tensor:
 
 @ops.constexpr
 def _with_pixels(numbers: Tensor, name: str, shape: tuple[int, ...], count: int) -> Tensor:
-    """The numbers, after a check: the compiler warns of a call on constants whose result nobody uses."""
+    """The numbers, after a check: the compiler warns of a call whose result nobody uses."""
     _checks.pixels(name, shape, count)
     return numbers
 
@@ -406,9 +407,10 @@ class ROIAlign(nn.Cell):
     Args:
         pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode: as there.
 
-    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
-    in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. Gradients
-    reach both, in PyNative and in Graph mode. It has no parameters.
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows
+    ``(image_index, x1, y1, x2, y2)`` in image pixels, it gives (K, C, pooled_height, pooled_width)
+    in the features' dtype. Gradients reach both, in PyNative and in Graph mode. It has no
+    parameters.
 
     >>> import numpy as np, mindspore, roialign.mindspore
     >>> pool = roialign.mindspore.ROIAlign(2, 2, 0.5)

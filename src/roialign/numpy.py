@@ -1,4 +1,4 @@
-"""The NumPy adapter: which arrays are accepted, what results look like, and the three operations."""
+"""The NumPy adapter: which arrays are accepted, what results look like, the operations."""
 
 from __future__ import annotations
 

@@ -40,8 +40,7 @@ def adaptive(maps, boxes, index, levels):
 
 
 def two_maps(maps, boxes, index, levels):
-    from roialign import _rois, _rule
-    from roialign import jax as adapter
+    from roialign import _rois, _rule, jax as adapter
 
     rule = _rule.vector(roialign.conventions["half_pixel"], 2)
     rois = _rois.Rois(boxes, index, levels)

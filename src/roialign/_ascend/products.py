@@ -84,7 +84,7 @@ def axis_weights(
     BLOCK_P: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Fills the matrices, `image_of` and `extents` (see `axis_taps`). One turn: an axis of a RoI."""
+    """Fills the matrices, `image_of` and `extents` (see `axis_taps`). A turn: an axis of a RoI."""
     images, maps = whole(images), whole(maps)
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width

@@ -126,7 +126,7 @@ def before(output: Array | New, other: Array) -> Array:
 
 
 def rois_of(rois: Rois, tangent: Array | None, level: int, maps: Sequence[Array | New]) -> tuple:
-    """(arrays, numbers, strides) of the RoIs as kernels take them: any array where there is none."""
+    """(arrays, numbers, strides) of the RoIs as kernels take them; any array where one is none."""
     boxes, index, levels = rois
     levels = index if levels is None else levels
     steps = *strides(boxes), *strides(index), *strides(levels)

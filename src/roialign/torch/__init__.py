@@ -1,9 +1,9 @@
 """The PyTorch adapter.
 
-In reading order: `adapter`, which tensors are accepted and the operations; `routes`, the ways that a call
-goes; `kernels`, on memory; `operators`, ``torch.ops.roialign``; `transforms`, derivatives and batching of
-both; `rows`, the short way of most calls; `sharding` and `onnx`; `layer`;
-`former`, what 0.1 had. A call is written as in `calls`.
+In reading order: `adapter`, which tensors are accepted and the operations; `routes`, the ways that
+a call goes; `kernels`, on memory; `operators`, ``torch.ops.roialign``; `transforms`, derivatives
+and batching of both; `rows`, the short way of most calls; `sharding` and `onnx`; `layer`; `former`,
+what 0.1 had. A call is written as in `calls`.
 """
 
 from . import former as former
@@ -24,7 +24,6 @@ from .adapter import (
 )
 from .kernels import kind as kind
 from .layer import ROIAlign
-from .rows import forward_rows as forward_rows
-from .rows import takes_rows as takes_rows
+from .rows import forward_rows as forward_rows, takes_rows as takes_rows
 
 __all__ = ["ROIAlign"]

@@ -1,4 +1,4 @@
-"""What `_adapter` asks of an array library: which tensors are accepted, forms of RoIs, the operations."""
+"""What `_adapter` asks of a library: which tensors are accepted, forms of RoIs, the operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call of an operation: its arrays by their names in `_operations`, and one record of all else."""
+"""A call of an operation: its arrays by their names in `_operations`, a record of all else."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Result = Tensor | tuple[Tensor, ...]  # the adjoint gives a tuple: one for each 
 
 # What each operation takes, in the order of its operator's arguments; and what of it has channels.
 ORDER = {
-    operation: (*[a for a in takes if a != "tangent"], *_operations.ROIS)
-    + tuple([a for a in takes if a == "tangent"])
+    operation: (
+        *[a for a in takes if a != "tangent"],
+        *_operations.ROIS,
+        *[a for a in takes if a == "tangent"],
+    )
     for operation, takes in _operations.TAKES.items()
 }
 CHANNELS = {

@@ -11,15 +11,15 @@ from . import adapter
 
 
 class ROIAlign(torch.nn.Module):
-    """MindSpore's RoIAlign as a layer; coming from torchvision or detectron2, use `roialign.compat`.
+    """MindSpore's RoIAlign as a layer; from torchvision or detectron2, use `roialign.compat`.
 
     Args:
         pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode: as in
             :class:`roialign.ROIAlign`, with the same errors.
 
-    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows ``(image_index, x1, y1, x2, y2)``
-    in image pixels, it gives (K, C, pooled_height, pooled_width) in the features' dtype. Gradients
-    reach both. It has no parameters and an empty ``state_dict``.
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows
+    ``(image_index, x1, y1, x2, y2)`` in image pixels, it gives (K, C, pooled_height, pooled_width)
+    in the features' dtype. Gradients reach both. It has no parameters and an empty ``state_dict``.
 
     >>> import torch, roialign.torch
     >>> pool = roialign.torch.ROIAlign(2, 2, 0.5)

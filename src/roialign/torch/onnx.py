@@ -1,5 +1,5 @@
-"""Export to ONNX. Its operator RoiAlign is `half_pixel`, and `asymmetric` as "output_half_pixel"; on
-moved boxes it is other conventions too.
+"""Export to ONNX. Its operator RoiAlign is `half_pixel`, and `asymmetric` as "output_half_pixel";
+on moved boxes it is other conventions too.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def _reading(dtype: torch.dtype, call: Call) -> tuple[str, float, float, int]:
         reason = "rounds adaptive sampling up: give a `sampling_ratio` > 0"
     elif adaptive and c.pixel_offset != pixel_offset:  # else coordinates are the same bits
         reason = (
-            f"has `pixel_offset` {pixel_offset} with `min_size` {c.min_size}, got {c.pixel_offset}; "
-            "boxes moved by the difference are rounded, which could change the number of adaptive "
-            "samples: give a `sampling_ratio` > 0"
+            f"has `pixel_offset` {pixel_offset} with `min_size` {c.min_size}, "
+            f"got {c.pixel_offset}; boxes moved by the difference are rounded, which could change "
+            "the number of adaptive samples: give a `sampling_ratio` > 0"
         )
     if reason is not None:
         name = next((repr(n) for n, row in conventions.items() if row == c), c)

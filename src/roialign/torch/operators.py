@@ -92,7 +92,7 @@ def _refuse_to_fit(operation: str) -> None:
 
 
 def _check_fit(call: Call, arrays: Arrays) -> None:
-    """An operator is called with any arguments; the core refuses what does not fit, a GPU cannot."""
+    """Operators are called with any arguments: the core refuses what does not fit, a GPU cannot."""
     p, q = call.bins
     lengths = {"n": call.images, "p": p, "q": q, "xy": 4}
     dtype, device = calls.source(arrays).dtype, calls.source(arrays).device

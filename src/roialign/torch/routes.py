@@ -58,7 +58,7 @@ def are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether its elements are as they are meant, aligned, where a kernel can read and write them."""
+    """Whether its elements are as they are meant, aligned, where kernels read and write them."""
     return (
         _core.has_memory(tensor)
         and not tensor.is_neg()

@@ -1,4 +1,4 @@
-"""The short way of a call on one map and rows (K, 5): one record in the graph, and no views of rows."""
+"""The short way of a call on one map and rows (K, 5): one record in the graph, no views of rows."""
 
 from __future__ import annotations
 

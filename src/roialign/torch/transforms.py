@@ -86,8 +86,8 @@ def _filled(call: Call, maps: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple([like.new_zeros(s) if m is None else m for m, s in zip(maps, shapes)])
 
 
-# Batching: calls are one call of more channels, or of more RoIs. The axis that counts calls is the last of
-# an array, until it is folded. `dim` is where it was, or None; of maps, a sequence.
+# Batching: calls are one call of more channels, or of more RoIs. The axis that counts calls is the
+# last of an array, until it is folded. `dim` is where it was, or None; of maps, a sequence.
 
 
 def last(x: Any, dim: Any) -> Any:
