@@ -10,8 +10,7 @@ import pytest
 
 import roialign
 import tolerance
-from roialign import _core, _rule
-from roialign import numpy as in_numpy
+from roialign import _core, _rule, numpy as in_numpy
 from roialign._rois import Rois
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
