@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
+#include <ctime>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -19,6 +21,22 @@
 namespace roialign {
 namespace {
 
+constexpr int64_t kPause = 50;  // milliseconds between two polls
+
+thread_local void (*poll_of_this_thread)() = nullptr;
+
+// Milliseconds; the clock that costs least.
+int64_t now() {
+#if defined(CLOCK_MONOTONIC_COARSE)
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &time);
+  return int64_t(time.tv_sec) * 1000 + time.tv_nsec / 1000000;
+#else
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::milliseconds>(time).count();
+#endif
+}
+
 struct Job {
   Job(int64_t tasks, void (*body)(void*, int64_t), void* context)
       : tasks(tasks), body(body), context(context) {}
@@ -31,9 +49,14 @@ struct Job {
   std::exception_ptr error;
 
   void work() {
+    const auto poll = tasks > 1 ? poll_of_this_thread : nullptr;
     try {
+      int64_t asked = poll ? now() : 0;
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         body(context, task);
+        if (!poll || now() - asked < kPause) continue;
+        poll();
+        asked = now();
       }
     } catch (...) {
       next.store(tasks, std::memory_order_relaxed);
@@ -126,6 +149,13 @@ int available_cpus(const char* cgroup) {
   if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
 #endif
   return quota_cpus(cgroup, std::max(cpus, 1));
+}
+
+Polling::Polling(void (*poll)()) {
+  poll_of_this_thread = poll;
+}
+Polling::~Polling() {
+  poll_of_this_thread = nullptr;
 }
 
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {

@@ -13,6 +13,16 @@ int available_cpus(const char* cgroup);
 void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task),
                   void* context);
 
+// What the calling thread asks between the tasks that it runs itself, at most every 50 ms, as long
+// as this lives: by throwing it ends a call. Null: nothing.
+class Polling {
+ public:
+  explicit Polling(void (*poll)());
+  ~Polling();
+  Polling(const Polling&) = delete;
+  Polling& operator=(const Polling&) = delete;
+};
+
 template <class Body>
 void parallel_for(int64_t tasks, int threads, Body&& body) {
   parallel_for(

@@ -12,6 +12,7 @@ import pytest
 
 import roialign
 import tolerance
+from isolation import isolated
 
 pytestmark = pytest.mark.serial
 FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -175,6 +176,58 @@ def test_fork_while_busy(make_problem):
 def test_spawn(make_problem):
     problem = shared_problem(make_problem)
     assert run_child("spawn", problem, results(problem)) == 0
+
+
+def check_interrupt(operation, threads):
+    """A signal ends a long call; the next call has the right bits."""
+    import signal
+    import threading
+    import time
+
+    roialign.set_num_threads(threads)
+    features = np.random.default_rng(0).standard_normal((1, 512, 64, 64), np.float32)
+    rois = np.tile(np.float32([[0, 1, 2, 60, 61]]), (64, 1))
+    rois[:, 1] += np.arange(64)
+
+    def call(count):
+        several = np.tile(rois, (count, 1))
+        d_output = np.broadcast_to(np.float32(1), (len(several), 512, 7, 7))
+        if operation == "adjoint":
+            return roialign.roi_align_adjoint(d_output, several, features.shape)
+        return roialign.roi_align_box_gradient(d_output, features, several)
+
+    def interrupted_call(count):
+        """The bits, and how long it took after the signal, which comes in half a second."""
+        timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        start = time.monotonic()
+        try:
+            return call(count).tobytes(), time.monotonic() - start - 0.5
+        except KeyboardInterrupt:
+            return None, time.monotonic() - start - 0.5
+        finally:
+            timer.join()
+
+    def seconds():
+        start = time.monotonic()
+        call(1)
+        return time.monotonic() - start
+
+    count = int(6 / min(seconds() for _ in range(4))) + 1
+    expected = call(1).tobytes()
+    bits, after = interrupted_call(count)  # of six seconds
+    assert bits is None and -0.1 < after < 2.5, after
+    assert call(1).tobytes() == expected
+    handled = []
+    signal.signal(signal.SIGINT, lambda *_: handled.append(time.monotonic()))  # which goes on
+    bits, after = interrupted_call(count // 3)
+    assert time.monotonic() - handled[0] > after / 2 and len(handled) == 1
+    assert bits == call(count // 3).tobytes()
+
+
+@pytest.mark.parametrize("operation, threads", [("adjoint", 2), ("box_gradient", 1)])
+def test_interrupt(operation, threads):
+    isolated(check_interrupt, operation, threads, timeout=120)
 
 
 def test_daemon_threads_in_calls_at_exit():

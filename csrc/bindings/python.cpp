@@ -314,10 +314,26 @@ void wait_for_calls() {
   while (calls_under_way) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
+// The thread in which Python runs the handlers of signals.
+unsigned long main_thread = 0;
+
 #if !defined(_WIN32)
 // The parent's other threads do not live in a forked child.
-const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { calls_under_way = 0; });
+const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
+  calls_under_way = 0;
+  main_thread = PyThread_get_thread_ident();
+});
 #endif
+
+// A handler has raised an exception, which is set.
+struct Interrupted {};
+
+void run_signal_handlers() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  if (raised) throw Interrupted();
+}
 
 // A column of indices, each to be an integer in [least, end).
 struct Indices {
@@ -353,12 +369,16 @@ void run(const Rois& rois, Maps maps, Operation&& operation) {
   };
   const Indices* wrong = nullptr;
   int64_t bad = -1;
-  {
+  const bool sees_signals = PyThread_get_thread_ident() == main_thread;
+  try {
     const Unlocked unlocked;
+    const Polling polling(sees_signals ? run_signal_handlers : nullptr);
     for (const Indices& indices : all) {
       if (!wrong && (bad = indices.first_bad()) >= 0) wrong = &indices;
     }
     if (!wrong) operation();
+  } catch (const Interrupted&) {
+    throw nb::python_error();
   }
   if (wrong) wrong->raise(bad);
 }
@@ -441,6 +461,8 @@ NB_MODULE(_core, m) {
   m.def("takes_rows", &python::takes_rows);
   m.def("check_index", &python::check_index, nb::arg(), nb::arg(), nb::arg(), nb::arg("least") = 0);
   m.def("allocate", &python::allocate);
+  python::main_thread = nb::cast<unsigned long>(
+      nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));
   nb::list rule_names, rule_defaults;
   for (const char* name : kRuleNames) rule_names.append(name);
