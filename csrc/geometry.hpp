@@ -1,4 +1,4 @@
-// The rule of coordinates, on one axis. It knows nothing of the other axis, of channels or threads.
+// Coordinates and taps of one axis. It knows nothing of the other axis, of channels or threads.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""`ROIAlign`, the seed: MindSpore's layer, exactly, with all its errors."""
+"""`ROIAlign`: MindSpore's operator, exactly, with all its errors."""
 
 import re
 

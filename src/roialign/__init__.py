@@ -1,6 +1,7 @@
 """RoIAlign: exact, fast, deterministic, differentiable in features and boxes.
 
-Start with :class:`ROIAlign` (MindSpore's operator) or :func:`roi_align` (every convention by name).
+Start with :func:`roi_align`, which has every library's convention by name, or with
+:class:`ROIAlign`, which is MindSpore's operator.
 """
 
 from typing import Any

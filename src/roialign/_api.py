@@ -36,8 +36,8 @@ class _Array(Protocol):
 Array = TypeVar("Array", bound=_Array)
 Boxes = TypeVar("Boxes", bound="_Array | list[Any]")
 
-# MindSpore's compiler reads the source of what runs in a graph, and not all of Python. It takes the
-# comment beside this condition for its value, and reads no further than the branch.
+# MindSpore's compiler reads the source of what runs in a graph, and does not know all of Python. It
+# takes the comment beside this condition for its value, and reads only that branch.
 _IN_GRAPH = False
 
 
@@ -72,10 +72,10 @@ def roi_align(
 ) -> Array:
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
-    No coordinate is rounded. The definition is docs/spec.md; the source is Mask R-CNN
-    (arXiv:1703.06870). Takes arrays of NumPy, PyTorch, JAX, MindSpore or CuPy, all of one kind, and
-    gives that kind on the same device; those of a framework have derivatives (docs/pytorch.md,
-    jax.md, mindspore.md; on GPUs gpu.md).
+    No coordinate is rounded. docs/spec.md defines the operator; it comes from Mask R-CNN
+    (arXiv:1703.06870). It takes arrays of NumPy, PyTorch, JAX, MindSpore or CuPy, all of one
+    library, and gives an array of that library on the same device. With PyTorch, JAX and MindSpore
+    it has derivatives (docs/pytorch.md, docs/jax.md, docs/mindspore.md). For GPUs see docs/gpu.md.
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
@@ -89,20 +89,20 @@ def roi_align(
         convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
             or a :class:`Convention`.
         reduction: "mean".
-        out: an array for the result: its shape and dtype, writeable, overlapping no input. Not
-            where PyTorch needs a gradient, and not with JAX or MindSpore.
+        out: an array for the result, of its shape and dtype. It must be writeable and overlap no
+            input. JAX and MindSpore do not take it, nor PyTorch where a gradient is needed.
 
     Returns:
-        (K, C, P, Q) in the features' dtype, rounded once from float32 (float64) sums. In
-        channels_last memory order if the features are.
+        (K, C, P, Q) in the features' dtype. Sums are float32 (float64 for float64 features) and are
+        rounded once. If the features are channels_last in memory, so is the result.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, size, scale, name or ``out`` is wrong.
-        IndexError: an image index is not an integer in [0, N). (On a GPU, and of a traced array of
-            JAX, its value is not known without waiting: the row of that RoI is 0, and so are its
-            gradients.)
-        RuntimeError: ``out`` with tensors of which a gradient is needed.
+        IndexError: an image index is not an integer in [0, N). On a GPU, in traced JAX and in
+            MindSpore's Graph mode there is no error: the result of that RoI is 0, and so are its
+            gradients.
+        RuntimeError: ``out`` was given where PyTorch needs a gradient.
 
     The gradient in the features is :func:`roi_align_adjoint`, the gradient in the boxes
     :func:`roi_align_box_gradient`.
@@ -168,7 +168,7 @@ def roi_align_adjoint(
     features: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """The adjoint of :func:`roi_align`: its gradient in the features, or "paste".
+    """The adjoint of :func:`roi_align`: from a gradient in the output, the one in the features.
 
     For all ``features`` and ``d_output``, up to rounding::
 
@@ -182,13 +182,14 @@ def roi_align_adjoint(
         rois: as in :func:`roi_align`, in image pixels; read as float64 if ``d_output`` is float64.
         feature_shape: (N, C, H, W) of the features.
         spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
-        features: what reductions other than "mean" need; "mean" checks it and does not read it.
-        out: an array for the result: its shape and dtype, writeable, overlapping no input.
+        features: for reductions other than "mean". "mean" checks its shape and dtype and does not
+            read it.
+        out: an array for the result, as in :func:`roi_align`.
 
     Returns:
-        (N, C, H, W) in the dtype of ``d_output``, rounded once from float32 (float64) sums. In
-        channels_last memory order if ``d_output`` is. Its own gradient in ``d_output`` is
-        :func:`roi_align`.
+        (N, C, H, W) in the dtype of ``d_output``. Sums are float32 (float64 for float64
+        ``d_output``) and are rounded once. If ``d_output`` is channels_last in memory, so is the
+        result. The gradient of this function in ``d_output`` is :func:`roi_align`.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`roi_align`.
@@ -244,21 +245,22 @@ def roi_align_box_gradient(
 ) -> Boxes:
     """The gradient of ``(roi_align(features, rois, ...) * d_output).sum()`` in the boxes.
 
-    The exact derivative of the bilinear samples in their positions, carried to the box's ends. The
-    number of samples and the divisor are constants; at an integer position it is the derivative to
-    the right; the jumps where samples leave the map have none; where ``min_size`` holds a size, all
-    of it goes to the box's start. A box that is not finite has gradient 0 (docs/spec.md,
-    equation 7).
+    This is the exact derivative of the bilinear samples as the box moves (docs/spec.md, equations 6
+    and 7). The number of samples counts as constant. At an integer position it is the derivative to
+    the right. The jumps where samples leave the map add nothing. Where ``min_size`` decides the
+    size of a box, the whole derivative goes to the start of the box. A box that is not finite has
+    gradient 0.
 
     Args:
         d_output: (K, C, P, Q), of the features' dtype.
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
         rois, spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
-        out: an array for the result, writeable, overlapping no input; not for a list of rois.
+        out: an array for the result, as in :func:`roi_align`. Not if ``rois`` is a list.
 
     Returns:
-        What ``rois`` was, per image pixel and in the boxes' dtype (float32 for integers): (K, 5)
-        with column 0 zero, (K, 4) for a pair, a list of (K_i, 4) for a list.
+        The gradient per image pixel, in the boxes' dtype (float32 for integer boxes) and in the
+        form of ``rois``: (K, 5) with zeros in column 0, (K, 4) for a tuple, a list of (K_i, 4) for
+        a list.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`roi_align`.
@@ -304,27 +306,27 @@ def roi_align_box_gradient(
 class ROIAlign:
     """MindSpore's RoIAlign operator, on the arrays of any supported library.
 
-    The same signature, defaults, errors and numbers as ``mindspore.ops.ROIAlign``; what differs is
-    listed in docs/conventions.md.
+    It has the signature, defaults, errors and numbers of ``mindspore.ops.ROIAlign``.
+    docs/mindspore.md lists what differs.
 
     Args:
-        pooled_height: bins per column of the output, an int >= 1.
-        pooled_width: bins per row of the output, an int >= 1.
+        pooled_height: height of the output in bins, an int >= 1.
+        pooled_width: width of the output in bins, an int >= 1.
         spatial_scale: feature pixels per image pixel, a float > 0.
         sample_num: samples per bin and axis, an int <= 4096; <= 0 adapts their number to the box.
-        roi_end_mode: 1: a box's end is an inclusive pixel (the convention "mindspore"); 0: it is
-            not, and a box has at least one feature pixel ("mindspore_legacy").
+        roi_end_mode: 1: the last pixel of a box is inside it (the convention "mindspore"). 0: it is
+            not, and a box is at least one feature pixel wide and high ("mindspore_legacy").
 
     Raises:
         TypeError: a size, ``sample_num`` or ``roi_end_mode`` is not an int, or ``spatial_scale``
             not a float.
-        ValueError: a size < 1, a scale that is not finite and > 0, a ``sample_num`` > 4096, or
-            another ``roi_end_mode``.
+        ValueError: a size is < 1, the scale is not finite or not > 0, ``sample_num`` is > 4096, or
+            ``roi_end_mode`` is neither 0 nor 1.
 
-    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows
+    Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), whose rows are
     ``(image_index, x1, y1, x2, y2)`` in image pixels, it gives (K, C, pooled_height, pooled_width)
-    in the features' dtype. That call raises TypeError, ValueError and IndexError as
-    :func:`roi_align`; lists are refused, and so are integer rois. Its gradients are
+    in the features' dtype. The call raises TypeError, ValueError and IndexError as
+    :func:`roi_align`. It takes no lists, no tuples and no integer rois. Its gradients are
     :func:`roi_align_adjoint` and :func:`roi_align_box_gradient` in the same convention.
 
     >>> import numpy as np, roialign

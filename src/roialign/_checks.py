@@ -100,7 +100,7 @@ def string(name: str, value: object) -> str:
 
 
 def exactly(name: str, value: object, kind: type) -> None:
-    """The seed's own check: a Python ``kind``, neither a bool nor another type's NumPy scalar."""
+    """As MindSpore's operator checks: a Python ``kind``, no bool, no other type's NumPy scalar."""
     if not isinstance(value, kind) or isinstance(value, bool):
         article = "an" if kind is int else "a"
         raise TypeError(

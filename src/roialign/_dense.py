@@ -19,7 +19,7 @@ _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 def axis_taps(
     lo: Array, hi: Array, rule: tuple[float, ...], bins: int, size: int, scale: float
 ) -> tuple[Array, Array]:
-    """The rule of coordinates: docs/spec.md, equations (1) to (3) and (6), for one box on one axis.
+    """Taps of one box on one axis: docs/spec.md, equations (1) to (3) and (6).
 
     The row matrix (P, L) that averages the samples, and its derivatives in ``lo`` and ``hi``
     (2, P, L). Every pixel looks at the few samples that can touch it.

@@ -1,6 +1,6 @@
-"""Conventions: each is a row of numbers, and the rule of coordinates is written elsewhere, once.
+"""Conventions by name, and the rule: the vector of numbers that kernels take.
 
-The numbers are those of equations (1) to (3) of docs/spec.md. `vector` gives them to the kernels.
+The numbers are those of docs/spec.md, "The rule".
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ class Convention:
         size = max(b - a, min_size)            # no max if min_size is None
 
     Args:
-        pixel_offset: subtracted in feature pixels: 0.5 where a pixel's centre is at half a pixel.
-        input_offset: added to both ends in image pixels.
-        end_offset: added to the end in image pixels: 1 where the end is an inclusive pixel.
+        pixel_offset: subtracted from both ends, in feature pixels. 0.5 if pixel centres are at half
+            coordinates.
+        input_offset: added to both ends, in image pixels.
+        end_offset: added to the end, in image pixels. 1 if the last pixel of a box is inside it.
         min_size: least size of a box in feature pixels, or None.
-        adaptive: how many samples per bin where ``sampling_ratio <= 0``: "ceil" of the bin's
-            length, or "floor" of it and at least 1.
+        adaptive: how the number of samples per bin is made from the length of the bin where
+            ``sampling_ratio <= 0``: rounded up ("ceil"), or rounded down and at least 1 ("floor").
 
     Raises:
         TypeError: a number is not a real number, or ``adaptive`` not a str.
-        ValueError: a number is not finite, ``min_size`` is negative, or ``adaptive`` is neither.
+        ValueError: a number is not finite, ``min_size`` is negative, or ``adaptive`` is neither
+            "ceil" nor "floor".
 
     >>> import roialign
     >>> roialign.Convention(pixel_offset=0.5) == roialign.conventions["half_pixel"]
@@ -83,7 +85,7 @@ Convention.__module__ = "roialign"  # what pickles and pages call it
 
 
 # Canonical name: (numbers, the names by which users of other libraries know it). Measured against
-# the libraries themselves (docs/conventions.md), but for mmdet_legacy, which was read.
+# the libraries themselves (docs/conventions.md). For mmdet_legacy their code was read.
 _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
     "mindspore": (
         Convention(end_offset=1, adaptive="floor"),
@@ -137,7 +139,7 @@ conventions: Mapping[str, Convention] = MappingProxyType(
     {name: row for name, (row, _) in _ROWS.items()}
     | {alias: row for row, aliases in _ROWS.values() for alias in aliases}
 )
-"""Read-only: name -> record. Canonical names first, then the aliases ``library:setting``."""
+"""Read-only: a record for each name. Aliases, ``library:setting``, come after canonical names."""
 
 
 _WORDS = {None: -math.inf, "ceil": 0.0, "floor": 1.0}  # of a Convention, as numbers

@@ -22,10 +22,10 @@ def _default() -> int:
 def set_num_threads(n: int) -> None:
     """Sets how many CPU threads a call may use.
 
-    Results do not depend on it: they are the same bits for any number.
+    Results are the same bits for any number of threads.
 
     Args:
-        n: at least 1; anything with ``__index__`` but a bool.
+        n: at least 1. Anything with ``__index__`` but a bool.
 
     Raises:
         TypeError: ``n`` is not an int.
@@ -49,8 +49,9 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """How many CPU threads a call may use.
 
-    What :func:`set_num_threads` set; before that the environment's ``ROIALIGN_NUM_THREADS``, else
-    the CPUs that this process may use (its affinity and its cgroup's quota).
+    This is the number that :func:`set_num_threads` set. If it was not called, it is that of the
+    environment variable ``ROIALIGN_NUM_THREADS``. If that is not set, it is the number of CPUs that
+    this process may use (its affinity and the quota of its cgroup).
 
     >>> import roialign
     >>> roialign.get_num_threads() >= 1

@@ -1,4 +1,4 @@
-"""The rule of coordinates, docs/spec.md (1) to (3) and (6), on tensors: bins of an axis of boxes.
+"""Coordinates and taps, docs/spec.md (1) to (3) and (6), on tensors: bins of an axis of boxes.
 
 Kernels that call this are compiled with fusion off: a fused multiply-add would move coordinates.
 """

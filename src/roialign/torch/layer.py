@@ -11,11 +11,11 @@ from . import adapter
 
 
 class ROIAlign(torch.nn.Module):
-    """MindSpore's RoIAlign as a layer; from torchvision or detectron2, use `roialign.compat`.
+    """MindSpore's RoIAlign as a layer. For torchvision's and detectron2's, see `roialign.compat`.
 
     Args:
         pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode: as in
-            :class:`roialign.ROIAlign`, with the same errors.
+            :class:`roialign.ROIAlign`. Errors are the same too.
 
     Called with ``features`` (N, C, H, W) and ``rois`` (K, 5), rows
     ``(image_index, x1, y1, x2, y2)`` in image pixels, it gives (K, C, pooled_height, pooled_width)
