@@ -250,9 +250,12 @@ const void* tangent_of(const nb::object& object, const Rois& rois, DType map) {
   return object.is_none() ? nullptr : boxes_like(input(object), rois, map);
 }
 
-// Numbers of a tuple or list.
+// Numbers of a tuple or list. (nanobind's own conversion ends the process if memory is short.)
 std::vector<double> numbers_of(const nb::handle& sequence) {
-  return nb::cast<std::vector<double>>(sequence);
+  std::vector<double> numbers;
+  numbers.reserve(nb::len(sequence));
+  for (const nb::handle number : sequence) numbers.push_back(nb::cast<double>(number));
+  return numbers;
 }
 
 // The maps of a call: an array, or a tuple or list of them. `scales`: y, x of each.
