@@ -41,6 +41,9 @@ class Array:
     def __len__(self):
         return len(self.values)
 
+    def astype(self, dtype, copy=True):
+        return Array(self.values.astype(dtype, copy=copy))
+
     def __setitem__(self, key, array):
         self.values[key] = array.values
 
@@ -55,6 +58,7 @@ def install(monkeypatch):
     """The module `cupy`; its `streams` are those that torch was given."""
     module = types.ModuleType("cupy")
     module.ndarray = Array
+    module.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
     module.from_dlpack = lambda tensor: Array(np.from_dlpack(tensor))
     module.cuda = types.SimpleNamespace(
         get_current_stream=lambda: types.SimpleNamespace(ptr=STREAM)

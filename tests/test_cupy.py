@@ -6,7 +6,6 @@ uses, on memory of the CPU.
 
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,70 +14,14 @@ import roialign
 
 torch = pytest.importorskip("torch", reason="CuPy arrays become torch's tensors")
 
+from cupy_stand_in import STREAM, Array, install  # noqa: E402
+
 RULE = {"spatial_scale": 0.5, "sampling_ratio": 2}
-STREAM = 0x1234560
-
-
-class Device:
-    """Of an array; entered, it is the current one."""
-
-    id = 0
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *error):
-        pass
-
-
-class Array:
-    """As much of cupy.ndarray as the adapter asks for."""
-
-    def __init__(self, values):
-        self.values = values
-
-    dtype = property(lambda self: self.values.dtype)
-    shape = property(lambda self: self.values.shape)
-    ndim = property(lambda self: self.values.ndim)
-    device = Device()
-
-    def __len__(self):
-        return len(self.values)
-
-    def astype(self, dtype, copy=True):
-        return Array(self.values.astype(dtype, copy=copy))
-
-    def __setitem__(self, key, array):
-        self.values[key] = array.values
-
-    def __dlpack__(self, **options):
-        return self.values.__dlpack__()
-
-    def __dlpack_device__(self):
-        return self.values.__dlpack_device__()
 
 
 @pytest.fixture
 def cupy(monkeypatch):
-    module = types.ModuleType("cupy")
-    module.ndarray = Array
-    module.from_dlpack = lambda tensor: Array(np.from_dlpack(tensor))
-    module.cuda = types.SimpleNamespace(
-        get_current_stream=lambda: types.SimpleNamespace(ptr=STREAM)
-    )
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.delitem(sys.modules, "roialign.cupy", raising=False)
-    monkeypatch.delattr(roialign, "cupy", raising=False)
-    module.streams = []
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: (pointer, device))
-    real = torch.cuda.stream
-
-    def stream(chosen):
-        module.streams.append(chosen)
-        return real(None)
-
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    yield module
+    yield install(monkeypatch)
     sys.modules.pop("roialign.cupy", None)
 
 
