@@ -45,9 +45,10 @@ def problem(changed):
 @pytest.mark.parametrize("name", _core.rule_names)
 def test_each_number_moves_the_taps(backend, name):
     changed = problem({name: OTHER[name]})
+    size, options = changed.size, changed.options
 
     def pool(features, boxes, index):
-        return roialign.roi_align(features, (boxes, index), changed.size, **changed.options)
+        return roialign.roi_align(features, (boxes, index), size, **options)
 
     taps = backend.run(pool, changed.features, changed.boxes, changed.index)
     expected = oracle.forward(changed)
