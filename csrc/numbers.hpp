@@ -59,6 +59,8 @@ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
       return element<int32_t>(data, i);
     case DType::uint8:
       return element<uint8_t>(data, i);
+    case DType::uint16:
+      return element<uint16_t>(data, i);
     case DType::uint32:
       return element<uint32_t>(data, i);
     case DType::uint64:

@@ -17,6 +17,7 @@ enum class DType {
   int32,
   int64,
   uint8,
+  uint16,
   uint32,
   uint64
 };
@@ -33,6 +34,7 @@ constexpr int64_t size_of(DType dtype) {
     case DType::float16:
     case DType::bfloat16:
     case DType::int16:
+    case DType::uint16:
       return 2;
     case DType::float32:
     case DType::int32:

@@ -157,7 +157,7 @@ def test_wrong_shapes():
 CHANGES = {
     "features": lambda a: [a.astype(np.int64), a.astype(np.int32), a[0], a[:, 1:]],
     "boxes": lambda a: [a.astype(np.int64), a[:, 1:], a[1:], a.ravel()],
-    "index": lambda a: [a.astype(np.uint16), a[1:], a[:, None]],
+    "index": lambda a: [a.astype(bool), a[1:], a[:, None]],
     "tangent": lambda a: [a.astype(np.float64), a[1:], a[:, 1:], a[None]],
     "numbers": lambda a: [a.astype(np.float32), a[1:], a[None], a[:3], np.append(a, 0)],
     "output": lambda a: [a.astype(np.float64), a[1:], a[:, 1:], a[0], a[:, :, :0]],

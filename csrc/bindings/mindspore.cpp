@@ -43,10 +43,10 @@ void require(bool condition) {
 }
 
 DType dtype_of(const char* name) {
-  constexpr std::array<const char*, 11> names{"float16", "bfloat16", "float32", "float64",
+  constexpr std::array<const char*, 12> names{"float16", "bfloat16", "float32", "float64",
                                               "int8",    "int16",    "int32",   "int64",
-                                              "uint8",   "uint32",   "uint64"};
-  static_assert(int(DType::float16) == 0 && int(DType::uint64) == 10);
+                                              "uint8",   "uint16",   "uint32",  "uint64"};
+  static_assert(int(DType::float16) == 0 && int(DType::uint64) == 11);
   const auto found = std::find_if(names.begin(), names.end(),
                                   [&](const char* known) { return std::strcmp(known, name) == 0; });
   require(found != names.end());

@@ -15,7 +15,6 @@ Without a tangent, `forward` and `adjoint` are the form before it is differentia
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,6 @@ TAKES = {
     "box_gradient": ("d_output", "features"),
 }
 GIVES = {"forward": "d_output", "adjoint": "features", "box_gradient": "tangent"}
-_RESULT = {name: operator.itemgetter(*DIMENSIONS[gives]) for name, gives in GIVES.items()}
 
 
 def result_shapes(
@@ -50,9 +48,13 @@ def result_shapes(
     >>> result_shapes("adjoint", {"n": 2, "c": 3}, [(8, 9), (4, 5)])
     [(2, 3, 8, 9), (2, 3, 4, 5)]
     """
-    shape = _RESULT[operation]
+    dimensions = DIMENSIONS[GIVES[operation]]
     count = len(maps) if GIVES[operation] == "features" else 1
-    return [shape({**sizes, "xy": 4, "h": h, "w": w}) for h, w in maps[:count]]
+    shapes = []
+    for h, w in maps[:count]:
+        known = {**sizes, "xy": 4, "h": h, "w": w}
+        shapes.append(tuple([known[d] for d in dimensions]))
+    return shapes
 
 
 def giving(array: str) -> str:

@@ -260,8 +260,6 @@ def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[T
     if boxes.dtype not in _FLOATS:
         wide = array.dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
-    if index.dtype == mindspore.uint16:
-        index = index.astype(mindspore.int32)
     if not _is_traced():
         readable = index.astype(mindspore.float32) if index.dtype == mindspore.bfloat16 else index
         _core.check_index("image_index", readable.asnumpy(), images)
