@@ -261,7 +261,11 @@ def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[T
         wide = array.dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
     if not _is_traced():
-        readable = index.astype(mindspore.float32) if index.dtype == mindspore.bfloat16 else index
+        readable = index  # by NumPy, in which uint16 stands for bfloat16
+        if index.dtype == mindspore.bfloat16:
+            readable = index.astype(mindspore.float32)
+        elif index.dtype == mindspore.uint16:
+            readable = index.astype(mindspore.int32)
         _core.check_index("image_index", readable.asnumpy(), images)
     return boxes, index
 
