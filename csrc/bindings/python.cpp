@@ -252,9 +252,12 @@ const void* tangent_of(const nb::object& object, const Rois& rois, DType map) {
 
 // Numbers of a tuple or list. (nanobind's own conversion ends the process if memory is short.)
 std::vector<double> numbers_of(const nb::handle& sequence) {
-  std::vector<double> numbers;
-  numbers.reserve(nb::len(sequence));
-  for (const nb::handle number : sequence) numbers.push_back(nb::cast<double>(number));
+  std::vector<double> numbers(nb::len(sequence));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const nb::object number = nb::steal(PySequence_GetItem(sequence.ptr(), Py_ssize_t(i)));
+    numbers[i] = number ? PyFloat_AsDouble(number.ptr()) : -1;
+    if (numbers[i] == -1 && PyErr_Occurred()) throw nb::python_error();
+  }
   return numbers;
 }
 
