@@ -9,9 +9,12 @@ tuples and lists too. A test of what not every backend has says so: `@pytest.mar
 import importlib.util
 import os
 import sys
+import tempfile
+from dataclasses import replace
 
 import numpy as np
 
+import oracle
 import roialign
 import tolerance
 
@@ -19,6 +22,7 @@ import tolerance
 class Backend:
     name = ""
     needs = ()  # modules
+    integers = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
     traits = frozenset()  # of what tests ask for
     # "values"  a way of its own to results, not to derivatives alone
     # "exact"   the bits of NumPy's results
@@ -27,7 +31,8 @@ class Backend:
     # "strided" an array keeps its strides
     # "bfloat16"
     # "raises"  on a bad image index; the others make that row zero: "zeroes"
-    # "grad"    has derivatives; "twice": also of gradients; "jvp", "vmap"
+    # "grad"    has derivatives; "twice": of them too, "mixed": of the boxes' too; "jvp"; "vmap";
+    #           "func": all of JAX's names
 
     @property
     def family(self):
@@ -64,9 +69,59 @@ class Backend:
         """The function of NumPy arrays, and its results as such."""
         return self.numpy(self.way(function)(*self.array(values)))
 
+    def roi_align(self, features, rois, size, **options):
+        """The public function, of NumPy arrays: `run`, where nothing else is to be done."""
+        form, rois = taken_apart(rois)
+
+        def forward(features, *rois):
+            return roialign.roi_align(features, form(*rois), size, **options)
+
+        return self.run(forward, features, *rois)
+
+    def roi_align_adjoint(self, d_output, rois, shape, **options):
+        form, rois = taken_apart(rois)
+
+        def adjoint(d_output, *rois):
+            return roialign.roi_align_adjoint(d_output, form(*rois), shape, **options)
+
+        return self.run(adjoint, d_output, *rois)
+
+    def roi_align_box_gradient(self, d_output, features, rois, **options):
+        form, rois = taken_apart(rois)
+
+        def box_gradient(d_output, features, *rois):
+            return roialign.roi_align_box_gradient(d_output, features, form(*rois), **options)
+
+        return self.run(box_gradient, d_output, features, *rois)
+
     def layers(self, *arguments):
         """`ROIAlign`, and the framework's own."""
         return [roialign.ROIAlign(*arguments)]
+
+    def fair(self, problem):
+        """Without the RoIs of which the oracle does not know its results."""
+        return problem
+
+    def check(self, problem, g, output, d_features, d_boxes):
+        """Against the oracle, within the error bounds."""
+        size = np.abs(problem.features.astype(np.float64)).max(initial=0)
+        expected = oracle.forward(problem)
+        bound = self.bound(problem, tolerance.forward(problem, expected), size)
+        tolerance.check(output, expected, bound)
+        expected, sums = oracle.adjoint(problem, g), np.abs(g.astype(np.float64))
+        bound = tolerance.adjoint(problem, g, expected)
+        bound = self.bound(problem, bound, sums.sum((0, 2, 3)).max(initial=0))
+        tolerance.check(d_features, expected, bound)
+        expected = oracle.box_gradient(problem, g)
+        bound = tolerance.box_gradient(problem, g, expected)
+        steps = size * sums.sum((1, 2, 3)).max(initial=0) * max(problem.scale)
+        tolerance.check(d_boxes, expected, self.bound(problem, bound, steps))
+
+    def bound(self, problem, bound, step):
+        """Of a result that changes by `step` where a position changes by a pixel."""
+        return bound
+
+    no_second_derivative = NotImplementedError, "second derivative in the boxes"
 
     _array = _numpy = staticmethod(lambda array: array)
 
@@ -86,6 +141,7 @@ class Torch(Backend):
     name, needs = "torch", ("torch",)
     traits = Numpy.traits | {"grad", "twice", "jvp"}
     device = "cpu"
+    integers = Numpy.integers[:5]
 
     def start(self, monkeypatch):
         import torch
@@ -134,13 +190,17 @@ class Torch(Backend):
 
 class TorchFunc(Torch):
     name = "torch.func"
-    traits = frozenset({"grad", "twice", "jvp", "vmap"})
+    traits = frozenset({"grad", "twice", "mixed", "jvp", "vmap", "func"})
+
+    @property
+    def func(self):
+        return self.torch.func
 
     def grad(self, function, argnums=0):
         return self.torch.func.grad(function, argnums)
 
     def jvp(self, function, primals, tangents):
-        return self.torch.func.jvp(function, primals, tangents)
+        return self.torch.func.jvp(function, tuple(primals), tuple(tangents))
 
     def vmap(self, function, in_axes=0):
         return self.torch.func.vmap(function, in_axes)
@@ -163,7 +223,7 @@ class Triton(TorchFunc):
     TRITON_INTERPRET=0 on the GPU that is there."""
 
     name, needs = "triton", ("torch", "triton")
-    traits = Torch.traits - {"exact", "fast", "raises"} | {"slow", "vmap", "zeroes"}
+    traits = Torch.traits - {"exact", "fast", "raises"} | TorchFunc.traits | {"slow", "zeroes"}
     interpreted = os.environ.get("TRITON_INTERPRET", "1") == "1"
     device = "cpu" if interpreted else "cuda"
 
@@ -183,13 +243,13 @@ class Triton(TorchFunc):
 
 class Jax(Backend):
     name, needs = "jax", ("jax",)
-    traits = Numpy.traits - {"out", "strided"} | {"grad", "twice", "jvp", "vmap"}
+    traits = Numpy.traits - {"out", "strided"} | TorchFunc.traits
 
     def start(self, monkeypatch):
         import jax
 
         jax.config.update("jax_enable_x64", True)
-        self.jax = jax
+        self.jax = self.func = jax
 
     def _array(self, array):
         return self.jax.numpy.asarray(array)
@@ -219,16 +279,34 @@ class JaxDense(JaxJit):
     """The way of platforms without a kernel, on the CPU."""
 
     name = "jax.dense"
-    traits = JaxJit.traits - {"exact"}
+    traits = JaxJit.traits - {"exact"} | {"slow"}
 
     def start(self, monkeypatch):
         super().start(monkeypatch)
         monkeypatch.setattr(roialign.jax, "_dense_everywhere", True)
 
+    def fair(self, problem):
+        """Its positions differ by roundings: no sample may be so near a jump."""
+        fixed = oracle.smooth(problem, moved(problem) / np.tile(problem.scale[::-1], 2))
+        assert fixed.mean() > 0.7
+        return replace(problem, boxes=problem.boxes[fixed], index=problem.index[fixed])
+
+    def bound(self, problem, bound, step):
+        return 2 * bound + 8 * moved(problem) * step
+
+
+def moved(problem, ulps=4):
+    """What so many ulp in every position may change: at most the steps between pixels."""
+    eps = np.finfo(problem.boxes.dtype if problem.features.dtype == np.float64 else np.float32).eps
+    scale = np.tile(problem.scale[::-1], 2)
+    coordinates = np.abs(problem.boxes[np.isfinite(problem.boxes).all(1)] * scale)
+    return ulps * eps * (2 + coordinates.max(initial=1))
+
 
 class MindSpore(Backend):
     name, needs = "mindspore", ("mindspore",)
-    traits = Jax.traits
+    traits = Jax.traits - {"func", "mixed"}
+    no_second_derivative = RuntimeError, "no.second.derivative.in.the.boxes"
 
     def start(self, monkeypatch):
         import mindspore
@@ -244,6 +322,8 @@ class MindSpore(Backend):
                 return self.function(*inputs)
 
         self.mindspore, self.way = mindspore, Net
+        self.folder = getattr(self, "folder", None) or tempfile.TemporaryDirectory()
+        monkeypatch.chdir(self.folder.name)  # the compiler writes a file where it fails
 
     def _array(self, array):
         if array.dtype == tolerance.BFLOAT16:
@@ -262,7 +342,9 @@ class MindSpore(Backend):
         return self.mindspore.grad(self.way(function), argnums)
 
     def jvp(self, function, primals, tangents):
-        return self.mindspore.jvp(function, tuple(primals), tuple(tangents))
+        one = len(primals) == 1
+        primals, tangents = (each[0] if one else tuple(each) for each in (primals, tangents))
+        return self.mindspore.jvp(function, primals, tangents)
 
     def vmap(self, function, in_axes=0):
         return self.mindspore.vmap(function, in_axes)
@@ -270,7 +352,7 @@ class MindSpore(Backend):
 
 class MindSporeGraph(MindSpore):
     name = "mindspore.graph"
-    traits = MindSpore.traits - {"fast", "raises"} | {"zeroes"}
+    traits = MindSpore.traits - {"fast", "raises"} | {"zeroes", "mixed"}
 
     def start(self, monkeypatch):
         super().start(monkeypatch)
@@ -312,3 +394,61 @@ def choose(*traits):
         for backend in BACKENDS
         if all((t.lstrip("-") in backend.traits) != t.startswith("-") for t in traits)
     ]
+
+
+# Functions of the backend's arrays
+
+
+def pair(boxes, image_index):
+    return boxes, image_index
+
+
+def array(rows):
+    return rows
+
+
+def per_image(*boxes):
+    return list(boxes)
+
+
+def taken_apart(rois):
+    """(The form, the arrays of which it makes these rois.)"""
+    if isinstance(rois, tuple):
+        return pair, rois
+    return (per_image, rois) if isinstance(rois, list) else (array, [rois])
+
+
+def pooling(problem, form=pair):
+    """`roi_align` of features and the arrays of which `form` makes rois."""
+    size, options = problem.size, problem.options
+
+    def pool(features, *rois):
+        return roialign.roi_align(features, form(*rois), size, **options)
+
+    return pool
+
+
+def operations(problem, form=pair):
+    """Forward, adjoint and box gradient, each of features, d_output and the arrays of rois."""
+    size, shape, options = problem.size, problem.features.shape, problem.options
+
+    def forward(features, d_output, *rois):
+        return roialign.roi_align(features, form(*rois), size, **options)
+
+    def adjoint(features, d_output, *rois):
+        return roialign.roi_align_adjoint(d_output, form(*rois), shape, **options)
+
+    def box_gradient(features, d_output, *rois):
+        return roialign.roi_align_box_gradient(d_output, features, form(*rois), **options)
+
+    return forward, adjoint, box_gradient
+
+
+def three(problem, form=pair):
+    """All of them at once."""
+    forward, adjoint, box_gradient = operations(problem, form)
+
+    def results(*given):
+        return forward(*given), adjoint(*given), box_gradient(*given)
+
+    return results

@@ -191,20 +191,31 @@ def offered(chosen, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --backend: in files of tests of all backends, only its own."""
-    only = config.getoption("backend")
+    """Slow backends have a few cases of each test. With --backend, in files of tests of all
+    backends, only its own."""
+    only, slow, left = config.getoption("backend"), {}, set()
     shared = {item.path for item in items if "backend" in item.fixturenames}
-
-    def is_asked_for(item):
-        if item.path not in shared:
-            return True
+    for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        return getattr(backend, "family", None) == only
+        if only and item.path in shared and getattr(backend, "family", None) != only:
+            left.add(item)
+        elif backend is not None and "slow" in backend.traits:
+            slow.setdefault((item.function, backend), []).append(item)
+    for cases in slow.values():
+        left.update(set(cases) - set(cover(cases)))
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]
 
-    if only:
-        left = [item for item in items if not is_asked_for(item)]
-        config.hook.pytest_deselected(items=left)
-        items[:] = filter(is_asked_for, items)
+
+def cover(items):
+    """Of a test's cases a few that show every value of each parameter."""
+    shown = {i: {(name, str(value)) for name, value in i.callspec.params.items()} for i in items}
+    while any(shown.values()):
+        best = max(shown, key=lambda item: len(shown[item]))
+        yield best
+        new = shown.pop(best)
+        for values in shown.values():
+            values -= new
 
 
 @pytest.fixture

@@ -466,37 +466,6 @@ def test_channels_last_has_the_same_values(dtype, channels):
         np.testing.assert_allclose(a, b, rtol=step, atol=1e-5)
 
 
-def test_the_image_index_of_a_pair_has_any_integer_dtype():
-    boxes, index = ROIS[:, 1:], np.array([0, 1, 0])
-    for dtype in (
-        np.int8,
-        np.uint8,
-        np.int16,
-        np.uint16,
-        np.int32,
-        np.uint32,
-        np.int64,
-        np.uint64,
-        np.intp,
-    ):
-        assert (forward(rois=(boxes, index.astype(dtype))) == forward()).all()
-
-
-def test_the_three_forms_of_rois_agree():
-    order = np.array([0, 2, 1])  # a list has the images in order
-    listed = [ROIS[[0, 2], 1:], ROIS[1:2, 1:]]
-    pair = (ROIS[:, 1:], ROIS[:, 0].astype(int))
-    close(forward(rois=pair), forward())
-    close(forward(rois=listed), forward()[order])
-    close(adjoint(rois=pair), adjoint())
-    close(adjoint(D_OUTPUT[order], rois=listed), adjoint())
-    d_rois = box_gradient()
-    close(box_gradient(rois=pair), d_rois[:, 1:])
-    first, second = box_gradient(D_OUTPUT[order], rois=listed)
-    close(first, d_rois[[0, 2], 1:])
-    close(second, d_rois[1:2, 1:])
-
-
 def test_results_own_their_memory():
     y = forward()
     kept = y.copy()

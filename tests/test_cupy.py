@@ -54,23 +54,6 @@ def test_no_copy(cupy, arrays):
     assert adapter._arrays(tensor).values.ctypes.data == features.ctypes.data
 
 
-def test_forms_of_rois(cupy, arrays):
-    features, rois = arrays
-    rois = rois[[0, 2, 1]]
-    expected = roialign.roi_align(features, rois, 2, **RULE)
-    pair = Array(rois[:, 1:].copy()), Array(rois[:, 0].astype(np.int64))
-    listed = [Array(rois[:2, 1:].copy()), Array(rois[2:, 1:].copy())]
-    for given in (pair, listed):
-        output = roialign.roi_align(Array(features), given, 2, **RULE)
-        assert np.array_equal(output.values, expected)
-    d_output = np.ones_like(expected)
-    expected = roialign.roi_align_box_gradient(d_output, features, rois, **RULE)
-    gradient = roialign.roi_align_box_gradient(Array(d_output), Array(features), pair, **RULE)
-    assert np.array_equal(gradient.values, expected[:, 1:])
-    gradients = roialign.roi_align_box_gradient(Array(d_output), Array(features), listed, **RULE)
-    assert np.array_equal(np.concatenate([g.values for g in gradients]), expected[:, 1:])
-
-
 def test_gradients(cupy, arrays):
     features, rois = arrays
     d_output = np.random.default_rng(1).standard_normal((3, 3, 2, 2)).astype(np.float32)

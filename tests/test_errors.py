@@ -346,18 +346,6 @@ def test_other_reductions_list_what_is_accepted(operation, reduction):
         operation(reduction=reduction)
 
 
-@pytest.mark.parametrize("row", [0, 1, 4])
-def test_index_error_names_the_first_bad_row(row):
-    rois = np.repeat(ROIS[:1], 6, axis=0)
-    rois[row:, 0] = [17, -1, 2.5, np.nan, 99, 98][: 6 - row]
-    for operation in OPERATIONS:
-        arguments = {} if operation is forward else {"d_output": np.ones((6, 3, 2, 2), np.float32)}
-        with pytest.raises(IndexError) as caught:
-            operation(rois=rois, **arguments)
-        text = message(caught)
-        assert re.search(rf"(?<!\d){row}(?!\d).*(?<!\d)17", text) and "2)" in text, text
-
-
 def test_features_given_to_adjoint_are_checked():
     # the mean needs none; what is given must still fit
     assert (adjoint(features=FEATURES) == adjoint()).all()

@@ -123,20 +123,6 @@ def test_oracle(make_problem, launched, dtype, layout):
     tolerance.check(on_host(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
 
 
-@pytest.mark.parametrize("convention", ["mindspore", "asymmetric"])
-def test_forms_of_rois(make_problem, convention):
-    problem = make_problem(shape=(2, 2, 5, 6), count=4, size=SIZE, convention=convention)
-    features, boxes, index = arguments(problem)
-    order = torch.argsort(index, stable=True)
-    boxes, index = boxes[order], index[order]
-    expected = roialign.roi_align(features, (boxes, index), SIZE, **problem.options)
-    rows = torch.cat([index[:, None], boxes], 1)
-    listed = [boxes[index == i] for i in range(2)]
-    for rois in (rows, rows.double(), (boxes, index.int()), listed, (boxes.double(), index.byte())):
-        output = roialign.roi_align(features, rois, SIZE, **problem.options)
-        assert torch.equal(output, expected)
-
-
 def test_integer_boxes():
     features = torch.rand(1, 2, 5, 6, device=DEVICE)
     rois = torch.tensor([[0, 1, 1, 4, 3]], device=DEVICE)
@@ -144,27 +130,6 @@ def test_integer_boxes():
     assert torch.equal(output, roialign.roi_align(features, rois.float(), SIZE))
     d_rois = roialign.roi_align_box_gradient(torch.ones_like(output), features, rois)
     assert (d_rois.dtype, d_rois.shape) == (torch.float32, (1, 5))
-
-
-@pytest.mark.parametrize("bad", [-1, 2, 0.5, float("nan"), 1e30])
-def test_a_bad_image_index_is_no_image(make_problem, bad):
-    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
-    features, boxes, index = arguments(problem)
-    rois = torch.cat([index[:, None], boxes], 1)
-    rois[1, 0] = bad
-    features.requires_grad_()
-    rois.requires_grad_()
-    output = roialign.roi_align(features, rois, SIZE, **problem.options)
-    assert output[0].any() and output[2].any()
-    assert not output[1].any()
-    output.sum().backward()
-    assert rois.grad[0].any() and rois.grad[2].any()
-    assert not rois.grad[1].any()
-    rest = torch.tensor([0, 2], device=DEVICE)
-    d_output = torch.ones_like(output[rest])
-    shape = features.shape
-    expected = roialign.roi_align_adjoint(d_output, rois.detach()[rest], shape, **problem.options)
-    assert torch.equal(features.grad, expected)
 
 
 def test_empty(launched):
@@ -207,45 +172,6 @@ def test_out(make_problem):
 
 
 # Derivatives and transforms, by value
-
-
-def test_gradients(problem):
-    def gradients(features, boxes, index):
-        features, boxes = features.requires_grad_(), boxes.requires_grad_()
-        return torch.autograd.grad(pool(features, boxes, index).square().sum(), (features, boxes))
-
-    same_as_the_core(gradients, *arguments(problem))
-
-
-def test_second_order(problem):
-    def second(features, boxes, index):
-        features, boxes = features.requires_grad_(), boxes.requires_grad_()
-        loss = pool(features, boxes, index).square().sum()
-        (first,) = torch.autograd.grad(loss, features, create_graph=True)
-        return torch.autograd.grad(first.sin().sum(), (features, boxes))
-
-    same_as_the_core(second, *arguments(problem))
-
-
-def test_forward_mode(problem):
-    def along(features, boxes, index):
-        def function(f, b):
-            return pool(f, b, index)
-
-        return torch.func.jvp(function, (features, boxes), (features.cos(), boxes.sin()))
-
-    same_as_the_core(along, *arguments(problem))
-
-
-def test_vmap_of_gradients(problem):
-    def gradients(features, boxes, index):
-        def loss(f, b):
-            return pool(f, b, index).square().sum()
-
-        batches = torch.stack([boxes, boxes + 0.25])
-        return torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))(features, batches)
-
-    same_as_the_core(gradients, *arguments(problem))
 
 
 def test_compile(problem):

@@ -20,7 +20,6 @@ jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
 jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402
-from jax.test_util import check_grads  # noqa: E402
 
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
@@ -79,88 +78,7 @@ def all_three(problem, g):
     )
 
 
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_oracle(make_problem, convention, dtype, sampling):
-    problem = make_problem(
-        convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7)
-    )
-    g = problem.draw_output()
-    output, d_features, d_boxes = all_three(problem, g)
-    assert output.dtype == d_features.dtype == dtype and d_boxes.dtype == problem.boxes.dtype
-    expected = oracle.forward(problem)
-    tolerance.check(output, expected, tolerance.forward(problem, expected))
-    expected = oracle.adjoint(problem, g)
-    tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected))
-    expected = oracle.box_gradient(problem, g)
-    tolerance.check(d_boxes, expected, tolerance.box_gradient(problem, g, expected))
-
-
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-def test_bits_are_those_of_numpy(make_problem, dtype):
-    problem = make_problem(dtype=dtype, shape=(2, 19, 9, 7))
-    features, options = problem.features, problem.options
-    g = problem.draw_output()
-    output, d_features, d_boxes = all_three(problem, g)
-    same(output, roialign.roi_align(features, problem.rois, problem.size, **options))
-    same(d_features, roialign.roi_align_adjoint(g, problem.rois, features.shape, **options))
-    same(d_boxes, roialign.roi_align_box_gradient(g, features, problem.rois, **options))
-    same(jax.jit(lambda f, b: pool(problem, f, b))(*leaves(problem)), output)
-
-
-@pytest.mark.parametrize("boxes_dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_mixed_dtypes(make_problem, dtype, boxes_dtype):
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    features, boxes = features.astype(dtype), boxes.astype(boxes_dtype)
-    output, pull = jax.vjp(lambda *x: pool(problem, *x), features, boxes)
-    d_features, d_boxes = pull(output)
-    assert (output.dtype, d_features.dtype, d_boxes.dtype) == (dtype, dtype, boxes_dtype)
-    same(output, pool(problem, features, boxes.astype("float32")))
-    assert d_boxes.any()
-
-
 # The forms of rois
-
-
-@pytest.mark.parametrize("index_dtype", ["uint8", "int16", "int32", "uint32", "int64", "uint64"])
-def test_forms_of_rois(make_problem, index_dtype):
-    problem = make_problem(count=6)
-    boxes, index = jax_rois(problem)
-    index = jnp.sort(index)
-    features, size = jnp.asarray(problem.features), problem.size
-    given = {
-        "pair": (boxes, index.astype(index_dtype)),
-        "array": jnp.concatenate([index[:, None].astype(boxes.dtype), boxes], 1),
-        "list": [boxes[index == i] for i in range(2)],
-    }
-    expected = pool(problem, features, boxes, index)
-    g = jnp.ones_like(expected)
-    d_boxes = roialign.roi_align_box_gradient(g, features, given["pair"], **problem.options)
-    for name, rois in given.items():
-        same(roialign.roi_align(features, rois, size, **problem.options), expected)
-        explicit = roialign.roi_align_box_gradient(g, features, rois, **problem.options)
-        same((jnp.concatenate(explicit) if name == "list" else explicit)[:, -4:], d_boxes)
-        gradient = jax.grad(
-            lambda rois: roialign.roi_align(features, rois, size, **problem.options).sum(),
-            allow_int=True,
-        )(rois)
-        gradient = {"pair": lambda: gradient[0], "array": lambda: gradient[:, 1:],
-                    "list": lambda: jnp.concatenate(gradient)}[name]()  # fmt: skip
-        same(gradient, d_boxes)
-    assert explicit[0].shape[1] != 5 and d_boxes.any()
-
-
-def test_a_list_of_different_dtypes(make_problem):
-    problem = make_problem(count=4)
-    boxes = jnp.asarray(problem.boxes)
-    features = jnp.asarray(problem.features)
-    mixed = [boxes[:2].astype(jnp.int32), boxes[2:]]
-    alike = [boxes[:2].astype(jnp.int32).astype(jnp.float32), boxes[2:]]
-    same(roialign.roi_align(features, mixed, 2), roialign.roi_align(features, alike, 2))
-    d_boxes = roialign.roi_align_box_gradient(jnp.ones((4, 5, 2, 2), np.float32), features, mixed)
-    assert [d.dtype for d in d_boxes] == [jnp.float32, jnp.float32]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint64"])
@@ -250,223 +168,34 @@ def test_traced_arguments_are_checked_too():
             jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)
 
 
-BAD = [-1, 2, 2**31 - 1, -(2**31)]
-
-
-@pytest.mark.parametrize("way", ["core", "dense"])
-@pytest.mark.parametrize("bad, dtype", [
-    *[(b, "int32") for b in BAD], (2**32, "int64"), (2**63, "uint64"), (257, "int16"),
-    (0.5, "float32"), (np.nan, "float32"), (-np.inf, "float16"), (2.0, "bfloat16"),
-])  # fmt: skip
-def test_a_bad_index_that_is_traced(make_problem, way, bad, dtype, request):
-    """That row is 0, and so are its gradients."""
-    if way == "dense":
-        request.getfixturevalue("dense")
-    problem = make_problem(count=3, dtype=np.float64)
-    boxes = jnp.asarray(problem.boxes)
-    index = jnp.asarray(np.array([1, bad, 0]).astype(dtype))
-
-    def f(features, boxes, index):
-        if index.dtype.kind in "iu":
-            rois = boxes, index
-        else:
-            rois = jnp.concatenate([index[:, None].astype(jnp.float64), boxes], 1)
-        return roialign.roi_align(features, rois, problem.size, **problem.options)
-
-    @jax.jit
-    def both(features, boxes, index):
-        output, pull = jax.vjp(lambda f_, b: f(f_, b, index), features, boxes)
-        return output, *pull(jnp.ones_like(output))
-
-    good = np.array([0, 2])
-    output, d_features, d_boxes = both(jnp.asarray(problem.features), boxes, index)
-    expected = both(jnp.asarray(problem.features), boxes[good], jnp.array([1, 0]))
-    assert not output[1].any() and not d_boxes[1].any()
-    close(output[good], expected[0])
-    close(d_features, expected[1])
-    close(d_boxes[good], expected[2])
-
-
 # Derivatives
-
-
-@pytest.mark.parametrize("way", ["core", "dense"])
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_first_order(problem, way, sampling, request):
-    if way == "dense":
-        request.getfixturevalue("dense")
-    problem = replace(problem, sampling=sampling)
-    f = jax.jit(lambda *x: pool(problem, *x))
-    check_grads(f, leaves(problem), order=1, modes=("fwd", "rev"), atol=1e-7, rtol=1e-7)
-
-
-def test_second_order_in_features(problem):
-    features, boxes = leaves(problem)
-
-    def f(features):
-        return pool(problem, features, boxes) ** 3
-
-    check_grads(jax.jit(f), (features,), order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
-    twice = jax.grad(lambda f_: jax.grad(lambda g: f(g).sum())(f_).sum())(features)
-    assert twice.any()
-
-
-@pytest.mark.parametrize("way", ["core", "dense"])
-def test_adjoint_and_box_gradient_are_differentiable(problem, way, request):
-    if way == "dense":
-        request.getfixturevalue("dense")
-    features, boxes = leaves(problem)
-    index, shape = jnp.asarray(problem.index), problem.features.shape
-    g = jnp.asarray(problem.draw_output())
-
-    def adjoint(g, boxes):
-        return roialign.roi_align_adjoint(g, (boxes, index), shape, **problem.options)
-
-    def box_gradient(g, features):
-        return roialign.roi_align_box_gradient(g, features, (boxes, index), **problem.options)
-
-    check_grads(jax.jit(adjoint), (g, boxes), order=1, atol=1e-7, rtol=1e-7)
-    check_grads(jax.jit(box_gradient), (g, features), order=1, atol=1e-7, rtol=1e-7)
-
-
-def test_jvp_is_the_oracles(problem):
-    features, boxes = leaves(problem)
-    v = np.random.default_rng(3).standard_normal(boxes.shape)
-    output, along = jax.jvp(lambda b: pool(problem, features, b), (boxes,), (jnp.asarray(v),))
-    same(output, pool(problem))
-    expected = oracle.forward(problem, v)
-    tolerance.check(along, expected, tolerance.forward(problem, expected, v))
-    u = jnp.cos(features)
-    _, both = jax.jvp(lambda *x: pool(problem, *x), (features, boxes), (u, jnp.asarray(v)))
-    close(both, along + pool(problem, u))
-    index = jnp.asarray(problem.index)
-    no_tangent = np.zeros(index.shape, jax.dtypes.float0)
-    _, along_features = jax.jvp(
-        lambda f, i: pool(problem, f, index=i), (features, index), (u, no_tangent)
-    )
-    same(along_features, pool(problem, u))
-    _, linear = jax.linearize(lambda b: pool(problem, features, b), boxes)
-    same(linear(jnp.asarray(v)), along)
-
-
-def test_mixed_second_order(problem):
-    """d/d features of the gradient in the boxes, and the other way round."""
-    features, boxes = leaves(problem)
-
-    def loss(f, b):
-        return (pool(problem, f, b) ** 2).sum()
-
-    grad_boxes, grad_features = (jax.grad(loss, argnums=i) for i in (1, 0))
-    by_features = jax.jacrev(grad_boxes, argnums=0)(features, boxes)
-    by_boxes = jax.jacrev(grad_features, argnums=1)(features, boxes)
-    forwards = jax.jacfwd(grad_features, argnums=1)(features, boxes)
-    close(by_features, jnp.moveaxis(by_boxes, (4, 5), (0, 1)))
-    close(by_boxes, forwards)
-    step = 1e-5 * jnp.eye(4)[2]
-    before, after = (grad_features(features, boxes + s * step) for s in (-1, 1))
-    close(by_boxes[..., 2].sum(-1), (after - before) / 2e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("way", ["core", "dense"])
-def test_second_order_in_boxes_raises(problem, way, request):
-    if way == "dense":
-        request.getfixturevalue("dense")
-    features, boxes = leaves(problem)
-
-    def loss(b):
-        return (pool(problem, features, b) ** 2).sum()
-
-    for twice in (
-        jax.hessian(loss),
-        jax.jacfwd(jax.jacfwd(loss)),
-        jax.grad(lambda b: jax.grad(loss)(b).sum()),
-        jax.jit(jax.jacrev(jax.jacrev(loss))),
-    ):
-        with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
-            twice(boxes)
-    held = jax.grad(lambda b: jax.grad(loss)(jax.lax.stop_gradient(b)).sum() + loss(b))
-    close(held(boxes), jax.grad(loss)(boxes))
-
-
-def test_hessian_in_features(problem):
-    features, boxes = leaves(problem)
-    small = features[:, :1, :4, :5]
-
-    def loss(f):
-        return (pool(problem, f, boxes) ** 2).sum()
-
-    hessian = jax.hessian(loss)(small)
-    u = jnp.cos(small)
-    product = jax.jvp(jax.grad(loss), (small,), (u,))[1]
-    dims = tuple(range(4))
-    close(jnp.tensordot(hessian, u, (dims, dims)), product)
-    close(
-        product,
-        2 * jax.grad(lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum())(u),
-    )
 
 
 # Transforms
 
 
-@pytest.mark.parametrize("way", ["core", "dense"])
-@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
-def test_vmap(problem, batched, way, request):
-    if way == "dense":
-        request.getfixturevalue("dense")
-    rows = [jnp.stack([t, 0.9 * t, 1.1 * t], d) if d is not None else t
-            for t, d in zip(leaves(problem), batched, strict=True)]  # fmt: skip
-
-    def row(i):
-        return [
-            jnp.take(t, i, d) if d is not None else t for t, d in zip(rows, batched, strict=True)
-        ]
-
-    def gradients(f, b):
-        return jax.grad(lambda f, b: (pool(problem, f, b) ** 2).sum(), argnums=(0, 1))(f, b)
-
-    outputs = jax.vmap(lambda f, b: pool(problem, f, b), batched)(*rows)
-    both = jax.vmap(gradients, batched)(*rows)
-    for i in range(3):
-        close(outputs[i], pool(problem, *row(i)))
-        for actual, expected in zip(both, gradients(*row(i)), strict=True):
-            close(actual[i], expected)
-
-
-def test_vmap_over_image_index(problem):
-    problem = replace(problem, index=np.array([0, 1, 1, 0]))
-    features, _ = leaves(problem)
-    index = jnp.asarray(problem.index)
-    indices = jnp.stack([index, 1 - index, index + 1])
-    outputs = jax.vmap(lambda i: pool(problem, index=i))(indices)
-    close(outputs[0], pool(problem, index=index))
-    close(outputs[1], pool(problem, index=1 - index))
-    stacked = jnp.stack([features, 2 * features])
-    moved = jax.vmap(lambda f, i: pool(problem, f, index=i))(stacked, indices[1:])
-    close(moved[0], pool(problem, index=1 - index))
-    out = np.asarray(index + 1 > 1)  # not another batch's image
-    assert not outputs[2][out].any() and not moved[1][out].any() and moved[1][~out].any()
-
-
-def test_vmap_of_tangents(problem):
+def test_tangents_of_integers_and_linearize(problem):
+    """An image index has no tangent; a linearized function is the derivative."""
     features, boxes = leaves(problem)
-    reverse = jax.jacrev(lambda b: pool(problem, features, b))(boxes)
-    close(reverse, jax.jacfwd(lambda b: pool(problem, features, b))(boxes))
-    tangents = jnp.stack([jnp.cos(boxes), jnp.sin(boxes)])
-    along = jax.vmap(lambda v: jax.jvp(lambda b: pool(problem, features, b), (boxes,), (v,))[1])(
-        tangents
-    )
-    close(along, jnp.einsum("kcpqje,bje->bkcpq", reverse, tangents))
+    u, index = jnp.cos(features), jnp.asarray(problem.index)
+    no_tangent = np.zeros(index.shape, jax.dtypes.float0)
+    given, tangents = (features, index), (u, no_tangent)
+    _, along = jax.jvp(lambda f, i: pool(problem, f, index=i), given, tangents)
+    same(along, pool(problem, u))
+    v = jnp.sin(boxes)
+    _, linear = jax.linearize(lambda b: pool(problem, features, b), boxes)
+    _, along = jax.jvp(lambda b: pool(problem, features, b), (boxes,), (v,))
+    same(linear(v), along)
 
 
-def test_vmap_of_vmap(problem):
+def test_held_boxes_have_no_second_order(problem):
     features, boxes = leaves(problem)
-    many = jnp.stack([features, features + 1, 2 * features])
-    scales = jnp.array([0.9, 1.1])
-    outputs = jax.vmap(lambda f: jax.vmap(lambda s: pool(problem, f, s * boxes))(scales))(many)
-    for i in range(3):
-        for j in range(2):
-            close(outputs[i, j], pool(problem, many[i], scales[j] * boxes))
+
+    def loss(b):
+        return (pool(problem, features, b) ** 2).sum()
+
+    held = jax.grad(lambda b: jax.grad(loss)(jax.lax.stop_gradient(b)).sum() + loss(b))
+    close(held(boxes), jax.grad(loss)(boxes))
 
 
 def test_checkpoint(problem):
@@ -505,13 +234,6 @@ def test_control_flow(problem):
     )
     close(chosen(True, features), pool(problem))
     close(chosen(False, features), 2 * pool(problem))
-
-
-def test_dynamic_index(problem):
-    f = jax.jit(lambda i: pool(problem, index=i))
-    index = jnp.asarray(problem.index)
-    same(f(index), pool(problem))
-    same(f(1 - index), pool(problem, index=1 - index))
 
 
 def test_partly_traced(problem):
@@ -934,17 +656,6 @@ def test_disable_jit(make_problem):
         same(pool(problem, features, boxes), expected)
         gradient = jax.grad(lambda b: pool(problem, features, b).sum())(boxes)
     same(gradient, jax.grad(lambda b: pool(problem, features, b).sum())(boxes))
-
-
-@pytest.mark.parametrize("operation", ["forward", "box gradient"])
-def test_vmap_over_nothing(make_problem, operation):
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    f = lambda features: pool(problem, features, boxes)  # noqa: E731
-    if operation == "box gradient":
-        f = lambda features: jax.grad(lambda b: pool(problem, features, b).sum())(boxes)  # noqa: E731
-    empty = jax.vmap(f)(jnp.zeros((0, *features.shape)))
-    assert empty.shape == (0, *f(features).shape)
 
 
 def test_symbolic_sides(make_problem):

@@ -159,24 +159,6 @@ def test_order_of_images(make_problem):
     assert bits(adjoint(shuffled, g)) == bits(adjoint(problem, g)[order])
 
 
-@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8, np.int8])
-def test_forms_of_rois(make_problem, index_dtype):
-    problem = make_problem(count=9, shape=(3, 5, 9, 11))
-    problem = replace(problem, index=np.sort(problem.index).astype(index_dtype))
-    g, boxes = problem.draw_output(), problem.boxes
-    array = np.concatenate([problem.index[:, None].astype(boxes.dtype), boxes], 1)
-    per_image = [boxes[problem.index == n] for n in range(3)]
-    expected = bits(forward(problem), adjoint(problem, g))
-    d_boxes = box_gradient(problem, g)
-    for rois in (array, per_image):
-        assert bits(forward(problem, rois), adjoint(problem, g, rois)) == expected
-    d_array, d_list = box_gradient(problem, g, array), box_gradient(problem, g, per_image)
-    assert not d_array[:, 0].any()
-    assert bits(np.ascontiguousarray(d_array[:, 1:])) == bits(d_boxes)
-    assert isinstance(d_list, list) and [len(d) for d in d_list] == [len(b) for b in per_image]
-    assert bits(np.concatenate(d_list)) == bits(d_boxes)
-
-
 def test_int_or_pair(make_problem):
     problem = make_problem(size=(3, 3), scale=(0.5, 0.5))
     g = problem.draw_output()

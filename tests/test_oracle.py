@@ -1,4 +1,5 @@
-"""The oracle agrees with every library, with its own literal form and with finite differences."""
+"""Every backend agrees with the oracle, to the error bound; and the oracle with every library, its
+own literal form and finite differences."""
 
 from dataclasses import replace
 
@@ -6,8 +7,30 @@ import numpy as np
 import pytest
 
 import oracle
+import tolerance
+from backends import three
 
 STEP = 1e-4
+
+
+@pytest.mark.backends("values", "bfloat16")
+@pytest.mark.parametrize("sampling", [0, 2])
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+def test_three_operations(backend, make_problem, convention, dtype, sampling):
+    """And they have the bits of NumPy's, where they come from the same kernels."""
+    options = {"convention": convention, "dtype": dtype, "sampling": sampling}
+    problem = backend.fair(make_problem(shape=(2, 19, 9, 7), **options))
+    g = problem.draw_output()
+    given = problem.features, g, *problem.rois
+    results = backend.run(three(problem), *given)
+    assert [r.dtype for r in results] == [dtype, dtype, problem.boxes.dtype]
+    backend.check(problem, g, *results)
+    if "exact" in backend.traits:
+        for actual, expected in zip(results, three(problem)(*given), strict=True):
+            assert actual.tobytes() == expected.tobytes()
+
+
+# The oracle
 
 
 def test_golden_forward(golden):

@@ -9,12 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-import oracle
 import roialign
 import tolerance
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
-from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 
 import roialign.torch  # noqa: E402
 from roialign import _rule  # noqa: E402
@@ -74,28 +72,6 @@ def differentiable(problem):
 # Values
 
 
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_oracle(make_problem, convention, dtype, sampling):
-    problem = make_problem(
-        convention=convention, dtype=dtype, sampling=sampling, shape=(2, 19, 9, 7)
-    )
-    expected = oracle.forward(problem)
-    tolerance.check(array(pool(problem)), expected, tolerance.forward(problem, expected))
-    g = problem.draw_output()
-    shape = problem.features.shape
-    d_features = roialign.roi_align_adjoint(
-        tensor(g), torch_rois(problem), shape, **problem.options
-    )
-    expected = oracle.adjoint(problem, g)
-    tolerance.check(array(d_features), expected, tolerance.adjoint(problem, g, expected))
-    d_boxes = roialign.roi_align_box_gradient(
-        tensor(g), tensor(problem.features), torch_rois(problem), **problem.options
-    )
-    expected = oracle.box_gradient(problem, g)
-    tolerance.check(array(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
 def test_bits_are_those_of_numpy(make_problem, dtype, layout):
@@ -108,48 +84,7 @@ def test_bits_are_those_of_numpy(make_problem, dtype, layout):
     assert output.stride() == tuple(s // in_numpy.itemsize for s in in_numpy.strides)
 
 
-@pytest.mark.parametrize(
-    "boxes_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_mixed_dtypes(make_problem, dtype, boxes_dtype):
-    problem = make_problem()
-    features = tensor(problem.features).to(dtype).requires_grad_()
-    boxes, index = torch_rois(problem)
-    boxes = boxes.to(boxes_dtype).requires_grad_()
-    output = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-    output.float().square().sum().backward()
-    assert (output.dtype, features.grad.dtype, boxes.grad.dtype) == (dtype, dtype, boxes_dtype)
-    same = roialign.roi_align(features, (boxes.float(), index), problem.size, **problem.options)
-    assert torch.equal(output, same)
-
-
 # The forms of rois, and out=
-
-
-@pytest.mark.parametrize("index_dtype", [torch.uint8, torch.int32, torch.int64])
-def test_forms_of_rois(make_problem, index_dtype):
-    problem = make_problem(count=6)
-    boxes, index = torch_rois(problem)
-    index = index.sort().values
-    features, size = tensor(problem.features).requires_grad_(), problem.size
-    given = {
-        "pair": (boxes.clone().requires_grad_(), index.to(index_dtype)),
-        "array": torch.cat([index[:, None].float(), boxes], 1).requires_grad_(),
-        "list": [boxes[index == i].clone().requires_grad_() for i in range(2)],
-    }
-    outputs, gradients, explicit = {}, {}, {}
-    for name, rois in given.items():
-        outputs[name] = roialign.roi_align(features, rois, size, **problem.options)
-        leaves = {"pair": lambda: rois[:1], "array": lambda: [rois], "list": lambda: rois}[name]()
-        g = torch.ones_like(outputs[name])
-        gradients[name] = torch.cat(torch.autograd.grad(outputs[name], leaves, g))[:, -4:]
-        d_rois = roialign.roi_align_box_gradient(g, features, rois, **problem.options)
-        explicit[name] = (torch.cat(d_rois) if name == "list" else d_rois)[:, -4:]
-    for name in given:
-        assert torch.equal(outputs[name], outputs["pair"])
-        assert torch.equal(gradients[name], gradients["pair"]) and gradients[name].any()
-        assert torch.equal(explicit[name], gradients["pair"])
 
 
 def test_integer_boxes(make_problem):
@@ -246,91 +181,6 @@ def test_numpy_with_torch_rois():
 # Derivatives
 
 
-def test_gradcheck(problem, differentiable):
-    assert gradcheck(lambda f, b: pool(problem, f, b), differentiable, check_forward_ad=True)
-
-
-def test_second_order_in_features(problem, differentiable):
-    features, boxes = differentiable
-    assert gradgradcheck(lambda f: pool(problem, f, boxes.detach()).pow(3), (features,))
-
-
-def test_adjoint_and_box_gradient_are_differentiable(problem, differentiable):
-    features, boxes = differentiable
-    index, shape = tensor(problem.index), problem.features.shape
-    g = tensor(problem.draw_output()).requires_grad_()
-
-    def adjoint(g, boxes):
-        return roialign.roi_align_adjoint(g, (boxes, index), shape, **problem.options)
-
-    def box_gradient(g, features):
-        return roialign.roi_align_box_gradient(
-            g, features, (boxes.detach(), index), **problem.options
-        )
-
-    assert gradcheck(adjoint, (g, boxes), check_forward_ad=True)
-    assert gradcheck(box_gradient, (g, features), check_forward_ad=True)
-
-
-def test_mixed_second_order(problem, differentiable):
-    """d/d features of the gradient in the boxes, and the other way round."""
-    features, boxes = differentiable
-
-    def loss(f, b):
-        return pool(problem, f, b).pow(2).sum()
-
-    grad_boxes, grad_features = (torch.func.grad(loss, argnums=i) for i in (1, 0))
-    by_features = torch.func.jacrev(grad_boxes, argnums=0)(features.detach(), boxes.detach())
-    by_boxes = torch.func.jacrev(grad_features, argnums=1)(features.detach(), boxes.detach())
-    forwards = torch.func.jacfwd(grad_features, argnums=1)(features.detach(), boxes.detach())
-    torch.testing.assert_close(by_features, by_boxes.movedim((4, 5), (0, 1)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(by_boxes, forwards, rtol=0, atol=1e-12)
-    step = 1e-5 * torch.eye(4, dtype=torch.float64)[2]
-    before, after = (grad_features(features.detach(), boxes.detach() + s * step) for s in (-1, 1))
-    by_differences = (after - before) / 2e-5
-    torch.testing.assert_close(by_boxes[..., 2].sum(-1), by_differences, rtol=0, atol=1e-8)
-
-
-def test_second_order_in_boxes_raises(problem, differentiable):
-    features, boxes = differentiable
-    loss = pool(problem, features, boxes).pow(2).sum()
-    (gradient,) = torch.autograd.grad(loss, boxes, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
-        gradient.sum().backward()
-    with pytest.raises(NotImplementedError, match="second derivative in the boxes"):
-        torch.func.hessian(lambda b: pool(problem, features.detach(), b).pow(2).sum())(
-            boxes.detach()
-        )
-
-
-def test_torch_func(problem, differentiable):
-    features, boxes = (t.detach() for t in differentiable)
-    g = tensor(problem.draw_output())
-
-    def f(features, boxes):
-        return pool(problem, features, boxes)
-
-    with_grad = [t.requires_grad_() for t in (features.clone(), boxes.clone())]
-    expected = torch.autograd.grad(f(*with_grad), with_grad, g)
-    _, pull = torch.func.vjp(f, features, boxes)
-    for actual, wanted in zip(pull(g), expected, strict=True):
-        assert torch.equal(actual, wanted)
-    gradients = torch.func.grad(lambda *x: (f(*x) * g).sum(), argnums=(0, 1))(features, boxes)
-    for actual, wanted in zip(gradients, expected, strict=True):
-        assert torch.equal(actual, wanted)
-    for i in (0, 1):
-        reverse = torch.func.jacrev(f, argnums=i)(features, boxes)
-        forward = torch.func.jacfwd(f, argnums=i)(features, boxes)
-        torch.testing.assert_close(reverse, forward, rtol=0, atol=1e-13)
-        dims = tuple(range(4))
-        contracted = torch.tensordot(g, reverse, (dims, dims))
-        torch.testing.assert_close(contracted, expected[i], rtol=0, atol=1e-12)
-    v = torch.randn_like(boxes)
-    _, along = torch.func.jvp(lambda b: f(features, b), (boxes,), (v,))
-    wanted = oracle.forward(problem, v.numpy())
-    tolerance.check(array(along), wanted, tolerance.forward(problem, wanted, v.numpy()))
-
-
 def test_one_roi():
     """Of one row every stride is that of a contiguous tensor."""
     features = torch.linspace(0, 9, 162, dtype=torch.float32).sin().reshape(1, 2, 9, 9)
@@ -364,65 +214,6 @@ def test_unaligned(make_problem):
     out = unaligned(torch.zeros_like(expected))
     assert torch.equal(roialign.roi_align(*given, 2, out=out), expected)
     assert torch.equal(out, expected)
-
-
-def test_forward_ad(problem, differentiable):
-    features, boxes = (t.detach() for t in differentiable)
-    u, v = torch.randn_like(features), torch.randn_like(boxes)
-    with forward_ad.dual_level():
-        duals = forward_ad.make_dual(features, u), forward_ad.make_dual(boxes, v)
-        along = forward_ad.unpack_dual(pool(problem, *duals)).tangent
-    _, expected = torch.func.jvp(lambda *x: pool(problem, *x), (features, boxes), (u, v))
-    assert torch.equal(along, expected) and along.any()
-
-
-def test_hessian_in_features(problem, differentiable):
-    features, boxes = (t.detach() for t in differentiable)
-    small = features[:, :1, :4, :5]
-    hessian = torch.func.hessian(lambda f: pool(problem, f, boxes).pow(2).sum())(small)
-    u = torch.randn_like(small)
-    expected = 2 * torch.func.grad(
-        lambda f: (pool(problem, f, boxes) * pool(problem, u, boxes)).sum()
-    )(u)
-    dims = tuple(range(4))
-    torch.testing.assert_close(
-        torch.tensordot(hessian, u, (dims, dims)), expected, rtol=0, atol=1e-12
-    )
-
-
-@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
-def test_vmap(problem, differentiable, batched):
-    features, boxes = (t.detach() for t in differentiable)
-    rows = [torch.stack([t, 0.9 * t, 1.1 * t], d) if d is not None else t
-            for t, d in zip((features, boxes), batched, strict=True)]  # fmt: skip
-
-    def row(i):
-        return [t.select(d, i) if d is not None else t for t, d in zip(rows, batched, strict=True)]
-
-    def gradients(f, b):
-        return torch.func.grad(lambda f, b: pool(problem, f, b).pow(2).sum(), argnums=(0, 1))(f, b)
-
-    outputs = torch.func.vmap(lambda f, b: pool(problem, f, b), in_dims=batched)(*rows)
-    both = torch.func.vmap(gradients, in_dims=batched)(*rows)
-    for i in range(3):
-        assert torch.equal(outputs[i], pool(problem, *row(i)))
-        for actual, expected in zip(both, gradients(*row(i)), strict=True):
-            torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-12)
-
-
-def test_vmap_over_image_index(problem):
-    features, (boxes, index) = tensor(problem.features), torch_rois(problem)
-
-    def f(index):
-        return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-
-    indices = torch.stack([index, 1 - index])
-    outputs = torch.func.vmap(f)(indices)
-    assert torch.equal(outputs, torch.stack([f(i) for i in indices]))
-    with pytest.raises(IndexError, match="`image_index` of RoI"):  # not another batch's image
-        torch.func.vmap(lambda f: roialign.roi_align(f, (boxes, index + 1), 2))(
-            features[None].repeat(3, 1, 1, 1, 1)
-        )
 
 
 def test_checkpoint(problem, differentiable):
@@ -895,8 +686,3 @@ def test_gradients_of_a_batch():
     one_by_one = [torch.autograd.grad(output, leaves, each, retain_graph=True) for each in g]
     for actual, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=1e-12)
-
-
-def test_vmap_over_nothing():
-    output = torch.func.vmap(lambda f: roialign.roi_align(f, ROIS, 2))(torch.zeros(0, 2, 3, 8, 9))
-    assert output.shape == (0, len(ROIS), 3, 2, 2)

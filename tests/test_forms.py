@@ -1,0 +1,115 @@
+"""The forms of rois: one array, a pair, a list of arrays. They mean the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import roialign
+from backends import array, operations, pair, per_image, pooling, three
+
+
+def arrays_of(form, problem):
+    """What the form is made of."""
+    boxes, index = problem.rois
+    if form is pair:
+        return boxes, index
+    if form is array:
+        return (np.concatenate([index[:, None].astype(boxes.dtype), boxes], 1),)
+    return tuple(boxes[index == image] for image in range(2))
+
+
+@pytest.fixture
+def problem(make_problem):
+    """RoIs in the order of their images, as a list has them."""
+    problem = make_problem(count=6)
+    return replace(problem, index=np.sort(problem.index))
+
+
+def joined(form, d_rois):
+    """(K, 4): the gradient in the boxes."""
+    return np.concatenate(d_rois) if form is per_image else d_rois[:, -4:]
+
+
+@pytest.mark.backends("values")
+def test_they_agree(backend, problem):
+    g = problem.draw_output()
+    expected = None
+    for form in (pair, array, per_image):
+        rois = arrays_of(form, problem)
+        *results, d_rois = backend.run(three(problem, form), problem.features, g, *rois)
+        if form is array:
+            assert d_rois.shape == (6, 5) and not d_rois[:, 0].any()
+        if form is per_image:
+            assert [d.shape for d in d_rois] == [boxes.shape for boxes in rois]
+        results.append(joined(form, d_rois))
+        expected = expected or results
+        for actual, right in zip(results, expected, strict=True):
+            assert np.array_equal(actual, right) and right.any()
+
+
+@pytest.mark.backends("grad")
+def test_gradients_agree(backend, problem):
+    """And are those that the adjoint and the box gradient give."""
+    g = problem.draw_output()
+    (_, *expected) = backend.run(three(problem), problem.features, g, *problem.rois)
+    g = backend.array(g)
+    for form in (pair, array, per_image):
+        pool = pooling(problem, form)
+
+        def loss(features, *rois):
+            return (pool(features, *rois) * g).sum()
+
+        given = backend.array((problem.features, *arrays_of(form, problem)))
+        moving = (0, 1, 2) if form is per_image else (0, 1)
+        d_features, *d_rois = backend.numpy(backend.grad(loss, moving)(*given))
+        assert np.array_equal(d_features, expected[0])
+        assert np.array_equal(joined(form, d_rois if form is per_image else d_rois[0]), expected[1])
+
+
+@pytest.mark.backends("values")
+def test_image_index_of_a_pair(backend, problem):
+    """Of any integer dtype that the library computes with."""
+    pool, (boxes, index) = pooling(problem), problem.rois
+    expected = backend.run(pool, problem.features, boxes, index)
+    for dtype in backend.integers:
+        output = backend.run(pool, problem.features, boxes, index.astype(dtype))
+        assert np.array_equal(output, expected)
+
+
+@pytest.mark.backends("values")
+@pytest.mark.parametrize("dtypes", [("int32", "float32"), ("float32", "float16")], ids=str)
+def test_list_of_different_dtypes(backend, problem, dtypes):
+    given = [b.astype(d) for b, d in zip(arrays_of(per_image, problem), dtypes, strict=True)]
+    alike, g = [boxes.astype(np.float32) for boxes in given], problem.draw_output()
+    operations = three(problem, per_image)
+    *results, d_boxes = backend.run(operations, problem.features, g, *given)
+    *expected, right = backend.run(operations, problem.features, g, *alike)
+    assert all(map(np.array_equal, results, expected))
+    kinds = [np.float32 if d == "int32" else d for d in dtypes]
+    assert [d.dtype for d in d_boxes] == kinds
+    for actual, each, kind in zip(d_boxes, right, kinds, strict=True):
+        assert np.array_equal(actual, each.astype(kind))
+
+
+@pytest.mark.backends("values")
+@pytest.mark.parametrize("counts", [(0, 6), (6, 0), (0, 0)])
+def test_list_with_images_without_boxes(backend, problem, counts):
+    index = np.repeat([0, 1], counts)
+    problem = replace(problem, boxes=problem.boxes[: len(index)], index=index)
+    given, g = arrays_of(per_image, problem), problem.draw_output()
+    *expected, right = backend.run(three(problem), problem.features, g, *problem.rois)
+    *results, d_boxes = [
+        backend.run(operation, problem.features, g, *given)
+        for operation in operations(problem, per_image)
+    ]
+    assert all(map(np.array_equal, results, expected))
+    assert [len(d) for d in d_boxes] == list(counts)
+    assert np.array_equal(np.concatenate(d_boxes), right)
+
+
+@pytest.mark.backends("values", "fast")
+def test_list_of_no_image(backend, make_problem):
+    features = make_problem().features[:0]
+    output = backend.run(lambda features: roialign.roi_align(features, [], 2), features)
+    assert output.shape == (0, 5, 2, 2)

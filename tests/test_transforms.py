@@ -1,0 +1,140 @@
+"""vmap: what each call alone gives, over any argument and axis, of results and of derivatives."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from backends import pooling
+
+
+@pytest.fixture
+def problem(make_problem):
+    return make_problem(dtype=np.float64, shape=(2, 2, 6, 7), count=3, size=(2, 3), inside=True)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def squares(pool, index):
+    def loss(features, boxes):
+        output = pool(features, boxes, index)
+        return (output * output).sum()
+
+    return loss
+
+
+@pytest.mark.backends("func")
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
+def test_vmap(backend, problem, axes):
+    """Of the output and of its gradients."""
+    pool = pooling(problem)
+    given = [problem.features, problem.boxes]
+    stacked = [
+        array if axis is None else np.stack([array, 0.9 * array], axis)
+        for array, axis in zip(given, axes, strict=True)
+    ]
+    index = backend.array(problem.index)
+    gradients = backend.grad(squares(pool, index), (0, 1))
+
+    def all_of(features, boxes):
+        return pool(features, boxes, index), *gradients(features, boxes)
+
+    batched = backend.numpy(backend.vmap(all_of, axes)(*backend.array(stacked)))
+    for i in range(2):
+        each = [
+            a if axis is None else a.take(i, axis) for a, axis in zip(stacked, axes, strict=True)
+        ]
+        for actual, expected in zip(batched, backend.run(all_of, *each), strict=True):
+            close(actual[i], expected)
+
+
+@pytest.mark.backends("vmap")
+def test_over_features_alone(backend, problem):
+    pool, (boxes, index) = pooling(problem), backend.array(problem.rois)
+
+    def of_features(features):
+        return pool(features, boxes, index)
+
+    two = backend.array(np.stack([problem.features, 2 * problem.features]))
+    output = backend.numpy(backend.vmap(of_features)(two))
+    expected = backend.run(of_features, problem.features)
+    for actual, right in zip(output, (expected, 2 * expected), strict=True):
+        if "exact" in backend.traits:
+            np.testing.assert_array_equal(actual, right)
+        close(actual, right)
+
+
+@pytest.mark.backends("func")
+def test_over_image_indices(backend, problem):
+    problem = replace(problem, index=np.array([0, 1, 1]))
+    pool, (features, boxes) = pooling(problem), backend.array((problem.features, problem.boxes))
+
+    def of_index(index):
+        return pool(features, boxes, index)
+
+    index = np.stack([problem.index, 1 - problem.index])
+    outputs = backend.numpy(backend.vmap(of_index)(backend.array(index)))
+    for output, each in zip(outputs, index, strict=True):
+        close(output, backend.run(of_index, each))
+
+
+@pytest.mark.backends("func")
+def test_a_bad_index_is_not_another_calls_image(backend, problem):
+    pool, boxes = pooling(problem), backend.array(problem.boxes)
+    index = backend.array(np.array([[0, 1, 2], [-1, 1, 0]]))
+    features = backend.array(np.stack([problem.features] * 2))
+    over_both = backend.vmap(lambda features, index: pool(features, boxes, index))
+    if backend.family == "torch":
+        with pytest.raises(IndexError, match="`image_index` of RoI"):
+            over_both(features, index)
+    else:  # traced, or on a GPU
+        output = backend.numpy(over_both(features, index))
+        assert not output[0, 2].any() and not output[1, 0].any()
+        assert output[0, :2].any((1, 2, 3)).all() and output[1, 1:].any((1, 2, 3)).all()
+
+
+@pytest.mark.backends("func")
+def test_of_tangents(backend, problem):
+    pool, index = pooling(problem), backend.array(problem.index)
+    features, boxes = backend.array((problem.features, problem.boxes))
+    tangents = np.random.default_rng(0).standard_normal((2, *problem.boxes.shape))
+
+    def along(tangent):
+        return backend.jvp(lambda boxes: pool(features, boxes, index), [boxes], [tangent])[1]
+
+    batched = backend.numpy(backend.vmap(along)(backend.array(tangents)))
+    for actual, tangent in zip(batched, tangents, strict=True):
+        close(actual, backend.numpy(along(backend.array(tangent))))
+
+
+@pytest.mark.backends("func")
+def test_of_vmap(backend, problem):
+    pool, (boxes, index) = pooling(problem), backend.array(problem.rois)
+    many = np.stack([problem.features, problem.features + 1, 2 * problem.features])
+    scales = np.array([0.9, 1.1])
+
+    def over_scales(features):
+        return backend.vmap(lambda scale: pool(features, scale * boxes, index))(factors)
+
+    factors = backend.array(scales)
+    outputs = backend.numpy(backend.vmap(over_scales)(backend.array(many)))
+    for i, j in np.ndindex(3, 2):
+        expected = backend.run(pool, many[i], scales[j] * problem.boxes, problem.index)
+        close(outputs[i, j], expected)
+
+
+@pytest.mark.backends("func")
+def test_over_nothing(backend, problem):
+    """Of the output and of the box gradient."""
+    pool, (boxes, index) = pooling(problem), backend.array(problem.rois)
+    gradient = backend.grad(squares(pool, index), 1)
+
+    def both(features):
+        return pool(features, boxes, index), gradient(features, boxes)
+
+    nothing = backend.array(np.zeros((0, *problem.features.shape)))
+    empty = backend.numpy(backend.vmap(both)(nothing))
+    for none, one in zip(empty, backend.run(both, problem.features), strict=True):
+        assert none.shape == (0, *one.shape)
