@@ -20,9 +20,10 @@ constexpr int64_t kSerialRois = 256;  // fewer: less than 150 us of work, for on
 // Of lines: the rows of a band, for one block of channels, which are to stay in the second cache
 // while the windows of the band are visited. Other heights were no faster on W1 to W5.
 constexpr int64_t kBandBytes = 2 << 20;
-constexpr int64_t kMinTasks = 16;  // cut visits until there are as many tasks, twice 8 threads ...
-constexpr int64_t kMinVisit =
-    64;  // ... but not below this many RoIs: each visit packs its own pixels
+// Visits are cut until there are as many tasks, for 8 threads, but not below so many RoIs: each
+// visit packs its own pixels.
+constexpr int64_t kMinTasks = 16;
+constexpr int64_t kMinVisit = 64;
 
 // Hands out memory that lives until `clear`; keeps it for the next call.
 class Arena {

@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -64,14 +64,15 @@ class Convention:
     def __post_init__(self) -> None:
         if not isinstance(self.adaptive, str):
             raise TypeError(f"`adaptive` must be a str, got {type(self.adaptive).__name__}")
-        for name in ("pixel_offset", "input_offset", "end_offset", "min_size"):
+        names = [field.name for field in fields(self) if field.name != "adaptive"]
+        for name in names:
             value = getattr(self, name)
             if name == "min_size" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"`{name}` must be a real number, got {type(value).__name__}")
             object.__setattr__(self, name, float_of(value))
-        for name in ("pixel_offset", "input_offset", "end_offset", "min_size"):
+        for name in names:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"`{name}` must be finite, got {value}")
