@@ -143,23 +143,6 @@ def test_dtypes_of_results(dtype, boxes):
     assert [d.dtype for d in listed] == [boxes] * 2
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
-)
-def test_integer_boxes(dtype):
-    rois = np.array([[0, 1, 2, 7, 6], [1, 0, 3, 8, 9]], dtype)
-    same = rois.astype(np.float32)
-    pair = (rois[:, 1:], rois[:, 0])
-    assert (forward(rois=rois) == forward(rois=same)).all()
-    assert (forward(rois=pair) == forward(rois=same)).all()
-    assert (adjoint(D_OUTPUT[:2], rois) == adjoint(D_OUTPUT[:2], same)).all()
-    for given in (rois, pair, [rois[:1, 1:], rois[1:, 1:]]):
-        d_rois = box_gradient(D_OUTPUT[:2], rois=given)
-        assert all(d.dtype == np.float32 for d in (d_rois if isinstance(given, list) else [d_rois]))
-    d_rois = box_gradient(D_OUTPUT[:2], rois=rois)
-    assert (d_rois == box_gradient(D_OUTPUT[:2], rois=same)).all()
-
-
 def test_longdouble_boxes():
     rois = ROIS.astype(np.longdouble)
     assert (forward(rois=rois) == forward()).all()

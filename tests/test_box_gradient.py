@@ -25,14 +25,6 @@ def check(problem, d_output):
     return d_boxes
 
 
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-@pytest.mark.parametrize("sampling", [0, 1, 3])
-def test_oracle(make_problem, convention, dtype, sampling):
-    options = {"convention": convention, "dtype": dtype, "sampling": sampling}
-    problem = make_problem(shape=(2, 19, 9, 7), **options)
-    assert check(problem, problem.draw_output()).any()
-
-
 def test_golden_boxes(golden):
     """Inverted, outside, empty, huge, on the edge."""
     boxes = golden.problem.boxes.astype(np.promote_types(golden.problem.boxes.dtype, np.float32))
@@ -119,14 +111,3 @@ def test_result_has_the_form_of_rois(make_problem, dtype, boxes_dtype):
         tolerance.check(d_boxes, expected, bound)
     assert five.shape == array.shape and not five[:, 0].any()
     assert isinstance(images, list) and len(images) == 2
-
-
-def test_no_rois(make_problem):
-    problem = make_problem(count=0)
-    assert box_gradient(problem, problem.draw_output()).shape == (0, 4)
-    assert box_gradient(problem, problem.draw_output(), np.zeros((0, 5), np.float32)).shape == (
-        0,
-        5,
-    )
-    empty = [np.zeros((0, 4), np.float32)] * 2
-    assert [d.shape for d in box_gradient(problem, problem.draw_output(), empty)] == [(0, 4)] * 2

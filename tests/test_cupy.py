@@ -76,45 +76,6 @@ def test_the_seed(cupy, arrays):
     assert np.array_equal(seed(Array(features), Array(rois)).values, seed(features, rois))
 
 
-def zeros(*shape, dtype=np.float32):
-    return np.zeros(shape, dtype)
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"rois": zeros(1, 5)}, TypeError, "`rois` must be a cupy.ndarray, got numpy"),
-        (
-            {"features": Array(zeros(1, 1, 2, 2, dtype=int))},
-            TypeError,
-            "`features` must be float16",
-        ),
-        (
-            {"rois": Array(zeros(1, 5, dtype=bool))},
-            TypeError,
-            "`rois` must have a float or integer",
-        ),
-        (
-            {"rois": (Array(zeros(1, 4)), Array(zeros(1)))},
-            TypeError,
-            "`image_index` must have an int",
-        ),
-        ({"rois": Array(zeros(3, 4))}, ValueError, r"shape \(K, 5\), got \(3, 4\)"),
-        ({"out": zeros(1, 1, 2, 2)}, TypeError, "`out` must be a cupy.ndarray, got numpy.ndarray"),
-        ({"out": Array(zeros(1, 1, 2, 2, dtype=float))}, TypeError, "must have dtype float32, got"),
-        ({"out": Array(zeros(2, 1, 2, 2))}, ValueError, "`out` must have shape"),
-    ],
-)
-def test_errors(cupy, change, error, message):
-    given = {
-        "features": Array(zeros(1, 1, 4, 4)),
-        "rois": Array(zeros(1, 5)),
-        "output_size": 2,
-    }
-    with pytest.raises(error, match=message):
-        roialign.roi_align(**given | change)
-
-
 def test_without_torch():
     code = (
         "import sys, types; sys.modules['torch'] = None; cupy = types.ModuleType('cupy');"

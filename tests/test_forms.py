@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import roialign
 from backends import array, operations, pair, per_image, pooling, three
 
 
@@ -78,6 +77,21 @@ def test_image_index_of_a_pair(backend, problem):
 
 
 @pytest.mark.backends("values")
+def test_integer_boxes(backend, problem):
+    """Of any integer dtype: those of float32 are the same, and so is their gradient's dtype."""
+    g, whole = problem.draw_output(), replace(problem, boxes=np.abs(problem.boxes).round())
+    for form in (pair, array):
+        expected = backend.run(three(problem, form), problem.features, g, *arrays_of(form, whole))
+        for dtype in backend.integers:
+            boxes, *index = (each.astype(dtype) for each in arrays_of(form, whole))
+            results = backend.run(three(problem, form), problem.features, g, boxes, *index)
+            for actual, right in zip(results, expected, strict=True):
+                assert actual.dtype == np.float32 and np.array_equal(actual, right)
+        if "fast" not in backend.traits:
+            break
+
+
+@pytest.mark.backends("values")
 @pytest.mark.parametrize("dtypes", [("int32", "float32"), ("float32", "float16")], ids=str)
 def test_list_of_different_dtypes(backend, problem, dtypes):
     given = [b.astype(d) for b, d in zip(arrays_of(per_image, problem), dtypes, strict=True)]
@@ -106,10 +120,3 @@ def test_list_with_images_without_boxes(backend, problem, counts):
     assert all(map(np.array_equal, results, expected))
     assert [len(d) for d in d_boxes] == list(counts)
     assert np.array_equal(np.concatenate(d_boxes), right)
-
-
-@pytest.mark.backends("values", "fast")
-def test_list_of_no_image(backend, make_problem):
-    features = make_problem().features[:0]
-    output = backend.run(lambda features: roialign.roi_align(features, [], 2), features)
-    assert output.shape == (0, 5, 2, 2)

@@ -98,7 +98,9 @@ def test_local(make_problem, convention, dtype, poison):
     g = problem.draw_output()
     features = problem.features.copy()
     features[far] = poison
-    assert bits(forward(replace(problem, features=features))) == bits(forward(problem))
+    poisoned = replace(problem, features=features)
+    assert bits(forward(poisoned)) == bits(forward(problem))
+    assert bits(box_gradient(poisoned, g)) == bits(box_gradient(problem, g))
     assert not adjoint(problem, g)[far].any()
     assert not adjoint(problem, np.full_like(g, np.nan))[far].any()
 
@@ -173,7 +175,8 @@ def test_int_or_pair(make_problem):
 
 def test_sampling_below_one_adapts(make_problem):
     problem = make_problem(sampling=0)
-    assert bits(forward(problem, sampling_ratio=-7)) == bits(forward(problem))
+    for ratio in (-1, -7, -(2**31) - 1, -(2**63) - 1, -(10**5000)):
+        assert bits(forward(problem, sampling_ratio=ratio)) == bits(forward(problem))
 
 
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)

@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 import oracle
 import roialign
 import tolerance
+from backends import three
 
 LAYOUTS = ["contiguous", "channels_last", "transposed", "reversed", "sliced", "unaligned"]
 HOSTILE = [np.nan, np.inf, -np.inf, 1e9, -1e9, 3e38, -3e38, 4.2e6, 2.2e9, 1e-45, -1e-40, -0.0]
@@ -85,6 +86,20 @@ def test_box_gradient(layouts, problem, layout):
     assert d_boxes.dtype == problem.boxes.dtype
     expected = oracle.box_gradient(problem, g)
     tolerance.check(d_boxes, expected, tolerance.box_gradient(problem, g, expected))
+
+
+@pytest.mark.backends("values", "-interprets")
+@pytest.mark.parametrize("size, scale", [((1, 1), (1.0, 1.0)), ((3, 7), (0.25, 0.125))])
+def test_adaptive_sampling(backend, make_problem, convention, size, scale):
+    """Boxes from less than a pixel to many times the map."""
+    options = {"sampling": 0, "size": size, "scale": scale, "convention": convention}
+    problem = make_problem(shape=(1, 2, 24, 31), count=40, **options)
+    centre = problem.boxes.reshape(-1, 2, 2).mean(1)
+    side = np.geomspace(0.3, 3000, 40)[:, None] / min(scale)
+    boxes = np.concatenate([centre - side, centre + side], 1).astype(np.float32)
+    problem = backend.fair(replace(problem, boxes=boxes))
+    g = problem.draw_output()
+    backend.check(problem, g, *backend.run(three(problem), problem.features, g, *problem.rois))
 
 
 @pytest.mark.parametrize("size, sampling", [((7, 7), 3), ((3, 5), 0), ((5, 6), 2)])
