@@ -19,6 +19,10 @@ import roialign
 import tolerance
 
 
+class Foreign(Exception):
+    """An array that the library has not."""
+
+
 class Backend:
     name = ""
     needs = ()  # modules
@@ -68,6 +72,16 @@ class Backend:
 
     def numpy(self, values):
         return _mapped(self._numpy, values)
+
+    def own(self, value):
+        """What a user of the library would give: its own arrays, in the place of NumPy's."""
+        if type(value) in (list, tuple):
+            return type(value)(map(self.own, value))
+        if type(value) is not np.ndarray or self.name == "numpy":
+            return value
+        if value.dtype.name not in self.holds or not value.dtype.isnative:
+            raise Foreign
+        return self.array(value)
 
     def way(self, function):
         """How functions are run."""

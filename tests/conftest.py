@@ -1,6 +1,7 @@
 """Fixtures and hypothesis profiles; `Golden` knows where other libraries may differ."""
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -276,21 +277,45 @@ def draw_problem(
 
 @pytest.fixture(scope="session")
 def layouts():
-    """Name -> a function that gives the same values with other strides."""
+    """Name -> a function that gives the same values with other strides, or in other memory."""
     return {
         "contiguous": np.ascontiguousarray,
-        "channels_last": lambda a: _through(a, (0, 2, 3, 1)),
-        "transposed": lambda a: _through(a, (3, 1, 0, 2)),
-        "reversed": lambda a: np.ascontiguousarray(a[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1],
-        "sliced": lambda a: np.repeat(np.repeat(a, 2, 3), 3, 1)[:, ::3, :, ::2],
+        "channels_last": lambda a: _through(a, (0, *range(2, a.ndim), 1)[: a.ndim]),
+        "transposed": lambda a: _through(a, np.roll(range(a.ndim), 1)[::-1]),
+        "columns_first": lambda a: _through(a, (*range(a.ndim - 2), *range(a.ndim)[:-3:-1])),
+        "reversed": lambda a: a[_every(a, -1)].copy()[_every(a, -1)],
+        "sliced": _apart,
+        "field": _field,
         "read_only": _read_only,
+        "mapped": lambda a: _filled(np.frombuffer(mmap.mmap(-1, a.nbytes), a.dtype), a),
         "unaligned": lambda a: _moved(a, 1),
         "shifted": lambda a: _moved(a, a.itemsize),
     }
 
 
+def _every(array, step, start=None):
+    return (slice(start, None, step),) * array.ndim
+
+
 def _through(array, order):
     return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+
+
+def _apart(array):
+    """With NaN between the elements."""
+    bytes_ = np.full([2 * n + 1 for n in array.shape], 0xFF, np.uint8).repeat(array.itemsize, -1)
+    return _filled(bytes_.view(array.dtype)[_every(array, 2, 1)], array)
+
+
+def _field(array):
+    """Of packed records: strides that are no multiple of the item size."""
+    return _filled(np.zeros(array.shape, [("head", "u1"), ("value", array.dtype)])["value"], array)
+
+
+def _filled(room, array):
+    room = room.reshape(array.shape)
+    room[...] = array
+    return room
 
 
 def _read_only(array):
@@ -303,6 +328,4 @@ def _moved(array, offset):
     """The array so many bytes past a multiple of 64."""
     raw = np.empty(array.nbytes + 64 + offset, np.uint8)
     start = -raw.ctypes.data % 64 + offset
-    view = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
+    return _filled(raw[start : start + array.nbytes].view(array.dtype), array)

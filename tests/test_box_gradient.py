@@ -9,8 +9,6 @@ import oracle
 import roialign
 import tolerance
 
-STEP = 1e-4
-
 
 def box_gradient(problem, d_output, rois=None):
     rois = problem.rois if rois is None else rois
@@ -29,28 +27,6 @@ def test_golden_boxes(golden):
     """Inverted, outside, empty, huge, on the edge."""
     boxes = golden.problem.boxes.astype(np.promote_types(golden.problem.boxes.dtype, np.float32))
     check(replace(golden.problem, boxes=boxes), golden.problem.draw_output())
-
-
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_central_differences(make_problem, convention, sampling):
-    problem = make_problem(convention=convention, sampling=sampling, count=60, dtype=np.float64)
-    small = problem.boxes.copy()
-    small[::3, 2:] = small[::3, :2] + 0.3  # under every min_size
-    problem = replace(problem, boxes=small)
-
-    def forward(boxes):
-        rois = boxes, problem.index
-        return roialign.roi_align(problem.features, rois, problem.size, **problem.options)
-
-    g = problem.draw_output()
-    d_boxes = box_gradient(problem, g)
-    for column in range(4):
-        step = STEP * np.eye(4)[column]
-        smooth = oracle.smooth(problem, step)
-        assert smooth.sum() > 30 and smooth[::3].sum() > 10
-        before, after = (forward(problem.boxes + s * step) for s in (-1, 1))
-        expected = np.einsum("kcpq,kcpq->k", g, after - before) / (2 * STEP)
-        np.testing.assert_allclose(d_boxes[smooth, column], expected[smooth], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("min_size", [0.0, 1.0, 2.5])
@@ -79,35 +55,3 @@ def test_right_derivative(make_problem):
     slope = np.array([0, 0, 1, 2, 16, 16, 0, 0, 0])
     np.testing.assert_array_equal(d_boxes[:, 0], slope / 2)
     np.testing.assert_array_equal(d_boxes[:, 2], slope / 2)
-
-
-@pytest.mark.parametrize("sampling", [0, 2])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite(make_problem, convention, sampling, bad):
-    problem = make_problem(convention=convention, sampling=sampling, count=5, inside=True)
-    boxes = problem.boxes.copy()
-    boxes[np.arange(4), np.arange(4)] = bad
-    problem = replace(problem, boxes=boxes)
-    d_boxes = check(problem, problem.draw_output())
-    assert not d_boxes[:4].any() and d_boxes[4].all()
-
-
-@pytest.mark.parametrize("boxes_dtype", [*tolerance.DTYPES, np.dtype(np.int64)], ids=str)
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-def test_result_has_the_form_of_rois(make_problem, dtype, boxes_dtype):
-    problem = make_problem(dtype=dtype, count=8)
-    boxes = np.round(problem.boxes).astype(boxes_dtype)
-    index = np.sort(problem.index)
-    problem, g = replace(problem, boxes=boxes, index=index), problem.draw_output()
-    expected_dtype = np.dtype(np.float32) if boxes_dtype == np.int64 else boxes_dtype
-    array = np.concatenate([index[:, None].astype(boxes_dtype), boxes], 1)
-    pair, five = box_gradient(problem, g), box_gradient(problem, g, array)
-    images = box_gradient(problem, g, [boxes[index == n] for n in range(2)])
-    exact = replace(problem, boxes=boxes.astype(np.promote_types(expected_dtype, np.float32)))
-    expected = oracle.box_gradient(exact, g)
-    bound = tolerance.box_gradient(replace(exact, boxes=boxes.astype(expected_dtype)), g, expected)
-    for d_boxes in (pair, five[:, 1:], np.concatenate(images)):
-        assert d_boxes.dtype == expected_dtype
-        tolerance.check(d_boxes, expected, bound)
-    assert five.shape == array.shape and not five[:, 0].any()
-    assert isinstance(images, list) and len(images) == 2

@@ -33,16 +33,10 @@ def arrays():
     return features, rois
 
 
-def test_forward(cupy, arrays):
-    features, rois = arrays
-    expected = roialign.roi_align(features, rois, 2, **RULE)
-    output = roialign.roi_align(Array(features), Array(rois), 2, **RULE)
-    assert isinstance(output, Array)
-    assert np.array_equal(output.values, expected)
+def test_arrays_and_streams(cupy, arrays):
+    features, rois = map(Array, arrays)
+    assert isinstance(roialign.roi_align(features, rois, 2), Array)
     assert set(cupy.streams) == {(STREAM, torch.device("cuda", 0))}
-    out = Array(np.zeros_like(expected))
-    assert roialign.roi_align(Array(features), Array(rois), 2, **RULE, out=out) is out
-    assert np.array_equal(out.values, expected)
 
 
 def test_no_copy(cupy, arrays):
@@ -52,28 +46,6 @@ def test_no_copy(cupy, arrays):
     tensor = adapter._tensors(Array(features))
     assert tensor.data_ptr() == features.ctypes.data
     assert adapter._arrays(tensor).values.ctypes.data == features.ctypes.data
-
-
-def test_gradients(cupy, arrays):
-    features, rois = arrays
-    d_output = np.random.default_rng(1).standard_normal((3, 3, 2, 2)).astype(np.float32)
-    expected = roialign.roi_align_adjoint(d_output, rois, features.shape, **RULE)
-    result = roialign.roi_align_adjoint(Array(d_output), Array(rois), features.shape, **RULE)
-    assert np.array_equal(result.values, expected)
-    out = Array(np.zeros_like(features))
-    roialign.roi_align_adjoint(Array(d_output), Array(rois), features.shape, **RULE, out=out)
-    assert np.array_equal(out.values, expected)
-    expected = roialign.roi_align_box_gradient(d_output, features, rois, **RULE)
-    out = Array(np.zeros_like(rois))
-    given = Array(d_output), Array(features), Array(rois)
-    assert roialign.roi_align_box_gradient(*given, **RULE, out=out) is out
-    assert np.array_equal(out.values, expected)
-
-
-def test_the_seed(cupy, arrays):
-    features, rois = arrays
-    seed = roialign.ROIAlign(2, 3, 0.5)
-    assert np.array_equal(seed(Array(features), Array(rois)).values, seed(features, rois))
 
 
 def test_without_torch():

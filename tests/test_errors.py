@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import roialign
-from backends import array, operations, pair, per_image, taken_apart
+from backends import Foreign, array, operations, pair, per_image, taken_apart
 from oracle import Problem
 
 FEATURES = np.arange(2 * 3 * 8 * 9, dtype=np.float32).reshape(2, 3, 8, 9)
@@ -232,25 +232,10 @@ TABLES = {
 }
 
 
-class Foreign(Exception):
-    """An array that the library has not."""
-
-
-def own(backend, value):
-    """What a user of the library would give: its own arrays, in the place of NumPy's."""
-    if type(value) in (list, tuple):
-        return type(value)(own(backend, each) for each in value)
-    if type(value) is not np.ndarray or backend.name == "numpy":
-        return value
-    if value.dtype.name not in backend.holds or not value.dtype.isnative:
-        raise Foreign
-    return backend.array(value)
-
-
 def attempt(backend, operation, **changed):
     """The call as a function of its first array and of the RoIs, which is what is compiled."""
     function, arguments = OPERATIONS[operation]
-    arguments = {name: own(backend, value) for name, value in (arguments | changed).items()}
+    arguments = {name: backend.own(value) for name, value in (arguments | changed).items()}
     name = next(iter(arguments))
     first, rois = arguments.pop(name), arguments.pop("rois")
     form, parts = taken_apart(rois)
@@ -280,7 +265,7 @@ def entries(backend, operation):
         if "fast" not in backend.traits and key in shown:
             continue
         try:
-            own(backend, list(changed.values()))
+            backend.own(list(changed.values()))
         except Foreign:
             continue
         shown.add(key)
@@ -354,7 +339,7 @@ def test_type_errors_come_before_value_errors_before_index_errors(
 
 @pytest.mark.backends("fast")
 def test_arrays_of_another_library(backend):
-    features, rois = (own(backend, each) for each in (FEATURES, ROIS))
+    features, rois = (backend.own(each) for each in (FEATURES, ROIS))
     if backend.name != "numpy":
         given = rf"`rois` must be a {backend.family}\.\w+, got numpy.ndarray"
         with pytest.raises(TypeError, match=given):

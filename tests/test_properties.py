@@ -40,7 +40,7 @@ def problems(draw):
     shape = images, channels, draw(st.integers(1, 12)), draw(st.integers(1, 12))
     dtype = draw(st.sampled_from(tolerance.DTYPES))
     drawn = np.array(draw(st.lists(boxes, max_size=6)), np.float64).reshape(-1, 4)
-    boxes_dtype = draw(st.sampled_from([np.float32, np.float64]))
+    boxes_dtype = draw(st.sampled_from(tolerance.DTYPES))
     with np.errstate(over="ignore"):
         drawn = drawn.astype(boxes_dtype)
     scales = st.sampled_from([1.0, 0.0625, 0.7, 2.0]) | st.floats(0.01, 4)

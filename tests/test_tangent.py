@@ -10,8 +10,6 @@ import tolerance
 from roialign import _core, _rule, numpy as adapter
 from roialign._rois import Rois
 
-STEP = 1e-4
-
 
 def rule(problem):
     return problem.scale, _rule.vector(problem.convention, problem.sampling)
@@ -54,32 +52,6 @@ def test_oracle(draw, convention, dtype, sampling):
     tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected, v))
 
 
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_central_differences(draw, convention, sampling):
-    problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64, count=60)
-    smooth = oracle.smooth(problem, STEP * v)
-    assert smooth.sum() > 30
-    g[~smooth] = 0
-    before, after = (replace(problem, boxes=problem.boxes + s * STEP * v) for s in (-1, 1))
-    expected = (forward(after) - forward(before)) / (2 * STEP)
-    np.testing.assert_allclose(forward(problem, v)[smooth], expected[smooth], rtol=0, atol=1e-10)
-    expected = (adjoint(after, g) - adjoint(before, g)) / (2 * STEP)
-    np.testing.assert_allclose(adjoint(problem, g, v), expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_one_bilinear_form(draw, convention, sampling):
-    """<G, forward'(F; v)> = <F, adjoint'(G; v)> = <v, box_gradient(G, F)>."""
-    problem, g, v = draw(convention=convention, sampling=sampling, dtype=np.float64)
-    rois = Rois(*problem.rois)
-    d_boxes = adapter.box_gradient(g, (problem.features,), rois, *rule(problem))
-    expected = np.vdot(v, d_boxes)
-    np.testing.assert_allclose(np.vdot(g, forward(problem, v)), expected, rtol=1e-11)
-    np.testing.assert_allclose(
-        np.vdot(problem.features, adjoint(problem, g, v)), expected, rtol=1e-11
-    )
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_layouts_of_the_tangent(draw, layouts, count):
     problem, g, v = draw(count=count)
@@ -108,13 +80,6 @@ def test_the_core_reads_no_misaligned_array(draw, layouts):
             )
     with pytest.raises(ValueError, match="aligned"):
         _core.box_gradient(g, problem.features, scales, rois, None, vector, moved(d_boxes), 1)
-
-
-def test_linear_in_the_tangent(draw):
-    problem, g, v = draw()
-    assert not forward(problem, 0 * v).any() and not adjoint(problem, g, 0 * v).any()
-    np.testing.assert_array_equal(forward(problem, 4 * v), 4 * forward(problem, v))
-    np.testing.assert_array_equal(adjoint(problem, g, 4 * v), 4 * adjoint(problem, g, v))
 
 
 def test_not_finite(draw, convention):

@@ -87,25 +87,6 @@ def test_bits_are_those_of_numpy(make_problem, dtype, layout):
 # The forms of rois, and out=
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_out(make_problem, layout):
-    problem = make_problem()
-    expected = pool(problem)
-    out = LAYOUTS[layout](torch.full_like(expected, torch.nan))
-    boxes, index = torch_rois(problem)
-    features = tensor(problem.features)
-    result = roialign.roi_align(features, (boxes, index), problem.size, **problem.options, out=out)
-    assert result is out and torch.equal(out, expected)
-    d_features = torch.full_like(features, torch.nan)
-    roialign.roi_align_adjoint(
-        expected, (boxes, index), features.shape, **problem.options, out=d_features
-    )
-    assert torch.equal(
-        d_features,
-        roialign.roi_align_adjoint(expected, (boxes, index), features.shape, **problem.options),
-    )
-
-
 def test_out_is_refused_where_a_gradient_is_needed(make_problem):
     problem = make_problem()
     features, rois = tensor(problem.features).requires_grad_(), torch_rois(problem)
