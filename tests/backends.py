@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -116,9 +117,23 @@ class Backend:
 
         return self.run(box_gradient, d_output, features, *rois)
 
-    def layers(self, *arguments):
+    @contextmanager
+    def threads(self, count):
+        """Its calls have so many."""
+        before = roialign.get_num_threads()
+        roialign.set_num_threads(count)
+        try:
+            yield
+        finally:
+            roialign.set_num_threads(before)
+
+    @property
+    def layer_kinds(self):
         """`ROIAlign`, and the framework's own."""
-        return [roialign.ROIAlign(*arguments)]
+        return [roialign.ROIAlign]
+
+    def layers(self, *arguments):
+        return [kind(*arguments) for kind in self.layer_kinds]
 
     def fair(self, problem):
         """Without the RoIs of which the oracle does not know its results."""
@@ -183,8 +198,19 @@ class Torch(Backend):
             return tensor.view(self.torch.int16).numpy().view(tolerance.BFLOAT16)
         return tensor.numpy()
 
-    def layers(self, *arguments):
-        return [*super().layers(*arguments), roialign.torch.ROIAlign(*arguments)]
+    @contextmanager
+    def threads(self, count):
+        before = self.torch.get_num_threads()
+        self.torch.set_num_threads(count)
+        try:
+            with super().threads(count):
+                yield
+        finally:
+            self.torch.set_num_threads(before)
+
+    @property
+    def layer_kinds(self):
+        return [roialign.ROIAlign, roialign.torch.ROIAlign]
 
     def grad(self, function, argnums=0):
         """By autograd: of a function that gives a number."""
@@ -365,8 +391,9 @@ class MindSpore(Backend):
             return tensor.astype(self.mindspore.float32).asnumpy().astype(tolerance.BFLOAT16)
         return tensor.asnumpy()
 
-    def layers(self, *arguments):
-        return [*super().layers(*arguments), roialign.mindspore.ROIAlign(*arguments)]
+    @property
+    def layer_kinds(self):
+        return [roialign.ROIAlign, roialign.mindspore.ROIAlign]
 
     def grad(self, function, argnums=0):
         return self.mindspore.grad(self.way(function), argnums)

@@ -195,14 +195,23 @@ def check_every_element_is_written(dtype):
         )
         d_output = np.ones((len(rois), *SIZE, channels), dtype).transpose(0, 3, 1, 2)
         d_output = d_output if last else np.ascontiguousarray(d_output)
-        for _ in range(2):
+        for _ in range(2):  # the second time in the memory of the first
+            results = None
             results = three(problem)(features, d_output, *problem.rois)
-            for result in results:
-                assert np.isfinite(result.astype(np.float32)).all()
-            assert (results[1][2] == 0).all()
-            for result in results:
-                result[...] = NAN
-            del results, result
+            check_and_poison(results)
+        pair, options = problem.rois, problem.options
+        roialign.roi_align(features, pair, SIZE, **options, out=results[0])
+        roialign.roi_align_adjoint(d_output, pair, features.shape, **options, out=results[1])
+        given = d_output, features, pair
+        roialign.roi_align_box_gradient(*given, **options, out=results[2])
+        check_and_poison(results)
+
+
+def check_and_poison(results):
+    assert (results[1][2] == 0).all()
+    for result in results:
+        assert np.isfinite(result.astype(np.float32)).all()
+        result[...] = NAN
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

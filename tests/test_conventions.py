@@ -84,19 +84,13 @@ def test_mapping_is_read_only():
 
 
 @pytest.mark.parametrize("alias", [*NUMBERS, *ALIASES])
-def test_a_name_means_its_record_in_every_operation(alias):
-    d_output = np.ones((2, 3, 4, 3))
-    for sampling_ratio in (0, 2):
-        named, recorded = (
-            {"convention": convention, "sampling_ratio": sampling_ratio, "spatial_scale": 0.6}
-            for convention in (alias, conventions[ALIASES.get(alias, alias)])
-        )
-        for call in (
-            lambda o: roialign.roi_align(FEATURES, ROIS, (4, 3), **o),
-            lambda o: roialign.roi_align_adjoint(d_output, ROIS, FEATURES.shape, **o),
-            lambda o: roialign.roi_align_box_gradient(d_output, FEATURES, ROIS, **o),
-        ):
-            assert call(named).tobytes() == call(recorded).tobytes()
+def test_a_name_means_its_record(alias):
+    record = conventions[ALIASES.get(alias, alias)]
+    named, recorded = (
+        roialign.roi_align(FEATURES, ROIS, (4, 3), convention=convention, spatial_scale=0.6)
+        for convention in (alias, record)
+    )
+    assert named.tobytes() == recorded.tobytes()
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "conventions.md"
@@ -132,17 +126,6 @@ def test_the_page_has_every_alias():
     assert set(found) == set(conventions) - set(NUMBERS)
     for alias, name in found.items():
         assert conventions[alias] == conventions[name]
-
-
-def test_every_convention_is_another_function():
-    results = [
-        roialign.roi_align(FEATURES, small, 3, spatial_scale=0.6, convention=name)
-        for name in NUMBERS
-        for small in [np.array([[0, 6.2, 5.1, 6.9, 5.7], [1, 1.0, 2.0, 15.0, 14.5]])]
-    ]
-    for i, a in enumerate(results):
-        for b in results[:i]:
-            assert np.abs(a - b).max() > 1e-3
 
 
 def test_default_is_half_pixel():
@@ -266,46 +249,3 @@ def test_made_by_the_user():
     assert value(thin) == 10.25
     assert value(thin, min_size=3.0) == 11.5
     assert value(box, min_size=3.0) == 12.0
-
-
-def test_adaptive_counts_samples():
-    # size / P = 2.5: three samples at 10 + 2.5 (i + 1/2) / 3, or two at 10 + 2.5 (i + 1/2) / 2
-    square = np.broadcast_to(np.arange(32.0) ** 2, (1, 1, 32, 32))
-    box = np.array([[0, 10.0, 10.0, 12.5, 12.5]])
-    for adaptive, n in (("ceil", 3), ("floor", 2)):
-        p = 10 + 2.5 * (np.arange(n) + 0.5) / n
-        lo = np.floor(p)
-        expected = np.mean((1 - (p - lo)) * lo**2 + (p - lo) * (lo + 1) ** 2)
-        y = roialign.roi_align(square, box, 1, convention=Convention(adaptive=adaptive))
-        np.testing.assert_allclose(y.item(), expected, rtol=1e-14)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.25, 0.6])
-def test_mindspore_is_half_pixel_of_a_shifted_box(scale):
-    boxes = ROIS[:, 1:]
-    shift = np.array([0.5, 0.5, 0.5, 0.5]) / scale + [0, 0, 1, 1]
-    shifted = np.column_stack([ROIS[:, 0], boxes + shift])
-    options = {"spatial_scale": scale, "sampling_ratio": 3}
-    a = roialign.roi_align(FEATURES, ROIS, (4, 3), convention="mindspore", **options)
-    b = roialign.roi_align(FEATURES, shifted, (4, 3), convention="half_pixel", **options)
-    # positions below 32 differ by a few roundings of 2^-53 * 32, slopes of the map are below 2 max
-    assert np.abs(a - b).max() < 16 * 2.0**-53 * 32 * np.abs(FEATURES).max()
-    assert np.abs(a).max() > 0.1
-
-
-@pytest.mark.parametrize("box", [[1.3, 2.1, 13.2, 17.9], [8.0, 8.0, 8.2, 8.1]])
-def test_mindspore_legacy_is_asymmetric_on_a_fixed_grid(box):
-    rois = np.array([[0, *box]])
-    for sampling_ratio in (1, 2, 3):
-        a, b = (
-            roialign.roi_align(
-                FEATURES,
-                rois,
-                3,
-                spatial_scale=0.6,
-                convention=convention,
-                sampling_ratio=sampling_ratio,
-            )
-            for convention in ("mindspore_legacy", "asymmetric")
-        )
-        assert a.tobytes() == b.tobytes()

@@ -1,7 +1,9 @@
 """What `import roialign` loads, what it offers, and the settings that are read at import."""
 
+import importlib.util
 import os
 import re
+import subprocess
 import sys
 import types
 
@@ -82,7 +84,6 @@ def test_nothing_else_is_imported():
 
 def check_nothing_else_is_imported_afresh():
     # a second interpreter: this module has imported pytest and roialign already
-    import subprocess
     from inspect import getsource
 
     code = f"import sys\n{getsource(check_nothing_else_is_imported)}\n"
@@ -92,6 +93,14 @@ def check_nothing_else_is_imported_afresh():
     loaded = {name.split(".")[0] for name in ran.stdout.split()}
     assert not loaded & FRAMEWORKS, loaded & FRAMEWORKS
     assert "roialign" in loaded
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "mindspore"])
+def test_a_library_is_imported_with_its_adapter(name):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}")
+    code = f"import sys, roialign; assert {name!r} not in sys.modules; roialign.{name}"
+    subprocess.run([sys.executable, "-c", f"{code}; assert {name!r} in sys.modules"], check=True)
 
 
 def test_public_names():

@@ -281,20 +281,6 @@ def test_without_64_bits(make_problem):
         same(d_boxes, explicit)
 
 
-def test_threads(make_problem):
-    problem = make_problem(shape=(1, 64, 40, 40), count=40)
-    f = jax.jit(lambda *x: pool(problem, *x))
-    before, expected = roialign.get_num_threads(), None
-    try:
-        for threads in (1, 2, 3):
-            roialign.set_num_threads(threads)
-            output = f(*leaves(problem))
-            expected = output if expected is None else expected
-            same(output, expected)
-    finally:
-        roialign.set_num_threads(before)
-
-
 def test_calls_from_many_threads(make_problem):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -501,14 +487,6 @@ def test_dense_is_jax_alone(dense, make_problem):
 
 
 # The module
-
-
-def test_jax_is_not_imported():
-    code = (
-        "import sys, roialign; assert 'jax' not in sys.modules; "
-        "roialign.jax; assert 'jax' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_older_jax_is_refused():

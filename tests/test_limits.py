@@ -6,7 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+import oracle
 import roialign
+from backends import array, operations as operations_of, pair, per_image
 from isolation import isolated
 
 FEATURES = np.ones((1, 2, 8, 9), np.float32)
@@ -27,8 +29,8 @@ def operations(backend, output_size=2, feature_shape=FEATURES.shape, **options):
 def layers(backend, height=2, width=2, samples=2):
     """Makers of the layers of a library."""
     arguments = height, width, 1.0, samples
-    yield lambda: roialign.ROIAlign(*arguments)
-    yield lambda: backend.layers(*arguments)[-1]
+    for kind in backend.layer_kinds:
+        yield lambda kind=kind: kind(*arguments)
     if backend.name == "torch":
         from roialign.compat import detectron2, torchvision
 
@@ -155,40 +157,27 @@ def deleted(array):
 GONE = {"torch": [emptied, emptied_view], "jax": [deleted]}  # others keep theirs
 
 
-def forms(rois, index):
-    """All forms of rois: what makes them of named arrays, and these."""
-    boxes = rois[:, 1:]
-    yield lambda rois: rois, {"rois": rois}
-    yield lambda boxes, image_index: (boxes, image_index), {"boxes": boxes, "image_index": index}
-    yield lambda first: [first], {"first": boxes}
-
-
-def calls_on(features, rois, d_output, index):
-    """Each operation with each form of rois, as a function of named arrays, and these."""
-    for form, parts in forms(rois, index):
-
-        def forward(features, form=form, **parts):
-            return roialign.roi_align(features, form(**parts), 2)
-
-        def adjoint(d_output, features, form=form, **parts):
-            rois = form(**parts)
-            return roialign.roi_align_adjoint(d_output, rois, FEATURES.shape, features=features)
-
-        def box_gradient(d_output, features, form=form, **parts):
-            return roialign.roi_align_box_gradient(d_output, features, form(**parts))
-
-        yield forward, {"features": features, **parts}
-        for call in (adjoint, box_gradient):
-            yield call, {"d_output": d_output, "features": features, **parts}
-
-
 @pytest.mark.backends("fast", "grad")
-def test_memory_that_is_gone_is_an_error_that_names_the_argument(backend):
-    arrays = backend.array((FEATURES, ROIS, D_OUTPUT, np.zeros(1, np.int32)))
-    for call, given in calls_on(*arrays):
-        call(**given)
-        for argument, gone in product(given, GONE.get(backend.name, [])):
-            shown = "rois[0]" if argument == "first" else argument
-            with pytest.raises(TypeError) as caught:
-                call(**given | {argument: gone(given[argument])})
-            assert str(caught.value).startswith(f"`{shown}` must be in memory"), caught.value
+@pytest.mark.parametrize(
+    "form, names", [(array, ["rois"]), (pair, ["boxes", "image_index"]), (per_image, ["rois[0]"])]
+)
+def test_memory_that_is_gone_is_an_error_that_names_the_argument(backend, form, names):
+    of_form = {array: [ROIS], pair: [ROIS[:, 1:], np.zeros(1, np.int32)], per_image: [ROIS[:, 1:]]}
+    names = ["features", "d_output", *names]
+    arrays = backend.array([FEATURES, D_OUTPUT, *of_form[form]])
+    problem = oracle.Problem(FEATURES, ROIS[:, 1:], None, (2, 2), convention="half_pixel")
+    forward, _, box_gradient = operations_of(problem, form)
+
+    def adjoint(features, d_output, *rois):
+        rois = form(*rois)
+        return roialign.roi_align_adjoint(d_output, rois, FEATURES.shape, features=features)
+
+    for call, (i, name), gone in product(
+        (forward, adjoint, box_gradient), enumerate(names), GONE.get(backend.name, [])
+    ):
+        call(*arrays)
+        if call is forward and name == "d_output":
+            continue
+        with pytest.raises(TypeError) as caught:
+            call(*arrays[:i], gone(arrays[i]), *arrays[i + 1 :])
+        assert str(caught.value).startswith(f"`{name}` must be in memory"), caught.value

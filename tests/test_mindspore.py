@@ -85,21 +85,6 @@ def problem(make_problem):
 # Values
 
 
-def test_documentation_example():
-    # of mindspore.ops.ROIAlign, with one import changed
-    from roialign import ROIAlign
-
-    features = Tensor(np.array([[[[1.0, 2.0], [3.0, 4.0]]]]), mindspore.float32)
-    rois = Tensor(np.array([[0, 0.2, 0.3, 0.2, 0.3]]), mindspore.float32)
-    roi_align = ROIAlign(2, 2, 0.5, 2)
-    output = roi_align(features, rois)
-    expected = np.array([[[[1.775, 2.025], [2.275, 2.525]]]], np.float32)
-    assert type(output) is Tensor and output.dtype == mindspore.float32
-    np.testing.assert_allclose(output.asnumpy(), expected, rtol=2**-23, atol=0)
-    theirs = mindspore.ops.ROIAlign(2, 2, 0.5, 2)(features, rois)
-    np.testing.assert_allclose(output.asnumpy(), theirs.asnumpy(), rtol=2**-22, atol=0)
-
-
 LAYOUTS = {
     "channels_last": lambda t: t.transpose(0, 2, 3, 1).contiguous().transpose(0, 3, 1, 2),
     "sliced": lambda t: ops.repeat_interleave(t, 2, 3)[..., ::2],
@@ -300,33 +285,12 @@ assert abs(gradient.sum() - 4) < 1e-5, gradient
     assert done.returncode == 0, done.stderr
 
 
-def test_threads(make_problem):
-    problem = make_problem(shape=(1, 64, 40, 40), count=40)
-    before, expected = roialign.get_num_threads(), None
-    try:
-        for threads in (1, 2, 3):
-            roialign.set_num_threads(threads)
-            output = pooling(problem)(*arguments(problem)).asnumpy()
-            expected = output if expected is None else expected
-            assert np.array_equal(output, expected)
-    finally:
-        roialign.set_num_threads(before)
-
-
 # The layer
 
 
 def test_layer():
     layer = roialign.mindspore.ROIAlign(2, 3, 0.5, -1, 0)
     assert isinstance(layer, nn.Cell) and not layer.trainable_params()
-    shown = "pooled_height=2, pooled_width=3, spatial_scale=0.5, sample_num=-1, roi_end_mode=0"
-    assert shown in repr(layer)
-    with pytest.raises(TypeError, match="`features` must be a mindspore.Tensor, got numpy.ndarray"):
-        layer(FEATURES.asnumpy(), ROIS.asnumpy())
-    with pytest.raises(TypeError, match="`pooled_height`"):
-        roialign.mindspore.ROIAlign(2.0, 2, 0.5)
-    with pytest.raises(ValueError, match="`roi_end_mode`"):
-        roialign.mindspore.ROIAlign(2, 2, 0.5, 2, 2)
 
 
 def test_layer_in_a_model(mode):
@@ -357,11 +321,3 @@ def test_example_learns_the_same(monkeypatch, graph):
         mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert np.mean(ours[-2:]) < np.mean(ours[:2])
-
-
-def test_mindspore_is_not_imported():
-    code = (
-        "import sys, roialign; assert 'mindspore' not in sys.modules; "
-        "roialign.mindspore; assert 'mindspore' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

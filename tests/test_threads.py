@@ -12,6 +12,7 @@ import pytest
 
 import roialign
 import tolerance
+from backends import three
 from isolation import isolated
 
 pytestmark = pytest.mark.serial
@@ -64,6 +65,18 @@ def test_same_bits(make_problem, layouts, options, layout):
     for threads in (2, 3, 8, 8, 1):
         roialign.set_num_threads(threads)
         assert results(problem, layouts[layout]) == expected
+
+
+@pytest.mark.backends("values", "exact")
+def test_same_bits_of_every_backend(backend, make_problem):
+    problem = make_problem(shape=(1, 64, 40, 40), count=40)
+    given, expected = (problem.features, problem.draw_output(), *problem.rois), None
+    for threads in (1, 2, 3):
+        with backend.threads(threads):
+            arrays = backend.run(three(problem), *given)
+        found = [array.tobytes() for array in arrays]
+        expected = expected or found
+        assert found == expected
 
 
 @pytest.mark.parametrize("layout", ["unaligned", "shifted"])

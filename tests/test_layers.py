@@ -1,0 +1,172 @@
+"""`ROIAlign`, and the layers of frameworks: MindSpore's operator, exactly, with all its errors."""
+
+import copy
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from backends import Foreign
+from roialign import ROIAlign
+
+FEATURES = np.random.default_rng(3).standard_normal((2, 5, 9, 11)).astype(np.float32)
+ROIS = np.array([[0, 1.5, 2, 30, 25], [1, 0, 0, 43, 35], [0, 20.25, 8.5, 22, 30]], np.float32)
+ARGUMENTS = {
+    "pooled_height": 3,
+    "pooled_width": 2,
+    "spatial_scale": 0.25,
+    "sample_num": 2,
+    "roi_end_mode": 1,
+}
+VALUES = tuple(ARGUMENTS.values())
+
+
+@pytest.mark.backends("values")
+def test_the_example_of_mindspores_documentation(backend):
+    features = np.array([[[[1.0, 2.0], [3.0, 4.0]]]], np.float32)
+    rois = np.array([[0, 0.2, 0.3, 0.2, 0.3]], np.float32)
+    for layer in backend.layers(2, 2, 0.5, 2):
+        y = backend.run(layer, features, rois)
+        np.testing.assert_allclose(y, [[[[1.775, 2.025], [2.275, 2.525]]]], rtol=1e-6)
+        assert y.dtype == np.float32
+
+
+@pytest.mark.backends("values")
+@pytest.mark.parametrize("roi_end_mode, convention", [(1, "mindspore"), (0, "mindspore_legacy")])
+@pytest.mark.parametrize("sample_num", [-3, 0, 2])
+def test_is_roi_align_of_the_mindspore_conventions(backend, roi_end_mode, convention, sample_num):
+    """Also where a layer is used again."""
+    options = {"spatial_scale": 0.25, "sampling_ratio": sample_num, "convention": convention}
+    expected = backend.roi_align(FEATURES, ROIS, (3, 2), **options)
+    for layer in backend.layers(3, 2, 0.25, sample_num, roi_end_mode):
+        first = backend.run(layer, FEATURES, ROIS)
+        backend.run(layer, FEATURES[:, :3], ROIS[:1])
+        for y in (first, backend.run(layer, FEATURES, ROIS)):
+            assert y.tobytes() == expected.tobytes()
+
+
+@pytest.mark.backends("fast")
+def test_defaults_repr_and_copies(backend):
+    shown = "pooled_height=3, pooled_width=2, spatial_scale=0.25, sample_num=2, roi_end_mode=1"
+    for layer in (*backend.layers(3, 2, 0.25), *backend.layers(*VALUES)):
+        for same in (layer, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+            assert shown in repr(same)
+            y = backend.run(same, FEATURES, ROIS)
+            assert np.array_equal(y, ROIAlign(*VALUES)(FEATURES, ROIS))
+
+
+def test_roi_end_mode_1_counts_the_last_pixel():
+    # linear map: a bin's mean is its centre; mode 1 moves the end by one pixel
+    ramp = np.broadcast_to(np.arange(40, dtype=np.float32), (1, 1, 40, 40))
+    box = np.array([[0, 4, 4, 11, 11]], np.float32)
+    assert ROIAlign(1, 1, 1.0)(ramp, box).item() == 8.0
+    assert ROIAlign(1, 1, 1.0, 2, 0)(ramp, box).item() == 7.5
+
+
+def test_adaptive_boxes_smaller_than_the_output_are_finite():
+    # floor(size / P) = 0: MindSpore gives NaN, the rule one sample per bin
+    box = np.array([[0, 8, 8, 8.5, 8.5]], np.float32)
+    for samples in (0, -1, -(10**30)):
+        y = ROIAlign(7, 7, 0.25, samples)(FEATURES, box)
+        assert (y == ROIAlign(7, 7, 0.25, 1)(FEATURES, box)).all() and np.isfinite(y).all()
+
+
+INTEGERS = [True, np.int64(1), np.int32(1), np.array(1), 1.0, np.float64(1), "1", None, (1,)]
+SCALES = [1, True, np.float32(0.25), np.float16(0.25), np.int64(1), np.array(0.25), "1", None]
+SCALES.append((0.25, 0.25))
+OUT_OF_RANGE = {
+    "pooled_height": [0, -1],
+    "pooled_width": [0, -9],
+    "spatial_scale": [0.0, -0.0, -0.25, float("nan"), float("inf"), float("-inf")],
+    "roi_end_mode": [2, -1, 3],
+}
+
+
+@pytest.mark.backends("fast")
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_are_checked_at_construction(backend, name):
+    """They are Python's int and float, of which NumPy's float64 is one."""
+    kind, wrong = (float, SCALES) if name == "spatial_scale" else (int, INTEGERS)
+    for layer in backend.layer_kinds:
+        for value in wrong:
+            with pytest.raises(TypeError, match=f"`{name}`.*{type(value).__name__}") as caught:
+                layer(**ARGUMENTS | {name: value})
+            if isinstance(value, (int, float, np.generic)):
+                assert f"{kind.__name__}(" in str(caught.value)  # the cast
+        for value in OUT_OF_RANGE.get(name, []):
+            with pytest.raises(ValueError, match=rf"`{name}`.*{re.escape(str(value))}"):
+                layer(**ARGUMENTS | {name: value})
+        layer(**ARGUMENTS | {"spatial_scale": np.float64(0.25)})
+
+
+def test_type_errors_come_first():
+    with pytest.raises(TypeError, match="`roi_end_mode`"):
+        ROIAlign(0, 0, -1.0, 2, 1.0)
+    with pytest.raises(TypeError, match="`rois`"):
+        ROIAlign(*VALUES)(FEATURES[0], ROIS.tolist())
+    bad_index = ROIS + np.float32([9, 0, 0, 0, 0])
+    with pytest.raises(TypeError, match="`features`"):
+        ROIAlign(*VALUES)(FEATURES.astype(int), bad_index)
+    with pytest.raises(ValueError, match="`features`"):
+        ROIAlign(*VALUES)(FEATURES[0], bad_index)
+
+
+def test_arguments_have_no_other_names():
+    with pytest.raises(TypeError):
+        ROIAlign(2, 2)
+    with pytest.raises(TypeError):
+        ROIAlign(2, 2, 1.0, sampling_ratio=2)
+    with pytest.raises(TypeError):
+        ROIAlign(2, 2, 1.0)(FEATURES)
+
+
+REFUSED = [  # by a call: it takes floats, and no form of rois but rows
+    ("rois", ROIS.tolist(), TypeError, "list"),
+    ("rois", [ROIS[:2, 1:], ROIS[2:, 1:]], TypeError, "list"),
+    ("rois", (ROIS[:, 1:], np.zeros(3, np.int64)), TypeError, "tuple"),
+    ("rois", None, TypeError, "None"),
+    *(("rois", ROIS.astype(d), TypeError, d) for d in ("int32", "int64", "uint8", "bool")),
+    ("rois", ROIS.astype(complex), TypeError, "complex128"),
+    ("rois", ROIS.astype(">f4"), TypeError, ">f4|big-endian"),
+    ("rois", np.ma.masked_array(ROIS), TypeError, "MaskedArray"),
+    ("rois", ROIS[:, 1:], ValueError, r"\(3, 4\)"),
+    ("rois", np.zeros((3, 6), np.float32), ValueError, r"\(3, 6\)"),
+    ("rois", ROIS[0], ValueError, r"\(5,\)"),
+    ("rois", ROIS[None], ValueError, r"\(1, 3, 5\)"),
+    ("rois", np.zeros((0, 4), np.float32), ValueError, r"\(0, 4\)"),
+    ("features", FEATURES.tolist(), TypeError, "list"),
+    ("features", None, TypeError, "None"),
+    ("features", FEATURES.astype(np.int32), TypeError, "int32"),
+    ("features", FEATURES.astype(np.complex64), TypeError, "complex64"),
+    ("features", FEATURES.astype(">f4"), TypeError, ">f4|big-endian"),
+    ("features", FEATURES.astype(object), TypeError, "object"),
+    ("features", np.ma.masked_array(FEATURES), TypeError, "MaskedArray"),
+    ("features", FEATURES[0], ValueError, r"\(5, 9, 11\)"),
+    ("features", FEATURES[None], ValueError, r"\(1, 2, 5, 9, 11\)"),
+    ("features", FEATURES[:0], ValueError, r"\(0, 5, 9, 11\)"),
+    ("features", FEATURES[:, :, :0], ValueError, r"\(2, 5, 0, 11\)"),
+]
+
+
+@pytest.mark.backends("fast")
+def test_errors_of_a_call(backend):
+    for layer in backend.layers(*VALUES):
+        for name, value, error, received in REFUSED:
+            try:
+                given = backend.own([FEATURES, ROIS, value])
+            except Foreign:
+                continue
+            given = dict(zip(("features", "rois", name), given, strict=True))
+            with pytest.raises(error, match=f"(?i)`{name}`.*({received})"):
+                layer(given["features"], given["rois"])
+        for index in (2, -1, 0.5, np.nan, np.inf):
+            # MindSpore rounds a fraction and reads out of bounds for NaN
+            rois = ROIS.copy()
+            rois[2, 0] = index
+            with pytest.raises(IndexError, match=rf"\b2\b.*{re.escape(f'{index:g}')}"):
+                layer(*backend.array((FEATURES, rois)))
+    for kind in backend.layer_kinds[1:]:
+        given = rf"`features` must be a {backend.family}.Tensor, got numpy.ndarray"
+        with pytest.raises(TypeError, match=given):
+            kind(*VALUES)(FEATURES, ROIS)
