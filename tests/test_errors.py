@@ -434,7 +434,7 @@ def rois_for(form, images, count):
     return (boxes, index) if form is pair else (np.column_stack([index, boxes]).astype("f4"),)
 
 
-@pytest.mark.backends("values", "-interprets")
+@pytest.mark.backends("values")
 @pytest.mark.parametrize("form", [array, pair, per_image])
 @pytest.mark.parametrize(
     "count, shape",

@@ -5,42 +5,32 @@ TRITON_INTERPRET=0 on the GPU that is there.
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-import oracle
 import roialign
-import tolerance
+from backends import choose, operations, pooling
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
 import roialign.torch.kernels as kernels_of_torch  # noqa: E402
+from roialign import _rule  # noqa: E402
 from roialign._triton import kernels  # noqa: E402
-from test_torch import OPTIONS, RULE, array, tensor  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
 )  # torch's own
 
-DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-SIZE = (2, 3)
-
-
-def on_device(array):
-    return tensor(array).to(DEVICE)
-
-
-def on_host(tensor):
-    return array(tensor.cpu())
-
-
-def folder_of(tensor):
-    """A tensor of the CPU passes for one of a GPU."""
-    return None if tensor.is_meta else "_triton"
+(GPU,) = choose("interprets")
+DEVICE, SIZE = GPU.device, (2, 3)
+KERNELS = (
+    ["axis_taps", "forward"],
+    ["axis_taps", "touched", "adjoint"],
+    ["axis_taps", "box_gradient", "sum_blocks"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +42,7 @@ def launched(monkeypatch):
         names.append(kernel.fn.__name__)
         return launch(kernel, grid, inputs, outputs, **constants)
 
-    if DEVICE == "cpu":
-        monkeypatch.setattr(kernels_of_torch, "home", folder_of)
+    GPU.start(monkeypatch)
     monkeypatch.setattr(kernels_of_torch, "launch", spy)
     return names
 
@@ -73,130 +62,88 @@ def problem(make_problem):
 
 
 def arguments(problem):
-    return [on_device(a) for a in (problem.features, problem.boxes, problem.index)]
+    return GPU.array([problem.features, *problem.rois])
 
 
-def same_as_the_core(function, *arguments):
-    """`function` of tensors, on the device and with the core: equal but for rounding of float64."""
-    results = function(*arguments)
-    with core():
-        expected = function(*[argument.cpu() for argument in arguments])
-    flat, _ = torch.utils._pytree.tree_flatten(results)
-    flat_expected, _ = torch.utils._pytree.tree_flatten(expected)
-    assert len(flat) == len(flat_expected)
-    for result, value in zip(flat, flat_expected, strict=True):
-        assert result.device.type == DEVICE
-        torch.testing.assert_close(result.cpu(), value, rtol=1e-12, atol=1e-12)
+def rule_of(problem):
+    return _rule.vector(problem.convention, problem.sampling)
 
 
-def pool(features, boxes, index):
-    options = OPTIONS | {"convention": "half_pixel"}
-    return roialign.roi_align(features, (boxes, index), SIZE, **options)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernels_and_layouts(make_problem, layouts, launched, layout):
+    """The values of float32 in NCHW are those of all backends' tests."""
+    problem = make_problem(shape=(2, 16, 5, 6), count=4, size=SIZE, sampling=0)
+    g, of_layout = problem.draw_output(), layouts[layout]
+    given = GPU.array((of_layout(problem.features), of_layout(g), *problem.rois))
+    results = []
+    for operation, names in zip(operations(problem), KERNELS, strict=True):
+        launched.clear()
+        results.append(operation(*given))
+        assert launched == names and results[-1].device == given[0].device
+    memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
+    assert all(result.is_contiguous(memory_format=memory_format) for result in results[:2])
+    GPU.check(problem, g, *GPU.numpy(results))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-def test_oracle(make_problem, launched, dtype, layout):
-    problem = make_problem(dtype=dtype, shape=(2, 16, 5, 6), count=4, size=SIZE, sampling=0)
-    features = on_device(problem.features).contiguous(memory_format=layout)
-    rois = on_device(problem.boxes), on_device(problem.index)
-    output = roialign.roi_align(features, rois, SIZE, **problem.options)
-    assert launched == ["axis_taps", "forward"]
-    assert output.device == features.device and output.is_contiguous(memory_format=layout)
-    expected = oracle.forward(problem)
-    tolerance.check(on_host(output), expected, tolerance.forward(problem, expected))
-
-    g = problem.draw_output()
-    d_output = on_device(g).contiguous(memory_format=layout)
-    launched.clear()
-    d_features = roialign.roi_align_adjoint(d_output, rois, features.shape, **problem.options)
-    assert launched == ["axis_taps", "touched", "adjoint"]
-    assert d_features.device == features.device and d_features.is_contiguous(memory_format=layout)
-    expected = oracle.adjoint(problem, g)
-    tolerance.check(on_host(d_features), expected, tolerance.adjoint(problem, g, expected))
-
-    launched.clear()
-    d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **problem.options)
-    assert launched == ["axis_taps", "box_gradient", "sum_blocks"]
-    assert d_boxes.device == features.device
-    expected = oracle.box_gradient(problem, g)
-    tolerance.check(on_host(d_boxes), expected, tolerance.box_gradient(problem, g, expected))
-
-
-def test_integer_boxes():
-    features = torch.rand(1, 2, 5, 6, device=DEVICE)
-    rois = torch.tensor([[0, 1, 1, 4, 3]], device=DEVICE)
-    output = roialign.roi_align(features, rois, SIZE)
-    assert torch.equal(output, roialign.roi_align(features, rois.float(), SIZE))
-    d_rois = roialign.roi_align_box_gradient(torch.ones_like(output), features, rois)
-    assert (d_rois.dtype, d_rois.shape) == (torch.float32, (1, 5))
-
-
-def test_empty(launched):
-    features, rois = torch.rand(2, 3, 5, 6, device=DEVICE), torch.zeros(0, 5, device=DEVICE)
-    assert roialign.roi_align(features, rois, SIZE).shape == (0, 3, *SIZE)
-    assert roialign.roi_align(features, [rois[:, 1:]] * 2, SIZE).shape == (0, 3, *SIZE)
-    assert roialign.roi_align(features[:, :0], torch.zeros(4, 5, device=DEVICE), SIZE).shape[0] == 4
-    d_output = torch.zeros(0, 3, *SIZE, device=DEVICE)
-    d_features = roialign.roi_align_adjoint(d_output, rois, features.shape)
-    assert d_features.shape == features.shape and not d_features.any()
-    assert roialign.roi_align_box_gradient(d_output, features, rois).shape == (0, 5)
-    d_rois = roialign.roi_align_box_gradient(
-        torch.zeros(4, 0, *SIZE, device=DEVICE), features[:, :0], torch.zeros(4, 5, device=DEVICE)
-    )
-    assert d_rois.shape == (4, 5) and not d_rois.any()
-    assert launched == []
-
-
-def test_out(make_problem):
-    problem = make_problem(shape=(2, 3, 5, 6), count=3, size=SIZE)
-    features, boxes, index = arguments(problem)
-    options = problem.options
-    expected = roialign.roi_align(features, (boxes, index), SIZE, **options)
-    wide = torch.full((3, 3, 2, 6), 7.0, device=DEVICE)
-    out = wide[..., ::2]
-    assert roialign.roi_align(features, (boxes, index), SIZE, **options, out=out) is out
-    assert torch.equal(out, expected)
-    assert (wide[..., 1::2] == 7).all()
-    rows = torch.cat([index[:, None], boxes], 1)
-    whole = torch.empty_like(expected)
-    assert roialign.roi_align(features, rows, SIZE, **options, out=whole) is whole
-    assert torch.equal(whole, expected)
-    memory = torch.zeros(1000, device=DEVICE)
-    overlapping = memory[:180].view(2, 3, 5, 6), memory[100:154].view(3, 3, *SIZE)
+def test_overlap_with_out_is_refused():
+    rows, memory = torch.zeros(3, 5, device=DEVICE), torch.zeros(1000, device=DEVICE)
+    features, out = memory[:180].view(2, 3, 5, 6), memory[100:154].view(3, 3, *SIZE)
     with pytest.raises(ValueError, match="`out` must not overlap an input"):
-        roialign.roi_align(overlapping[0], rows, SIZE, **options, out=overlapping[1])
+        roialign.roi_align(features, rows, SIZE, out=out)
     with pytest.raises(ValueError, match="`out` must not overlap itself"):
         itself = torch.as_strided(memory, (3, 3, *SIZE), (1, 1, 1, 1))
-        roialign.roi_align(features, rows, SIZE, **options, out=itself)
+        roialign.roi_align(features, rows, SIZE, out=itself)
 
 
 # Derivatives and transforms, by value
 
 
-def test_compile(problem):
-    def gradients(features, boxes, index):
-        features, boxes = features.requires_grad_(), boxes.requires_grad_()
-        compiled = torch.compile(pool, fullgraph=True, backend="aot_eager", dynamic=True)
-        return torch.autograd.grad(compiled(features, boxes, index).sum(), (features, boxes))
-
-    same_as_the_core(gradients, *arguments(problem))
+def compiled(function, given):
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-def test_export(problem):
+def exported(function, given):
     class Model(torch.nn.Module):
-        def forward(self, features, boxes, index):
-            return pool(features, boxes, index)
+        def forward(self, *given):
+            return function(*given)
 
-    given = tuple(arguments(problem))
     program = torch.export.export(Model(), given)
     assert "torch.ops.roialign.forward" in program.graph_module.code
-    same_as_the_core(lambda *given: program.module()(*given), *given)
+    return program.module()
+
+
+def deterministic(function, given):
+    def pool(*given):
+        torch.use_deterministic_algorithms(True)
+        try:
+            return function(*given)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return pool
+
+
+@pytest.mark.parametrize("way", [compiled, exported, deterministic])
+def test_ways_to_run(problem, way):
+    """The output and its gradients are the core's, but for rounding of float64."""
+
+    def results(*given):
+        leaves = [each.requires_grad_() for each in given[:2]]
+        output = way(pooling(problem), given)(*given)
+        return output, *torch.autograd.grad(output.square().sum(), leaves)
+
+    given = tuple(arguments(problem))
+    found = results(*given)
+    with core():
+        expected = results(*[each.detach().cpu() for each in given])
+    for actual, right in zip(found, expected, strict=True):
+        assert actual.device.type == DEVICE
+        torch.testing.assert_close(actual.cpu(), right, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck(problem):
     features, boxes, index = arguments(problem)
-    maps, rest = [features.requires_grad_()], (None, None, SIZE, (0.5, 0.4), RULE)
+    maps, rest = [features.requires_grad_()], (None, None, SIZE, problem.scale, rule_of(problem))
     given = (maps, boxes.requires_grad_(), index, *rest)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.roialign.forward.maps, given, test_utils=tests)
@@ -214,23 +161,6 @@ def test_autocast(make_problem):
     assert kinds == (torch.bfloat16, torch.bfloat16, torch.float32)
     same = roialign.roi_align(features.bfloat16(), (boxes, index), SIZE, **problem.options)
     assert torch.equal(output, same)
-
-
-def test_deterministic_algorithms(make_problem):
-    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
-    features, boxes, index = arguments(problem)
-
-    def gradient():
-        given = features.clone().requires_grad_()
-        roialign.roi_align(given, (boxes, index), SIZE, **problem.options).square().sum().backward()
-        return given.grad
-
-    expected = gradient()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.equal(gradient(), expected)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # Where the kernels come from
@@ -288,7 +218,7 @@ def test_what_does_not_fit_is_refused(problem, launched, wrong):
     else:
         given[wrong] = given[wrong][:, 1:] if wrong == "features" else given[wrong][1:]
     output, features, boxes, index, tangent = given.values()
-    rois, rest = (boxes, index, None), ((0.5, 0.4), RULE)
+    rois, rest = (boxes, index, None), (problem.scale, rule_of(problem))
     error = TypeError if wrong == "dtype" else ValueError
     operators = torch.ops.roialign
     if wrong == "tangent":
@@ -308,7 +238,7 @@ def test_what_does_not_fit_is_refused(problem, launched, wrong):
 @pytest.fixture
 def npu(monkeypatch):
     """Tensors of the CPU pass for an Ascend device's."""
-    monkeypatch.setattr(kernels_of_torch, "home", lambda t: folder_of(t) and "_ascend")
+    monkeypatch.setattr(kernels_of_torch, "home", lambda t: None if t.is_meta else "_ascend")
 
 
 def test_ascend_is_refused_by_default(npu, monkeypatch):
@@ -326,6 +256,7 @@ def test_ascend(npu, launched, monkeypatch, make_problem):
     problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
     features, boxes, index = arguments(problem)
     features, boxes = features.requires_grad_(), boxes.double().requires_grad_()
+    pool = pooling(problem)
     pool(features, boxes, index).square().sum().backward()
     names = "forward", "axis_weights", "touched", "adjoint", "axis_weights", "box_gradient"
     assert launched == ["axis_weights", *names, "sum_blocks"]
