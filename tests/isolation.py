@@ -1,4 +1,4 @@
-"""A test body in a fresh interpreter: a crash or a hang fails that test and nothing else."""
+"""A test body, or a program, in a fresh interpreter: a crash or a hang fails that test alone."""
 
 import os
 import subprocess
@@ -8,18 +8,29 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def isolated(body, *args, env=None, timeout=60):
+def python(*arguments, env=None, timeout=60, **options):
+    """The finished process, its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+
+
+def printed(*arguments, **options):
+    """What Python prints with these arguments, if it succeeds."""
+    ran = python(*arguments, **options)
+    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+def isolated(body, *args, **options):
     """Call `body(*args)`, a function of a test module, and return what it printed."""
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); "
         f"import {body.__module__} as module; module.{body.__name__}(*{args!r})"
     )
-    ran = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", code],
-        env=os.environ | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
+    return printed("-X", "faulthandler", "-c", code, **options)

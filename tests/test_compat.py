@@ -5,9 +5,6 @@ import inspect
 import io
 import math
 import pickle
-import subprocess
-import sys
-from inspect import Parameter
 
 import numpy as np
 import pytest
@@ -18,9 +15,6 @@ from conftest import golden_cases
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from roialign.compat import detectron2, torchvision  # noqa: E402
-
-EMPTY = Parameter.empty
-POSITIONAL, KEYWORD = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
 
 
 def random(seed, *shape, dtype=torch.float32):
@@ -42,61 +36,24 @@ def random_boxes(seed, count, size=100, dtype=torch.float32):
     [
         (
             torchvision.roi_align,
-            [
-                ("input", POSITIONAL, EMPTY),
-                ("boxes", POSITIONAL, EMPTY),
-                ("output_size", POSITIONAL, EMPTY),
-                ("spatial_scale", POSITIONAL, 1.0),
-                ("sampling_ratio", POSITIONAL, -1),
-                ("aligned", POSITIONAL, False),
-            ],
+            "input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False",
         ),
-        (
-            torchvision.RoIAlign,
-            [
-                ("output_size", POSITIONAL, EMPTY),
-                ("spatial_scale", POSITIONAL, EMPTY),
-                ("sampling_ratio", POSITIONAL, EMPTY),
-                ("aligned", POSITIONAL, False),
-            ],
-        ),
-        (
-            detectron2.ROIAlign,
-            [
-                ("output_size", POSITIONAL, EMPTY),
-                ("spatial_scale", POSITIONAL, EMPTY),
-                ("sampling_ratio", POSITIONAL, EMPTY),
-                ("aligned", POSITIONAL, True),
-            ],
-        ),
+        (torchvision.RoIAlign, "output_size, spatial_scale, sampling_ratio, aligned=False"),
+        (detectron2.ROIAlign, "output_size, spatial_scale, sampling_ratio, aligned=True"),
         (
             torchvision.MultiScaleRoIAlign,
-            [
-                ("featmap_names", POSITIONAL, EMPTY),
-                ("output_size", POSITIONAL, EMPTY),
-                ("sampling_ratio", POSITIONAL, EMPTY),
-                ("canonical_scale", KEYWORD, 224),
-                ("canonical_level", KEYWORD, 4),
-            ],
+            "featmap_names, output_size, sampling_ratio, *, canonical_scale=224, canonical_level=4",
         ),
+        (torchvision.RoIAlign.forward, "self, input, rois"),
+        (detectron2.ROIAlign.forward, "self, input, rois"),
+        (torchvision.MultiScaleRoIAlign.forward, "self, x, boxes, image_shapes"),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
 def test_signature(function, expected):
     parameters = inspect.signature(function).parameters.values()
-    assert [(p.name, p.kind, p.default) for p in parameters] == expected
-
-
-@pytest.mark.parametrize(
-    "module, names",
-    [
-        (torchvision.RoIAlign, ["input", "rois"]),
-        (detectron2.ROIAlign, ["input", "rois"]),
-        (torchvision.MultiScaleRoIAlign, ["x", "boxes", "image_shapes"]),
-    ],
-)
-def test_signature_of_forward(module, names):
-    assert list(inspect.signature(module.forward).parameters) == ["self", *names]
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    assert str(inspect.Signature(plain)) == f"({expected})"
 
 
 LAYERS = [
@@ -486,31 +443,3 @@ def test_the_output_size_of_a_pyramid(size):
     for wrong in (7.0, True, None):
         with pytest.raises(TypeError, match="`output_size` must be an int or a pair"):
             torchvision.MultiScaleRoIAlign(["a"], wrong, 2)
-
-
-# Imports
-
-
-def test_imports_are_lazy_and_need_no_other_library():
-    code = """if True:
-        import sys
-        import roialign.compat
-        assert "torch" not in sys.modules
-        assert "roialign.compat.torchvision" not in sys.modules
-        try:
-            roialign.compat.no_such_name
-        except AttributeError as error:
-            assert "no_such_name" in str(error)
-        else:
-            raise AssertionError("no AttributeError")
-        roialign.compat.torchvision.RoIAlign, roialign.compat.detectron2.ROIAlign
-        assert not {"torchvision", "detectron2"} & set(sys.modules)
-    """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-
-
-@pytest.mark.parametrize("module", [torchvision, detectron2])
-def test_public_names_have_an_example(module):
-    for name in module.__all__:
-        assert ">>>" in getattr(module, name).__doc__

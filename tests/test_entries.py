@@ -1,111 +1,171 @@
-"""The core's C entries, as MindSpore calls them: results, and codes for what does not fit."""
-
-import ctypes
+"""The core's entries for XLA and MindSpore: results, and calls that do not fit, which write
+nothing."""
 
 import numpy as np
 import pytest
 
 import oracle
+import roialign
 import tolerance
 from conftest import draw_problem
+from entries import (
+    FAILED,
+    OPERATIONS,
+    REFUSED,
+    SECOND_DERIVATIVE,
+    arrays_of,
+    c_code,
+    mindspore,
+    numbers_of,
+    results_of,
+    rule_of,
+    xla,
+)
 from isolation import isolated
-from roialign import _core, _rule
+from roialign import _core
 
-LIBRARY = ctypes.CDLL(_core.__file__)
-DONE, REFUSED, FAILED, SECOND_DERIVATIVE = range(4)
 NAN = float("nan")
+CALLS = [*((operation, False) for operation in OPERATIONS), ("forward", True), ("adjoint", True)]
 
 
-def call(name, *arrays, claimed=None):
-    """The code that an entry returns; it writes the last array. `claimed`: other shapes to pass."""
-    count = len(arrays)
-    names = [{tolerance.BFLOAT16: "bfloat16"}.get(a.dtype, a.dtype.name).encode() for a in arrays]
-    shapes = claimed or [a.shape for a in arrays]
-    shapes = [(ctypes.c_int64 * max(len(shape), 1))(*shape) for shape in shapes]
-    return getattr(LIBRARY, f"roialign_{name}")(
-        count,
-        (ctypes.c_void_p * count)(*(a.ctypes.data for a in arrays)),
-        (ctypes.c_int * count)(*(a.ndim for a in arrays)),
-        (ctypes.POINTER(ctypes.c_int64) * count)(*shapes),
-        (ctypes.c_char_p * count)(*names),
-        None,
-        None,
-    )
+@pytest.fixture(params=[xla, mindspore])
+def entry(request):
+    return request.param
 
 
-def numbers_of(problem, threads=1.0):
-    rule = _rule.vector(problem.convention, problem.sampling)
-    return np.array([threads, 1, *problem.scale, *rule])
+def tangent_of(problem, wanted=True):
+    tangent = np.random.default_rng(4).standard_normal(problem.boxes.shape)
+    return tangent.astype(problem.boxes.dtype) if wanted else None
 
 
-@pytest.fixture
-def inputs(make_problem):
+@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+@pytest.mark.parametrize("operation, tangent", CALLS)
+def test_results(entry, make_problem, operation, tangent, dtype):
+    problem = make_problem(dtype=dtype)
+    tangent = tangent_of(problem, tangent)
+    arrays = arrays_of(problem, operation, tangent)
+    assert entry(operation, arrays, problem.scale, rule_of(problem))
+    taken = [] if operation == "forward" else [problem.draw_output()]
+    along = {} if tangent is None else {"tangent": tangent}
+    expected = getattr(oracle, operation)(problem, *taken, **along)
+    bound = getattr(tolerance, operation)(problem, *taken, expected, **along)
+    (result,) = results_of(operation, arrays)
+    tolerance.check(result, expected, bound)
+
+
+@pytest.mark.parametrize("operation, tangent", CALLS)
+def test_maps(entry, make_problem, operation, tangent):
+    """Each RoI on the map of its level: the bits of a call for each map."""
     problem = make_problem()
-    tangent = np.random.default_rng(4).standard_normal(problem.boxes.shape).astype(np.float32)
-    return problem, numbers_of(problem), (problem.boxes, problem.index, tangent)
+    tangent, maps = tangent_of(problem, tangent), [problem.features]
+    maps, scales = [*maps, maps[0][:, :, 2:, 1:].copy()], [problem.scale, (0.25, 0.3)]
+    levels = (np.arange(7) % 4 - 1).astype(np.int32)  # -1: none; 2: no level, and so none
+    together = arrays_of(problem, operation, tangent, maps, levels)
+    assert entry(operation, together, np.ravel(scales), rule_of(problem))
+    alone = []
+    for i, (features, scale) in enumerate(zip(maps, scales, strict=True)):
+        one = arrays_of(problem, operation, tangent, [features])
+        one["index"] = np.where(levels == i, one["index"], -1).astype(np.int32)
+        assert entry(operation, one, scale, rule_of(problem))
+        alone += results_of(operation, one)
+        assert alone[-1].any()
+    expected = alone if operation == "adjoint" else [alone[0] + alone[1]]
+    np.testing.assert_equal(results_of(operation, together), expected)
 
 
-def empty(shape, dtype=np.float32):
-    return np.full(shape, NAN, dtype)
-
-
-@pytest.mark.parametrize("has_tangent", [False, True])
-def test_results(inputs, has_tangent):
-    problem, numbers, (boxes, index, tangent) = inputs
-    along, given = (tangent, tangent) if has_tangent else (None, np.zeros(1, np.float32))
-    g = problem.draw_output()
-    output, d_features = empty(problem.output_shape), empty(problem.features.shape)
-    d_boxes = empty(boxes.shape)
-    assert call("forward", numbers, problem.features, boxes, index, given, output) == DONE
-    expected = oracle.forward(problem, along)
-    tolerance.check(output, expected, tolerance.forward(problem, expected, along))
-    assert call("adjoint", numbers, g, boxes, index, given, d_features) == DONE
-    expected = oracle.adjoint(problem, g, along)
-    tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected, along))
-    assert call("box_gradient", numbers, g, problem.features, boxes, index, d_boxes) == DONE
-    expected = oracle.box_gradient(problem, g)
-    tolerance.check(d_boxes, expected, tolerance.box_gradient(problem, g, expected))
-
-
-@pytest.mark.parametrize("index", [2, -1, 2**63 - 1, 0.5, NAN])
-def test_a_bad_image_index_gives_zeros(inputs, index):
-    problem, numbers, (boxes, good, _) = inputs
-    none, g = np.zeros(1, np.float32), problem.draw_output()
-    bad = good.astype(np.float64 if isinstance(index, float) else np.int64)
-    bad[3] = index
-    output, d_features = empty(problem.output_shape), empty(problem.features.shape)
-    d_boxes = empty(boxes.shape)
-    assert call("forward", numbers, problem.features, boxes, bad, none, output) == DONE
-    assert call("adjoint", numbers, g, boxes, bad, none, d_features) == DONE
-    assert call("box_gradient", numbers, g, problem.features, boxes, bad, d_boxes) == DONE
-    assert not output[3].any() and not d_boxes[3].any()
-    assert output[2].any() and np.isfinite(output).all() and np.isfinite(d_boxes).all()
-    g[3] = 0
-    expected = empty(problem.features.shape)
-    assert call("adjoint", numbers, g, boxes, good, none, expected) == DONE
-    np.testing.assert_allclose(d_features, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("index", [2, -1, 2**31 - 1, 2**63 - 1, 0.5, NAN])
+def test_a_bad_image_index_gives_zeros(entry, make_problem, index):
+    problem, results = make_problem(), {}
+    for operation in OPERATIONS:
+        arrays = arrays_of(problem, operation)
+        if entry is mindspore:
+            dtype = np.float64 if isinstance(index, float) else np.int64
+            arrays["index"] = arrays["index"].astype(dtype)
+        elif isinstance(index, float) or index >= 2**31:
+            pytest.skip("XLA's indices are int32")
+        arrays["index"][3] = index
+        assert entry(operation, arrays, problem.scale, rule_of(problem))
+        (results[operation],) = results_of(operation, arrays)
+    for name in ("forward", "box_gradient"):
+        assert not results[name][3].any() and results[name][2].any()
+        assert np.isfinite(results[name]).all()
+    arrays = arrays_of(problem, "adjoint")
+    arrays["d_output"][3] = 0
+    assert entry("adjoint", arrays, problem.scale, rule_of(problem))
+    np.testing.assert_allclose(results["adjoint"], arrays["map 0"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", _core.rule_names)
-def test_any_number_in_the_rule_is_safe(inputs, name):
-    problem, numbers, (boxes, index, _) = inputs
+def test_any_number_in_the_rule_is_safe(entry, make_problem, name):
+    problem = make_problem()
     for value in (NAN, np.inf, -np.inf, 1e300, -1.5):
-        given = numbers.copy()
-        given[4 + _core.rule_names.index(name)] = value
-        output, none = empty(problem.output_shape), np.zeros(1, np.float32)
-        code = call("forward", given, problem.features, boxes, index, none, output)
-        assert code == (FAILED if name == "sampling_ratio" else DONE)
-        assert np.isfinite(output).all() == (code == DONE)
+        arrays = arrays_of(problem, "forward")
+        done = entry("forward", arrays, problem.scale, rule_of(problem) | {name: value})
+        assert done == (name != "sampling_ratio")
+        assert np.isfinite(arrays["output"]).all() == done
 
 
-@pytest.mark.parametrize("missing", [1, 2])
-def test_a_shorter_rule_has_the_defaults(inputs, missing):
-    problem, numbers, (boxes, index, _) = inputs  # half_pixel: its last numbers are the defaults
-    none, outputs = np.zeros(1, np.float32), []
-    for given in (numbers, numbers[:-missing].copy()):
-        outputs.append(empty(problem.output_shape))
-        assert call("forward", given, problem.features, boxes, index, none, outputs[-1]) == DONE
-    np.testing.assert_array_equal(*outputs)
+@pytest.mark.parametrize("missing", [1, 2, 5])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_rule_of_an_earlier_version(entry, make_problem, operation, missing):
+    """What it did not know has its default."""
+    problem, results = make_problem(convention=roialign.Convention()), []
+    rule = rule_of(problem)
+    for known in (rule, dict(list(rule.items())[:-missing])):
+        arrays = arrays_of(problem, operation)
+        assert entry(operation, arrays, problem.scale, known)
+        results += results_of(operation, arrays)
+    np.testing.assert_array_equal(*results)
+
+
+# Arrays that do not fit
+
+
+def integers(a):
+    return np.ones_like(a, np.int32)
+
+
+def columns(a):
+    return [a[1:], a[:, None], a.astype(bool)]
+
+
+def rows(a):
+    return [a[None], a[:, 1:], a[1:], integers(a), a.astype(np.float64)]
+
+
+WRONG = {  # array: others in its place
+    "boxes": lambda a: [a[0], *rows(a)[:-1]],
+    "tangent": rows,
+    "index": columns,
+    "levels": columns,
+    "map 0": lambda a: [a[0], a[:, 1:], integers(a), a.astype(np.float16)],
+    "map 1": lambda a: [a[:1], a[:, 1:], integers(a), a.astype(np.float64)],
+    "d_output": lambda a: [a[0], *rows(a)],
+    "output": lambda a: [a[0], *rows(a)],
+    "d_boxes": lambda a: [a[0], *rows(a)],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_arrays_that_do_not_fit(entry, make_problem, operation, maps, name):
+    problem = make_problem()
+    tangent, levels = tangent_of(problem), np.zeros(7, np.int32)
+    given = arrays_of(problem, operation, tangent, [problem.features] * maps, levels[maps == 1 :])
+    if maps == 1:
+        del given["levels"]
+    if name not in given:
+        pytest.skip("takes none")
+    wrong = [given | {name: np.ascontiguousarray(a)} for a in WRONG[name](given[name])]
+    if (entry, name) == (xla, "tangent"):  # which may be missing there, but not be of one dimension
+        wrong.append(given | {name: given[name][0].copy()})
+    else:
+        wrong.append({other: a for other, a in given.items() if other != name})
+    for arrays in wrong:
+        assert not entry(operation, arrays, problem.scale * maps, rule_of(problem))
+        for result in results_of(operation, arrays):
+            assert result.dtype.kind == "i" or np.isnan(result).all()
 
 
 # The letters of a call's shapes that a caller can get wrong: n c h w k p q
@@ -119,68 +179,40 @@ WRONG_SHAPES = [
     {"n": 2**59, "h": 1, "w": 1, "c": 1},
     {"p": 2**32, "q": 2**32},
 ]
+LETTERS = {"map 0": "nchw", "d_output": "kcpq", "output": "kcpq", "boxes": "k4", "d_boxes": "k4",
+           "index": "k"}  # fmt: skip
 
 
-def check_wrong_shapes():
-    problem = draw_problem()
-    g, numbers, d_boxes = problem.draw_output(), numbers_of(problem), empty((7, 4))
-    output, d_features = empty(problem.output_shape), empty(problem.features.shape)
-    n, c, h, w = problem.features.shape
-    k, _, p, q = problem.output_shape
-    boxes, index, none = problem.boxes, problem.index, np.zeros(1, np.float32)
-    for wrong in [{}, *WRONG_SHAPES]:
-        s = {"n": n, "c": c, "h": h, "w": w, "k": k, "p": p, "q": q} | wrong
-        pixels, bins = [s[i] for i in "nchw"], [s[i] for i in "kcpq"]
-        pair, first = [(s["k"], 4), (s["k"],)], (len(numbers),)
-        codes = [
-            call("forward", numbers, problem.features, boxes, index, none, output,
-                 claimed=[first, pixels, *pair, (1,), bins]),
-            call("adjoint", numbers, g, boxes, index, none, d_features,
-                 claimed=[first, bins, *pair, (1,), pixels]),
-            call("box_gradient", numbers, g, problem.features, boxes, index, d_boxes,
-                 claimed=[first, bins, pixels, *pair, (s["k"], 4)]),
-        ]  # fmt: skip
-        if not wrong:
-            assert codes == [DONE] * 3
-            for result in (output, d_features, d_boxes):
-                assert np.isfinite(result).all()
-                result[...] = NAN
-            continue
-        assert all(code in (REFUSED, FAILED) for code in codes), (wrong, codes)
-        assert all(np.isnan(result).all() for result in (output, d_features, d_boxes)), wrong
+def check_wrong_shapes(name):
+    entry, problem = {"xla": xla, "mindspore": mindspore}[name], draw_problem()
+    right = dict(zip("nchwkpq4", (*problem.features.shape, 7, *problem.size, 4), strict=True))
+    for operation in OPERATIONS:
+        arrays = arrays_of(problem, operation)
+        (result,) = results_of(operation, arrays)
+        for wrong in [*WRONG_SHAPES, {}]:
+            sizes = right | wrong
+            claimed = {key: [sizes[i] for i in LETTERS[key]] for key in arrays if key in LETTERS}
+            done = entry(operation, arrays, problem.scale, rule_of(problem), claimed)
+            assert done == (not wrong) == np.isfinite(result).all(), (operation, wrong)
 
 
-def test_wrong_shapes():
-    isolated(check_wrong_shapes)
+def test_wrong_shapes(entry):
+    isolated(check_wrong_shapes, entry.__name__)
 
 
-CHANGES = {
-    "features": lambda a: [a.astype(np.int64), a.astype(np.int32), a[0], a[:, 1:]],
-    "boxes": lambda a: [a.astype(np.int64), a[:, 1:], a[1:], a.ravel()],
-    "index": lambda a: [a.astype(bool), a[1:], a[:, None]],
-    "tangent": lambda a: [a.astype(np.float64), a[1:], a[:, 1:], a[None]],
-    "numbers": lambda a: [a.astype(np.float32), a[1:], a[None], a[:3], np.append(a, 0)],
-    "output": lambda a: [a.astype(np.float64), a[1:], a[:, 1:], a[0], a[:, :, :0]],
-}
+# MindSpore's alone
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_does_not_fit_is_refused(inputs, name):
-    problem, numbers, rest = inputs
-    names = "numbers", "features", "boxes", "index", "tangent", "output"
-    arrays = numbers, problem.features, *rest, empty(problem.output_shape)
-    given = dict(zip(names, arrays, strict=True))
-    for changed in CHANGES[name](given[name]):
-        if changed.size == 0:  # no bins: there is nothing to write
-            continue
-        changed = np.ascontiguousarray(changed)
-        code = call("forward", *(given | {name: changed}).values())
-        assert code in (REFUSED, FAILED), (changed.shape, changed.dtype)
-    for count in (0, 1, 5):
-        assert call("forward", *list(given.values())[:count]) == REFUSED
-    assert call("forward", *given.values(), numbers) == REFUSED
-    assert np.isnan(given["output"]).all()
+def test_numbers_and_counts_that_do_not_fit(make_problem):
+    problem = make_problem()
+    arrays = arrays_of(problem, "forward", tangent_of(problem))
+    given, numbers = list(arrays.values()), numbers_of(problem.scale, rule_of(problem))
+    wrong = [[a, *given] for a in (numbers.astype(np.float32), numbers[1:].copy(), numbers[None],
+                                   numbers[:3].copy(), np.append(numbers, 0))]  # fmt: skip
+    wrong += [[numbers, *given][:count] for count in (0, 1, 5)] + [[numbers, *given, numbers]]
+    assert {c_code("forward", *each) for each in wrong} <= {REFUSED, FAILED}
+    assert np.isnan(arrays["output"]).all()
 
 
 def test_the_entry_of_an_error():
-    assert call("has_no_second_derivative_in_the_boxes") == SECOND_DERIVATIVE
+    assert c_code("has_no_second_derivative_in_the_boxes") == SECOND_DERIVATIVE

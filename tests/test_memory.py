@@ -272,16 +272,21 @@ def test_peak_memory(operation, threads, dtype, last):
 
 
 def check_forks(large):
-    """Children of a process in which other threads allocate and free all the time."""
+    """Children of a process in which other threads are in the middle of calls all the time, with
+    whatever they hold."""
     import signal
     import threading
 
     boxes = BOXES if large else BOXES[:8]
     stop = threading.Event()
+    roialign.set_num_threads(3)
 
     def churn():
         while not stop.is_set():
-            assert is_all(pool(3, boxes), 3)
+            y = pool(3, boxes)
+            roialign.roi_align_adjoint(y, boxes, LARGE)
+            roialign.roi_align_box_gradient(y, np.ones(LARGE, np.float32), boxes)
+            assert is_all(y, 3)
 
     kept = pool(5, boxes)
     threads = [threading.Thread(target=churn) for _ in range(2)]
