@@ -15,7 +15,7 @@ from backends import three
 from isolation import isolated
 
 pytestmark = pytest.mark.serial
-FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+FORK_WARNING = pytest.mark.filterwarnings("ignore:.*fork")  # Python's, and JAX's
 
 
 @pytest.fixture(autouse=True)
