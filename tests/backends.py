@@ -109,14 +109,6 @@ class Backend:
 
         return self.run(adjoint, d_output, *rois)
 
-    def roi_align_box_gradient(self, d_output, features, rois, **options):
-        form, rois = taken_apart(rois)
-
-        def box_gradient(d_output, features, *rois):
-            return roialign.roi_align_box_gradient(d_output, features, form(*rois), **options)
-
-        return self.run(box_gradient, d_output, features, *rois)
-
     @contextmanager
     def threads(self, count):
         """Its calls have so many."""
@@ -364,7 +356,7 @@ class MindSpore(Backend):
     traits = Jax.traits - {"func", "mixed"}
     no_second_derivative = RuntimeError, "no.second.derivative.in.the.boxes"
 
-    def start(self, monkeypatch):
+    def load(self):
         import mindspore
 
         class Net(mindspore.nn.Cell):
@@ -378,6 +370,9 @@ class MindSpore(Backend):
                 return self.function(*inputs)
 
         self.mindspore, self.kind, self.way = mindspore, mindspore.Tensor, Net
+
+    def start(self, monkeypatch):
+        self.load()
         self.folder = getattr(self, "folder", None) or tempfile.TemporaryDirectory()
         monkeypatch.chdir(self.folder.name)  # the compiler writes a file where it fails
 
@@ -443,6 +438,10 @@ BACKENDS = [
         MindSporeGraph,
     )
 ]  # fmt: skip
+
+
+def named(name):
+    return next(backend for backend in BACKENDS if backend.name == name)
 
 
 def choose(*traits):

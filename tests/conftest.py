@@ -275,6 +275,12 @@ def draw_problem(
     )
 
 
+@pytest.fixture
+def problem(make_problem):
+    """In float64, away from kinks: for derivatives."""
+    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
+
+
 @pytest.fixture(scope="session")
 def layouts():
     """Name -> a function that gives the same values with other strides, or in other memory."""

@@ -8,7 +8,7 @@ import pytest
 import roialign
 
 
-def seed_arguments(case):
+def layer_arguments(case):
     """As MindSpore was called."""
     names = "pooled_height", "pooled_width", "spatial_scale", "sample_num", "roi_end_mode"
     return [case.parameter(name) for name in names]
@@ -56,18 +56,18 @@ def test_gradient(backend, golden_gradient):
 
 
 @pytest.mark.backends("exact", "-slow")
-def test_seed(backend, golden_mindspore):
+def test_layers(backend, golden_mindspore):
     """`ROIAlign` and the frameworks' layers are MindSpore's."""
-    for layer in backend.layers(*seed_arguments(golden_mindspore)):
+    for layer in backend.layers(*layer_arguments(golden_mindspore)):
         output = backend.run(layer, golden_mindspore.features, golden_mindspore.rois)
         assert output.dtype == golden_mindspore.features.dtype
         golden_mindspore.check_forward(output)
 
 
 @pytest.mark.backends("values", "exact", "grad", "-fast", "-slow")
-def test_gradient_of_the_seed(backend, golden_mindspore):
+def test_gradient_of_a_layer(backend, golden_mindspore):
     features, d_output = golden_mindspore.features, golden_mindspore.d_output
-    layer, *_ = backend.layers(*seed_arguments(golden_mindspore))
+    layer, *_ = backend.layers(*layer_arguments(golden_mindspore))
     given = features, golden_mindspore.rois, d_output.astype(features.dtype)
     features, rois, d_output = backend.array(given)
 
@@ -85,7 +85,7 @@ def test_fractional_index(backend, golden_fractional):
     d_output, options = golden_fractional.arrays["dy"], golden_fractional.problem.options
     d_output = backend.array(d_output)
     row = re.escape(f"RoI {np.flatnonzero(golden_fractional.rois[:, 0] % 1)[0]} ")
-    layer, *_ = backend.layers(*seed_arguments(golden_fractional))
+    layer, *_ = backend.layers(*layer_arguments(golden_fractional))
     for call in (
         lambda: layer(features, rois),
         lambda: roialign.roi_align_adjoint(d_output, rois, features.shape, **options),

@@ -17,20 +17,23 @@ from roialign import _rule
 from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
-jax.config.update("jax_enable_x64", True)
-
 import jax.numpy as jnp  # noqa: E402
 
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
+from backends import named, three  # noqa: E402
 from roialign import _dense  # noqa: E402
 
 OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
 
 
+JAX = named("jax")
+JAX.start(None)
+
+
 def jax_rois(problem):
-    return jnp.asarray(problem.boxes), jnp.asarray(problem.index)
+    return JAX.array(problem.rois)
 
 
 def pool(problem, features=None, boxes=None, index=None):
@@ -54,31 +57,9 @@ def close(actual, expected, atol=1e-12):
 
 
 @pytest.fixture
-def problem(make_problem):
-    """In float64, away from kinks: for derivatives."""
-    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
-
-
-@pytest.fixture
 def dense(monkeypatch):
     """The way of platforms without a kernel, on the CPU."""
     monkeypatch.setattr(roialign.jax, "_dense_everywhere", True)
-
-
-# Values
-
-
-def all_three(problem, g):
-    rois = jax_rois(problem)
-    features, shape = jnp.asarray(problem.features), problem.features.shape
-    return (
-        pool(problem),
-        roialign.roi_align_adjoint(jnp.asarray(g), rois, shape, **problem.options),
-        roialign.roi_align_box_gradient(jnp.asarray(g), features, rois, **problem.options),
-    )
-
-
-# The forms of rois
 
 
 # Errors
@@ -99,9 +80,6 @@ def test_an_index_at_hand_is_checked_where_features_are_traced():
     for rois in (bad, (bad[:, 1:], bad[:, 0].astype(int))):
         with pytest.raises(IndexError, match="RoI 0"):
             jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)
-
-
-# Derivatives
 
 
 # Transforms
@@ -432,14 +410,6 @@ def test_a_batch_of_channels_builds_taps_once(problem, mapped):
 # Plain JAX, where there is no kernel
 
 
-def moved(problem, ulps=4):
-    """What so many ulp in every position may change: at most the steps between pixels."""
-    eps = np.finfo(problem.boxes.dtype if problem.features.dtype == np.float64 else np.float32).eps
-    scale = np.tile(problem.scale[::-1], 2)
-    coordinates = np.abs(problem.boxes[np.isfinite(problem.boxes).all(1)] * scale)
-    return ulps * eps * (2 + coordinates.max(initial=1))
-
-
 def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):
     """Where sizes are multiples of the bins: the number of samples is that of the rule."""
     rng = np.random.default_rng(0)
@@ -450,10 +420,8 @@ def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):
                                scale=(1.0, 1.0), convention=convention)  # fmt: skip
         problem = replace(problem, boxes=boxes.astype(np.float32))
         expected = oracle.forward(problem)
-        bound = (
-            2 * tolerance.forward(problem, expected)
-            + 8 * moved(problem) * np.abs(problem.features).max()
-        )
+        size, bound = np.abs(problem.features).max(), tolerance.forward(problem, expected)
+        bound = named("jax.dense").bound(problem, bound, size)
         tolerance.check(pool(problem), expected, bound)
 
 
@@ -462,7 +430,9 @@ def test_dense_gigantic_boxes(dense, make_problem, side):
     """Time and memory are those of the map. Means over so many samples vanish."""
     problem = make_problem(shape=(1, 2, 24, 31), count=1, sampling=0, scale=(1.0, 1.0))
     problem = replace(problem, boxes=np.array([[-side, -side, side, side]], np.float32))
-    output, d_features, d_boxes = all_three(problem, problem.draw_output())
+    g = problem.draw_output()
+    results = JAX.run(three(problem), problem.features, g, *problem.rois)
+    output, d_features, d_boxes = results
     close(output, oracle.forward(problem), atol=40 / 2**22 * np.abs(problem.features).max())
     assert np.isfinite(d_features).all() and np.isfinite(d_boxes).all()
 

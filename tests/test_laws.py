@@ -105,15 +105,6 @@ def test_local(make_problem, convention, dtype, poison):
     assert not adjoint(problem, np.full_like(g, np.nan))[far].any()
 
 
-def test_fraction_zero_reads_one_pixel(make_problem):
-    problem = make_problem(shape=(1, 20, 4, 4), size=(2, 2), scale=(1, 1), sampling=1)
-    features = np.full((1, 20, 4, 4), np.nan, np.float32)
-    features[..., :2, :2] = 1, 2  # samples at 0 and 1 exactly
-    boxes, index = np.float32([[0, 0, 2, 2]]), np.array([0])
-    problem = replace(problem, features=features, boxes=boxes, index=index)
-    np.testing.assert_array_equal(forward(problem), np.broadcast_to([1, 2], (1, 20, 2, 2)))
-
-
 def test_other_rois_do_not_leak(make_problem):
     """A RoI's NaN output gradient or image spoils its own results only."""
     problem = make_problem(count=8)

@@ -8,7 +8,7 @@ import pytest
 
 import oracle
 import roialign
-from backends import array, operations as operations_of, pair, per_image
+from backends import array, named, operations as operations_of, pair, per_image
 from isolation import isolated
 
 FEATURES = np.ones((1, 2, 8, 9), np.float32)
@@ -82,9 +82,7 @@ def test_a_feature_shape_of_more_bytes_than_63_bits_count_is_refused(backend, im
 
 
 def check_an_output_of_more_bytes_than_63_bits_count(name):
-    from backends import BACKENDS
-
-    (backend,) = (backend for backend in BACKENDS if backend.name == name)
+    backend = named(name)
     with pytest.MonkeyPatch.context() as monkeypatch:
         backend.start(monkeypatch)
         features, rois = np.zeros((1, 2**20, 1, 1)), np.zeros((2**12, 5), np.float32)

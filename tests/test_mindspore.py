@@ -15,6 +15,7 @@ mindspore = pytest.importorskip("mindspore", reason="the MindSpore adapter's tes
 from mindspore import Tensor, nn, ops  # noqa: E402
 
 import roialign.mindspore  # noqa: E402
+from backends import named, pooling  # noqa: E402
 
 MODES = {"pynative": mindspore.PYNATIVE_MODE, "graph": mindspore.GRAPH_MODE}
 
@@ -32,28 +33,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-class Net(nn.Cell):
-    """A function as a network: Graph mode compiles it."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def construct(self, *inputs):
-        return self.function(*inputs)
-
-
-def tensor(array):
-    """The same values and dtype; ml_dtypes' bfloat16 is MindSpore's."""
-    if array.dtype == tolerance.BFLOAT16:
-        return Tensor(array.astype(np.float32)).astype(mindspore.bfloat16)
-    return Tensor(np.ascontiguousarray(array))
-
-
-def array(tensor):
-    if tensor.dtype == mindspore.bfloat16:
-        return tensor.astype(mindspore.float32).asnumpy().astype(tolerance.BFLOAT16)
-    return tensor.asnumpy()
+MINDSPORE = named("mindspore")
+MINDSPORE.load()
+Net, tensor, array = MINDSPORE.way, MINDSPORE.array, MINDSPORE.numpy
 
 
 def same(actual, expected):
@@ -62,24 +44,8 @@ def same(actual, expected):
     return actual.dtype == expected.dtype and actual.tobytes() == expected.tobytes()
 
 
-def pooling(problem):
-    """A function of features, boxes and image index."""
-    size, options = problem.size, problem.options
-
-    def pool(features, boxes, index):
-        return roialign.roi_align(features, (boxes, index), size, **options)
-
-    return pool
-
-
 def arguments(problem):
     return tensor(problem.features), tensor(problem.boxes), tensor(problem.index)
-
-
-@pytest.fixture
-def problem(make_problem):
-    """In float64, away from kinks: for derivatives."""
-    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
 
 
 # Values

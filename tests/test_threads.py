@@ -27,15 +27,8 @@ def restore_threads():
 
 def results(problem, layout=np.ascontiguousarray):
     """The bits of the three operations."""
-    features, rois, options = problem.features, problem.rois, problem.options
-    g = np.ones(problem.output_shape) * np.arange(1, 1 + len(problem.boxes))[:, None, None, None]
-    features, g = layout(features), layout(g.astype(features.dtype))
-    arrays = (
-        roialign.roi_align(features, rois, problem.size, **options),
-        roialign.roi_align_adjoint(g, rois, features.shape, **options),
-        roialign.roi_align_box_gradient(g, features, rois, **options),
-    )
-    return [array.tobytes() for array in arrays]
+    given = layout(problem.features), layout(problem.draw_output())
+    return [array.tobytes() for array in three(problem)(*given, *problem.rois)]
 
 
 def shared_problem(make_problem, **options):

@@ -13,6 +13,7 @@ import tolerance
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 
 import roialign.torch  # noqa: E402
+from backends import named  # noqa: E402
 from roialign import _rule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -30,18 +31,9 @@ LAYOUTS = {
 }
 
 
-def tensor(array):
-    """The same values and dtype; ml_dtypes' bfloat16 is torch's."""
-    if array.dtype == tolerance.BFLOAT16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
-
-
-def array(tensor):
-    tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(tolerance.BFLOAT16)
-    return tensor.numpy()
+TORCH = named("torch")
+TORCH.start(None)
+tensor, array = TORCH.array, TORCH.numpy
 
 
 def torch_rois(problem):
@@ -53,12 +45,6 @@ def pool(problem, features=None, boxes=None):
     own_boxes, index = torch_rois(problem)
     rois = own_boxes if boxes is None else boxes, index
     return roialign.roi_align(features, rois, problem.size, **problem.options)
-
-
-@pytest.fixture
-def problem(make_problem):
-    """In float64, away from kinks: for derivatives."""
-    return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
 
 
 @pytest.fixture
