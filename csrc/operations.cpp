@@ -1,7 +1,6 @@
 #include "operations.hpp"
 
 #include <cstring>
-#include <stdexcept>
 
 #include "dispatch.hpp"
 
@@ -10,10 +9,6 @@ namespace {
 
 constexpr int64_t kMostElements = INT64_MAX / 32;  // of an array: 32 bytes are a box of float64
 constexpr double kMostSamples = 4096;  // if fixed, per bin and axis: it bounds a call's time
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 // How many elements an array has. What comes as a shape may be anything: whatever is counted in
 // this library, of elements and of bytes, shall fit in 64 bits.

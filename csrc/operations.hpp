@@ -4,9 +4,15 @@
 // first_bad_index (numbers.hpp) finds it.
 #pragma once
 
+#include <stdexcept>
+
 #include "params.hpp"
 
 namespace roialign {
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
 
 // The rule of `count` numbers, in the order of ROIALIGN_RULE; those that are missing have their
 // defaults.

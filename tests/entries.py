@@ -23,17 +23,17 @@ OPERATIONS = {"forward": "output", "adjoint": "map", "box_gradient": "d_boxes"} 
 
 
 def arrays_of(problem, operation, tangent=None, maps=None, levels=None):
-    """The arrays of a call by name, in MindSpore's order; results hold NaN."""
+    """The arrays of a call by name, in their order; results hold NaN."""
     maps = {f"map {i}": a for i, a in enumerate(maps or [problem.features])}
     rois = {"boxes": problem.boxes, "index": problem.index.astype(np.int32)}
     rois |= {} if levels is None else {"levels": levels}
     g = {"d_output": problem.draw_output()}
     if operation == "forward":
-        return maps | rois | {"tangent": tangent, "output": np.full_like(*g.values(), np.nan)}
+        return rois | maps | {"tangent": tangent, "output": np.full_like(*g.values(), np.nan)}
     if operation == "adjoint":
         results = {name: np.full_like(a, np.nan) for name, a in maps.items()}
-        return g | rois | {"tangent": tangent} | results
-    return g | maps | rois | {"d_boxes": np.full_like(problem.boxes, np.nan)}
+        return rois | g | {"tangent": tangent} | results
+    return rois | g | maps | {"d_boxes": np.full_like(problem.boxes, np.nan)}
 
 
 def results_of(operation, arrays):
@@ -212,9 +212,8 @@ def attributes_of(scales, rule):
 
 def frame(operation, arrays, numbers, claimed=None):
     told = {n: (a, (claimed or {}).get(n, a.shape)) for n, a in arrays.items() if a is not None}
-    rois = [told.pop(name) for name in ("boxes", "index", "levels") if name in told]
     results = [told.pop(name) for name in list(told) if name.startswith(OPERATIONS[operation])]
-    return Frame([*rois, *told.values()], results, numbers)
+    return Frame(list(told.values()), results, numbers)
 
 
 def xla(operation, arrays, scales, rule, claimed=None):

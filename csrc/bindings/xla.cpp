@@ -1,7 +1,6 @@
-// The operations as custom calls of XLA on the CPU. Arguments: boxes (K, 4), image_index (K,) of
-// int32, levels (K,) of int32 where there are several maps, then what the operation takes, its maps
-// one after another. Attributes, as float64: `maps`, how many; `scale_y_0`, `scale_x_0`, ... of
-// each; and the numbers of the rule by their names.
+// The operations as custom calls of XLA on the CPU. Arguments and results: the arrays of a Call
+// (calls.hpp). Attributes, as float64: `maps`, how many; `scale_y_0`, `scale_x_0`, ... of each; and
+// the numbers of the rule by their names.
 // Nothing is taken on trust: what does not fit is an error of XLA's, and no exception leaves a
 // handler.
 #include "xla.hpp"
@@ -14,18 +13,13 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <vector>
 
-#include "../operations.hpp"
+#include "calls.hpp"
 
 namespace roialign::xla {
 namespace {
 
 std::atomic<int> num_threads{1};
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 // A structure whose writer knows all the fields that are read here.
 template <class T>
@@ -34,15 +28,10 @@ const T& known(const T& structure) {
   return structure;
 }
 
-const Buffer& buffer(const Buffers& buffers, int64_t i, int64_t rank) {
-  require(i < buffers.count && buffers.types[i] == kBuffer, "roialign: an array is missing");
-  const Buffer& found = known(*static_cast<const Buffer*>(buffers.items[i]));
-  require(found.rank == rank, "roialign: an array has another number of dimensions");
-  return found;
-}
-
-DType dtype_of(const Buffer& buffer) {
-  switch (buffer.dtype) {
+DType dtype_of(DataType type) {
+  switch (type) {
+    case DataType::s32:
+      return DType::int32;
     case DataType::f16:
       return DType::float16;
     case DataType::bf16:
@@ -52,20 +41,17 @@ DType dtype_of(const Buffer& buffer) {
     case DataType::f64:
       return DType::float64;
     default:
-      throw std::invalid_argument("roialign: arrays must be of a float type");
+      throw std::invalid_argument("roialign: no array of this dtype is taken");
   }
 }
 
-Tensor tensor_of(const Buffer& buffer) {
-  return contiguous(buffer.data, dtype_of(buffer), buffer.dims);
-}
-
-// A box gradient, or tangent: (K, 4), of the coordinate type.
-void* boxes_like(const Buffer& buffer, const Rois& rois, DType map) {
-  require(buffer.dims[0] == rois.count && buffer.dims[1] == 4 &&
-              dtype_of(buffer) == coordinate_type(map),
-          "roialign: box tangents and gradients must be (K, 4)");
-  return buffer.data;
+void add_arrays(const Buffers& buffers, Call& call) {
+  call.arrays.reserve(call.arrays.size() + size_t(known(buffers).count));
+  for (int64_t i = 0; i < buffers.count; ++i) {
+    require(buffers.types[i] == kBuffer, "roialign: an array is missing");
+    const Buffer& buffer = known(*static_cast<const Buffer*>(buffers.items[i]));
+    call.arrays.push_back({buffer.data, dtype_of(buffer.dtype), buffer.rank, buffer.dims});
+  }
 }
 
 // The attributes, each of which is asked for once.
@@ -97,92 +83,28 @@ class Numbers {
   int64_t found_ = 0;
 };
 
-// What all operations take.
-class Call {
- public:
-  explicit Call(const CallFrame& frame)
-      : arguments_(known(frame.arguments)), results_(known(frame.results)) {
-    Numbers numbers(frame.attributes);
-    const double count = numbers.get("maps");
-    require(count >= 1 && count <= double(std::max(arguments_.count, results_.count)),
-            "roialign: maps are missing");
-    maps_.resize(size_t(count));
-    for (size_t i = 0; i < maps_.size(); ++i) {
-      maps_[i].scale[0] = numbers.get("scale_y_" + std::to_string(i));
-      maps_[i].scale[1] = numbers.get("scale_x_" + std::to_string(i));
-    }
-    const double values[] = {
+template <void operation(Call&)>
+void run(const CallFrame& frame) {
+  Call call;
+  call.threads = num_threads;
+  add_arrays(frame.arguments, call);
+  add_arrays(frame.results, call);
+  Numbers numbers(frame.attributes);
+  const double count = numbers.get("maps");
+  require(count >= 1 && count <= double(call.arrays.size()), "roialign: maps are missing");
+  call.maps.resize(size_t(count));
+  for (size_t i = 0; i < call.maps.size(); ++i) {
+    call.maps[i].scale[0] = numbers.get("scale_y_" + std::to_string(i));
+    call.maps[i].scale[1] = numbers.get("scale_x_" + std::to_string(i));
+  }
+  const double values[] = {
 #define ROIALIGN_NUMBER(name, otherwise) numbers.get(#name, otherwise),
-        ROIALIGN_RULE(ROIALIGN_NUMBER)
+      ROIALIGN_RULE(ROIALIGN_NUMBER)
 #undef ROIALIGN_NUMBER
-    };
-    rule = rule_of(values, kRuleNumbers);
-    numbers.require_no_other();
-
-    const Buffer& boxes = buffer(arguments_, next_++, 2);
-    require(boxes.dims[0] >= 0 && boxes.dims[1] == 4, "roialign: boxes must be (K, 4)");
-    rois = {boxes.dims[0], boxes.data, dtype_of(boxes), {4, 1}, {}, {}};
-    rois.image_index = column();
-    if (maps_.size() > 1) rois.level = column();
-  }
-
-  // The arguments after those, in their order.
-  Tensor array() { return tensor_of(buffer(arguments_, next_++, 4)); }
-  Maps maps() {
-    for (Map& map : maps_) map.array = array();
-    return all();
-  }
-  const void* tangent(DType map) {
-    return next_ < arguments_.count ? boxes_like(buffer(arguments_, next_++, 2), rois, map)
-                                    : nullptr;
-  }
-
-  Tensor result() const { return tensor_of(buffer(results_, 0, 4)); }
-  Maps result_maps() {
-    for (size_t i = 0; i < maps_.size(); ++i) {
-      maps_[i].array = tensor_of(buffer(results_, int64_t(i), 4));
-    }
-    return all();
-  }
-  void* d_boxes(DType map) const { return boxes_like(buffer(results_, 0, 2), rois, map); }
-
-  Rule rule;
-  Rois rois;
-
- private:
-  Column column() {
-    const Buffer& given = buffer(arguments_, next_++, 1);
-    require(given.dims[0] == rois.count && given.dtype == DataType::s32,
-            "roialign: image_index and levels must be (K,) of int32");
-    return {given.data, DType::int32, 1};
-  }
-  Maps all() const { return {maps_.data(), int64_t(maps_.size())}; }
-
-  const Buffers &arguments_, &results_;
-  int64_t next_ = 0;  // argument
-  std::vector<Map> maps_;
-};
-
-void run_forward(const CallFrame& frame) {
-  Call call(frame);
-  const Maps maps = call.maps();
-  const void* tangent = call.tangent(maps.first().dtype);
-  forward(maps, call.rois, tangent, call.rule, call.result(), num_threads);
-}
-
-void run_adjoint(const CallFrame& frame) {
-  Call call(frame);
-  const Tensor d_output = call.array();
-  const void* tangent = call.tangent(d_output.dtype);
-  adjoint(d_output, call.rois, tangent, call.rule, call.result_maps(), num_threads);
-}
-
-void run_box_gradient(const CallFrame& frame) {
-  Call call(frame);
-  const Tensor d_output = call.array();
-  const Maps maps = call.maps();
-  void* d_boxes = call.d_boxes(d_output.dtype);
-  box_gradient(d_output, maps, call.rois, call.rule, d_boxes, num_threads);
+  };
+  call.rule = rule_of(values, kRuleNumbers);
+  numbers.require_no_other();
+  operation(call);
 }
 
 void refuse(const CallFrame&) {
@@ -223,9 +145,9 @@ Error* handle(CallFrame* frame) noexcept {
 }  // namespace
 
 const NamedHandler kHandlers[6] = {
-    {"forward_maps", handle<run_forward>},
-    {"adjoint_maps", handle<run_adjoint>},
-    {"box_gradient_maps", handle<run_box_gradient>},
+    {"forward_maps", handle<run<run_forward>>},
+    {"adjoint_maps", handle<run<run_adjoint>>},
+    {"box_gradient_maps", handle<run<run_box_gradient>>},
     {"forward", handle<refuse>},
     {"adjoint", handle<refuse>},
     {"box_gradient", handle<refuse>},

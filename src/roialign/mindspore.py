@@ -122,14 +122,7 @@ def with_index_column(d_boxes: Tensor) -> Tensor:
 # Derivatives, of one map. Where there is no tangent, there is a vector in its place.
 
 _INPUTS = {
-    name: (
-        "numbers",
-        *[array for array in takes if array != "tangent"],
-        "boxes",
-        "image_index",
-        *[array for array in takes if array == "tangent"],
-    )
-    for name, takes in _operations.TAKES.items()
+    name: ("numbers", "boxes", "image_index", *takes) for name, takes in _operations.TAKES.items()
 }
 _GIVES = _operations.GIVES
 _SIBLINGS = {array: _operations.giving(array) for array in _GIVES.values()}
@@ -225,13 +218,13 @@ def _primitive(name: str, size: tuple[int, ...]) -> ops.Custom:
 
     def shape(*inputs):
         if name == "forward":
-            return (inputs[2][0], inputs[1][1], *size)
-        return size if name == "adjoint" else inputs[3 if name == "box_gradient" else 0]
+            return (inputs[1][0], inputs[3][1], *size)
+        return size if name == "adjoint" else inputs[1 if name == "box_gradient" else 0]
 
     def dtype(*inputs):
         if name in ("forward", "adjoint"):
-            return inputs[1]
-        wide = inputs[1 if name == "box_gradient" else 0].element_type() == mindspore.float64
+            return inputs[3]
+        wide = inputs[3 if name == "box_gradient" else 0].element_type() == mindspore.float64
         return mindspore.TensorType(mindspore.float64 if wide else mindspore.float32)
 
     entry = f"{_core.__file__}:roialign_{name}"
@@ -275,17 +268,17 @@ _NO_TANGENT = Tensor(np.zeros(1, np.float32))
 
 def _forward(features, boxes, index, bins, numbers):
     rois = _native(boxes, index, features, features.shape[0])
-    return _call("forward", bins, numbers, features, *rois, _NO_TANGENT)
+    return _call("forward", bins, numbers, *rois, features, _NO_TANGENT)
 
 
 def _adjoint(d_output, boxes, index, feature_shape, numbers):
     rois = _native(boxes, index, d_output, feature_shape[0])
-    return _call("adjoint", feature_shape, numbers, d_output, *rois, _NO_TANGENT)
+    return _call("adjoint", feature_shape, numbers, *rois, d_output, _NO_TANGENT)
 
 
 def _box_gradient(d_output, features, boxes, index, numbers):
     rois = _native(boxes, index, features, features.shape[0])
-    return _call("box_gradient", (), numbers, d_output, features, *rois)
+    return _call("box_gradient", (), numbers, *rois, d_output, features)
 
 
 def takes_rows(features: object, rois: object) -> bool:

@@ -1,0 +1,89 @@
+#include "calls.hpp"
+
+namespace roialign {
+namespace {
+
+// Takes the arrays, one after another.
+class Reader {
+ public:
+  explicit Reader(Call& call) : call_(call) {
+    const Array& boxes = next(2);
+    require(boxes.shape[0] >= 0 && boxes.shape[1] == 4, "roialign: boxes must be (K, 4)");
+    rois = {boxes.shape[0], boxes.data, boxes.dtype, {4, 1}, {}, {}};
+    rois.image_index = column();
+    if (call.maps.size() > 1) rois.level = column();
+  }
+
+  Rois rois;
+
+  Tensor tensor() {
+    const Array& array = next(4);
+    return contiguous(array.data, array.dtype, array.shape);
+  }
+  Maps maps() {
+    for (Map& map : call_.maps) map.array = tensor();
+    return {call_.maps.data(), int64_t(call_.maps.size())};
+  }
+  // A box gradient, or tangent.
+  void* boxes_like(DType map) {
+    const Array& array = next(2);
+    require(
+        array.shape[0] == rois.count && array.shape[1] == 4 && array.dtype == coordinate_type(map),
+        "roialign: box tangents and gradients must be (K, 4), of the coordinate type");
+    return array.data;
+  }
+  const void* tangent(DType map) {
+    if (left() && front().ndim == 4) return nullptr;
+    const bool is_none = left() && front().ndim == 1 && front().shape[0] == 1;
+    return is_none ? (++at_, nullptr) : boxes_like(map);
+  }
+  void finish() const { require(!left(), "roialign: there are more arrays"); }
+
+ private:
+  bool left() const { return at_ < call_.arrays.size(); }
+  const Array& front() const { return call_.arrays[at_]; }
+  const Array& next(int64_t ndim) {
+    require(left(), "roialign: an array is missing");
+    require(front().ndim == ndim, "roialign: an array has another number of dimensions");
+    return call_.arrays[at_++];
+  }
+  Column column() {
+    const Array& index = next(1);
+    require(index.shape[0] == rois.count, "roialign: image_index and levels must be (K,)");
+    return {index.data, index.dtype, 1};
+  }
+
+  Call& call_;
+  size_t at_ = 0;
+};
+
+}  // namespace
+
+void run_forward(Call& call) {
+  Reader read(call);
+  const Maps maps = read.maps();
+  const void* tangent = read.tangent(maps.first().dtype);
+  const Tensor output = read.tensor();
+  read.finish();
+  forward(maps, read.rois, tangent, call.rule, output, call.threads);
+}
+
+void run_adjoint(Call& call) {
+  Reader read(call);
+  const Tensor d_output = read.tensor();
+  const void* tangent = read.tangent(d_output.dtype);
+  const Maps maps = read.maps();
+  read.finish();
+  adjoint(d_output, read.rois, tangent, call.rule, maps, call.threads);
+}
+
+void run_box_gradient(Call& call) {
+  Reader read(call);
+  const Tensor d_output = read.tensor();
+  const Maps maps = read.maps();
+  void* d_boxes = read.boxes_like(d_output.dtype);
+  read.finish();
+  box_gradient(d_output, maps, read.rois, call.rule, d_boxes, call.threads);
+}
+
+}  // namespace roialign

@@ -1,0 +1,35 @@
+// A call that comes through C, from XLA or MindSpore: contiguous arrays and numbers.
+#pragma once
+
+#include <vector>
+
+#include "../operations.hpp"
+
+namespace roialign {
+
+struct Array {
+  void* data;
+  DType dtype;
+  int64_t ndim;
+  const int64_t* shape;
+};
+
+// The arrays are boxes (K, 4), image_index (K,), levels (K,) where there are several maps; then
+//   forward:       the maps, tangent, output
+//   adjoint:       d_output, tangent, a gradient for each map
+//   box_gradient:  d_output, the maps, d_boxes
+// A tangent may be missing, or one number stands for none.
+struct Call {
+  std::vector<Array> arrays;
+  std::vector<Map> maps;  // their scales; operations read their arrays
+  Rule rule;
+  int threads = 1;
+};
+
+// They take no shape, dtype or number of arrays on trust: what does not fit throws
+// std::invalid_argument.
+void run_forward(Call& call);
+void run_adjoint(Call& call);
+void run_box_gradient(Call& call);
+
+}  // namespace roialign
