@@ -208,7 +208,8 @@ def test_shapes_that_do_not_fit(wrong):
     }  # fmt: skip
 
     def check(last, boxes, index, levels, tangent, pooled, scales):
-        launch.check_fit([maps[0], last], pooled, Rois(boxes, index, levels), tangent, scales, RULE)
+        rois = Rois(boxes, index, levels)
+        launch.Job(None, [maps[0], last], pooled, rois, tangent, scales, RULE)
 
     check(*fits.values())
     for each in given:
@@ -221,7 +222,7 @@ def test_dtypes_that_do_not_fit(dtypes):
     map_, pooled = (launch.New((1, 1, 1, 1), dtype) for dtype in dtypes)
     rois = Rois(launch.New((1, 4), "float32"), launch.New((1,), "int64"))
     with pytest.raises(TypeError, match="of one float dtype"):
-        launch.check_fit([map_], pooled, rois, None, SCALES, RULE)
+        launch.Job(None, [map_], pooled, rois, None, SCALES, RULE)
 
 
 @pytest.mark.parametrize("sampling", [4097, math.inf, math.nan])

@@ -50,10 +50,13 @@ def problem_of(
 
 
 def taps_of(problem, *, columns, tables=1, levels=None, maps=1, level=0, call=wide_call):
-    return launch._axis_taps(
-        call, [tensor(problem.features)] * maps, level, problem.size, rois(problem, levels), None,
-        problem.scale * maps, rule(problem), tables=tables, columns=columns,
+    features = tensor(problem.features)
+    pooled = launch.New(problem.output_shape, features.dtype)
+    job = launch.Job(
+        call, [features] * maps, pooled, rois(problem, levels), None, problem.scale * maps,
+        rule(problem),
     )  # fmt: skip
+    return launch.axis_taps(job, level, tables, columns=columns)
 
 
 def entries_of(problem, axis, *, columns, tables=1, call=wide_call):

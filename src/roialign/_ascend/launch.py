@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import triton.language as tl
 
 from roialign._triton.launch import (
     Array,
+    Job,
     New,
     before,
-    check_fit,
-    is_empty,
     power,
     programs,
     quotient,
-    rois_of,
     strides,
     sum_blocks,
     touched,
 )
 
 from . import products
-
-if TYPE_CHECKING:
-    from roialign._rois import Rois
 
 MAX_PROGRAMS = 65535  # of a launch that takes turns: no more than an Ascend device takes
 SIDE = 32  # of a tile of a map: 4 KiB of float32, so those of a product fit into a core's buffers
@@ -48,60 +42,34 @@ def _grid(turns: int) -> tuple[int]:
     return (min(turns, MAX_PROGRAMS),)
 
 
-def _axis_weights(
-    call: Callable,
-    maps: Sequence[Array | New],
-    level: int,
-    bins: tuple[int, int],
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    tables: int,
-) -> _Weights:
-    images, _, *size = maps[level].shape
-    count = rois.boxes.shape[0]
-    room = sum(length * b for length, b in zip(size, bins, strict=True))
+def _axis_weights(job: Job, level: int, tables: int) -> _Weights:
+    """Of one of the maps, in so many tables."""
+    count, _, *bins = job.pooled.shape
+    room = sum(length * b for length, b in zip(job.maps[level].shape[2:], bins, strict=True))
     block = max(LEAST_BINS, power(max(bins), 2**31))
-    arrays, numbers, steps = rois_of(rois, tangent, level, maps)
-    made = call(
+    made = job.taps(
         products.axis_weights,
         _grid(2 * count),
-        (
-            *(*arrays, *numbers, count, images, *size, *bins),
-            *(*scales[2 * level :][:2], *steps),
-        ),
+        level,
         (
             New((count,), "int64"),
             New((count, 2, 3), "int32"),
             New((tables, count, room), "float32"),
         ),
-        RULE=rule,
         TABLES=tables,
-        LEVELS=rois.levels is not None,
         BLOCK_P=block,
         SIDE=max(1, LANES // block),
     )
     return _Weights(*made, min(block, MAX_BINS))
 
 
-def forward(
-    call: Callable,
-    maps: Sequence[Array],
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    output: Array | New,
-) -> Array:
-    """Writes ``output`` (K, C, P, Q)."""
-    check_fit(maps, output, rois, tangent, scales, rule)
-    if is_empty(maps, output):
+def forward(call, maps, rois, tangent, scales, rule, output) -> Array:
+    job = Job(call, maps, output, rois, tangent, scales, rule)
+    if job.is_empty:
         return output.zero_()
     count, channels, *bins = output.shape
-    tables = 1 if tangent is None else 2
     for level, features in enumerate(maps):
-        made = _axis_weights(call, maps, level, tuple(bins), rois, tangent, scales, rule, tables)
+        made = _axis_weights(job, level, job.tables)
         (output,) = call(
             products.forward,
             _grid(count * channels),
@@ -111,34 +79,22 @@ def forward(
                 *(*strides(features), *strides(output), before(output, features)),
             ),
             (output,),
-            TABLES=tables,
+            TABLES=job.tables,
             BLOCK_P=made.block,
             SIDE=SIDE,
         )
     return output
 
 
-def adjoint(
-    call: Callable,
-    d_output: Array,
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    d_features: Sequence[Array | New],
-) -> list[Array]:
-    """Writes each of ``d_features`` (N, C, H, W)."""
-    check_fit(d_features, d_output, rois, tangent, scales, rule)
-    if is_empty(d_features, d_output):
+def adjoint(call, d_output, rois, tangent, scales, rule, d_features) -> list[Array]:
+    job = Job(call, d_features, d_output, rois, tangent, scales, rule)
+    if job.is_empty:
         return [d_map.zero_() for d_map in d_features]
     count, channels, *bins = d_output.shape
-    tables = 1 if tangent is None else 2
     results = []
     for level, d_map in enumerate(d_features):
         images, _, *size = d_map.shape
-        made = _axis_weights(
-            call, d_features, level, tuple(bins), rois, tangent, scales, rule, tables
-        )
+        made = _axis_weights(job, level, job.tables)
         bits = touched(call, made.image_of, made.extents, d_map.shape, (SIDE, SIDE))
         tiles, words = bits.shape
         results += call(
@@ -150,30 +106,21 @@ def adjoint(
                 *(*strides(d_output), *strides(d_map)),
             ),
             (d_map,),
-            TABLES=tables,
+            TABLES=job.tables,
             BLOCK_P=made.block,
             SIDE=SIDE,
         )
     return results
 
 
-def box_gradient(
-    call: Callable,
-    d_output: Array,
-    maps: Sequence[Array],
-    rois: Rois,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    d_boxes: Array | New,
-) -> Array:
-    """Writes ``d_boxes`` (K, 4), in C order and float32."""
-    check_fit(maps, d_output, rois, None, scales, rule)
-    if is_empty(maps, d_output):
+def box_gradient(call, d_output, maps, rois, scales, rule, d_boxes) -> Array:
+    job = Job(call, maps, d_output, rois, None, scales, rule)
+    if job.is_empty:
         return d_boxes.zero_()
     count, channels, *bins = d_output.shape
     blocks = quotient(channels, BLOCK_C)
     for level, features in enumerate(maps):
-        made = _axis_weights(call, maps, level, tuple(bins), rois, None, scales, rule, 3)
+        made = _axis_weights(job, level, 3)
         (partial,) = call(
             products.box_gradient,
             _grid(count * blocks),

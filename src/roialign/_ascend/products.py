@@ -17,10 +17,14 @@ from roialign._triton.geometry import exponent, grid_of, inside, position, share
 from roialign._triton.kernels import (
     OTHER_MAP,
     ROIS_PER_WORD,
+    corner_of,
     divided,
+    ends,
     image_on,
     index_of,
+    kernel,
     rounded,
+    store_sums,
     whole,
 )
 
@@ -45,45 +49,27 @@ def tile(
 
 
 @triton.jit
+def window(extent):
+    """The pixels that a RoI reaches: first and end in y, and in x."""
+    first_y, last_y = tl.load(extent), tl.load(extent + 1)
+    return first_y, last_y + 1, tl.load(extent + 3), tl.load(extent + 4) + 1
+
+
+@triton.jit
 def product(a, b, total):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-_AXIS_WEIGHTS_SIZES = [
-    "map", "maps", "count", "images", "height", "width", "bins_y", "bins_x",
-    "boxes_stride", "boxes_step", "index_stride", "levels_stride",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_AXIS_WEIGHTS_SIZES)
+@kernel("map", "levels_stride")
 def axis_weights(
-    boxes,
-    image_index,
-    levels,
-    tangent,
-    map,
-    maps,
-    count,
-    images,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    scale_y,
-    scale_x,
-    boxes_stride,
-    boxes_step,
-    index_stride,
-    levels_stride,
-    image_of,
-    extents,
-    weights,
-    RULE: tl.constexpr,
-    TABLES: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    boxes, image_index, levels, tangent,
+    map, maps, count, images, height, width, bins_y, bins_x,
+    scale_y, scale_x,
+    boxes_stride, boxes_step, index_stride, levels_stride,
+    image_of, extents, weights,
+    RULE: tl.constexpr, TABLES: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """Fills the matrices, `image_of` and `extents` (see `axis_taps`). A turn: an axis of a RoI."""
     images, maps = whole(images), whole(maps)
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
@@ -100,18 +86,7 @@ def axis_weights(
         scale = tl.where(axis == 0, scale_y, scale_x)
         matrix = weights + roi * room + axis * bins_y * height
 
-        corner = boxes + roi * boxes_stride
-        lo = tl.load(corner + (1 - axis) * boxes_step).to(tl.float32)
-        hi = tl.load(corner + (3 - axis) * boxes_step).to(tl.float32)
-        other_lo = tl.load(corner + axis * boxes_step).to(tl.float32)
-        other_hi = tl.load(corner + (2 + axis) * boxes_step).to(tl.float32)
-        # a difference of a number and itself is 0 unless it is not finite
-        finite = (
-            (lo - lo == 0)
-            & (hi - hi == 0)
-            & (other_lo - other_lo == 0)
-            & (other_hi - other_hi == 0)
-        )
+        lo, hi, finite = ends(boxes + roi * boxes_stride, boxes_step, axis, None, tl.float32)
         start, bin, samples, clamped = grid_of(
             tl.where(k < bins, lo, 0),  # not scalars: triton-ascend cannot divide these
             tl.where(k < bins, hi, 0),
@@ -162,38 +137,15 @@ def axis_weights(
                 tl.store(to + 2 * count * room, slope_hi, written)
 
 
-_FORWARD_NUMBERS = [
-    "count", "channels", "height", "width", "bins_y", "bins_x",
-    "features_n", "features_c", "features_h", "output_k", "output_c", "output_p",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_FORWARD_NUMBERS)
+@kernel("count", "output_p", but="features_w")
 def forward(
-    features,
-    image_of,
-    extents,
-    weights,
-    count,
-    channels,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    features_n,
-    features_c,
-    features_h,
-    features_w,
-    output_k,
-    output_c,
-    output_p,
-    output_q,
-    before,
-    output,
-    TABLES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    features, image_of, extents, weights,
+    count, channels, height, width, bins_y, bins_x,
+    features_n, features_c, features_h, features_w,
+    output_k, output_c, output_p, output_q,
+    before, output,
+    TABLES: tl.constexpr, BLOCK_P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (4), and with TABLES 2 its derivative (8). One turn: a channel of a RoI."""
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
@@ -204,9 +156,8 @@ def forward(
         plane = features + tl.maximum(image, 0) * features_n + c * features_c
         matrix_y = weights + roi * room
         matrix_x = matrix_y + bins_y * height
-        extent = extents + roi * 6
-        first_y, end_y = tl.load(extent), tl.load(extent + 1) + 1
-        first_x, end_x = tl.load(extent + 3), tl.load(extent + 4) + 1
+        slopes_y, slopes_x = matrix_y + next_table, matrix_x + next_table
+        first_y, end_y, first_x, end_x = window(extents + roi * 6)
         for p in range(0, tl.where(image == OTHER_MAP, 0, bins_y), BLOCK_P):
             for q in range(0, bins_x, BLOCK_P):
                 total = tl.zeros((BLOCK_P, BLOCK_P), tl.float32)
@@ -218,15 +169,11 @@ def forward(
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                         along = product(f, tl.trans(a_x), along)
                         if TABLES == 2:
-                            v_x = tile(
-                                matrix_x + next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
-                            )
+                            v_x = tile(slopes_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                             v_along = product(f, tl.trans(v_x), v_along)
                     a_y = tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
                     if TABLES == 2:
-                        v_y = tile(
-                            matrix_y + next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE
-                        )
+                        v_y = tile(slopes_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
                         total = product(a_y, v_along, product(v_y, along, total))
                     else:
                         total = product(a_y, along, total)
@@ -236,39 +183,15 @@ def forward(
                 tl.store(at, rounded(total, output.dtype.element_ty), (r < bins_y) & (s < bins_x))
 
 
-_ADJOINT_NUMBERS = [
-    "count", "channels", "images", "height", "width", "bins_y", "bins_x", "words",
-    "d_output_k", "d_output_c", "d_output_p", "d_features_n", "d_features_c", "d_features_h",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_ADJOINT_NUMBERS)
+@kernel("count", "d_features_h", but="d_output_q")
 def adjoint(
-    d_output,
-    extents,
-    weights,
-    bits,
-    count,
-    channels,
-    images,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    words,
-    d_output_k,
-    d_output_c,
-    d_output_p,
-    d_output_q,
-    d_features_n,
-    d_features_c,
-    d_features_h,
-    d_features_w,
+    d_output, extents, weights, bits,
+    count, channels, images, height, width, bins_y, bins_x, words,
+    d_output_k, d_output_c, d_output_p, d_output_q,
+    d_features_n, d_features_c, d_features_h, d_features_w,
     d_features,
-    TABLES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    TABLES: tl.constexpr, BLOCK_P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (5), with TABLES 2 its derivative (8). One turn: a channel of a map's tile.
 
     It adds the RoIs that reach the tile, in their order, and writes each pixel once.
@@ -276,13 +199,11 @@ def adjoint(
     height, width, bins_y, bins_x = whole(height), whole(width), whole(bins_y), whole(bins_x)
     room = bins_y * height + bins_x * width
     next_table = count * room
-    tiles_y, tiles_x = tl.cdiv(height, SIDE), tl.cdiv(width, SIDE)
-    turns = (images * tiles_y * tiles_x * channels).to(tl.int32)
+    tiles = images * tl.cdiv(height, SIDE) * tl.cdiv(width, SIDE)
+    turns = (tiles * channels).to(tl.int32)
     for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
         c, place = divided(whole(turn), channels)
-        tile_x, rest = divided(place, tiles_x)
-        tile_y, image = divided(rest, tiles_y)
-        y, x = tile_y * SIDE, tile_x * SIDE
+        image, y, x = corner_of(place, height, width, SIDE, SIDE)
         row, column = y + tl.arange(0, SIDE)[:, None], x + tl.arange(0, SIDE)[None, :]
         total = tl.zeros((SIDE, SIDE), tl.float32)
         for word in range(words):
@@ -294,23 +215,13 @@ def adjoint(
                 plane = d_output + roi * d_output_k + c * d_output_c
                 matrix_y = weights + roi * room
                 matrix_x = matrix_y + bins_y * height
+                slopes_y, slopes_x = matrix_y + next_table, matrix_x + next_table
                 added = tl.zeros((SIDE, SIDE), tl.float32)
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, height, height, 1, BLOCK_P, SIDE))
                     if TABLES == 2:
-                        v_y = tl.trans(
-                            tile(
-                                matrix_y + next_table,
-                                p,
-                                bins_y,
-                                y,
-                                height,
-                                height,
-                                1,
-                                BLOCK_P,
-                                SIDE,
-                            )
-                        )
+                        v_y = tile(slopes_y, p, bins_y, y, height, height, 1, BLOCK_P, SIDE)
+                        v_y = tl.trans(v_y)
                     for q in range(0, bins_x, BLOCK_P):
                         g = tile(
                             plane, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P
@@ -319,58 +230,30 @@ def adjoint(
                         none = tl.zeros((BLOCK_P, SIDE), tl.float32)
                         along = product(g, a_x, none)
                         if TABLES == 2:
-                            v_x = tile(
-                                matrix_x + next_table, q, bins_x, x, width, width, 1, BLOCK_P, SIDE
-                            )
+                            v_x = tile(slopes_x, q, bins_x, x, width, width, 1, BLOCK_P, SIDE)
                             added = product(a_y, product(g, v_x, none), product(v_y, along, added))
                         else:
                             added = product(a_y, along, added)
-                extent = extents + roi * 6
-                in_y = (row >= tl.load(extent)) & (row <= tl.load(extent + 1))
-                in_x = (column >= tl.load(extent + 3)) & (column <= tl.load(extent + 4))
+                first_y, end_y, first_x, end_x = window(extents + roi * 6)
+                in_y, in_x = (
+                    (row >= first_y) & (row < end_y),
+                    (column >= first_x) & (column < end_x),
+                )
                 total += tl.where(in_y & in_x, added, 0)  # beyond the window are no weights
-        at = (
-            d_features
-            + image * d_features_n
-            + c * d_features_c
-            + row * d_features_h
-            + column * d_features_w
-        )
+        plane = d_features + image * d_features_n + c * d_features_c
+        at = plane + row * d_features_h + column * d_features_w
         tl.store(at, rounded(total, d_features.dtype.element_ty), (row < height) & (column < width))
 
 
-_BOX_GRADIENT_NUMBERS = [
-    "count", "channels", "height", "width", "bins_y", "bins_x",
-    "d_output_k", "d_output_c", "d_output_p", "features_n", "features_c", "features_h",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_BOX_GRADIENT_NUMBERS)
+@kernel("count", "features_h", but="d_output_q")
 def box_gradient(
-    d_output,
-    features,
-    image_of,
-    extents,
-    weights,
-    count,
-    channels,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    d_output_k,
-    d_output_c,
-    d_output_p,
-    d_output_q,
-    features_n,
-    features_c,
-    features_h,
-    features_w,
+    d_output, features, image_of, extents, weights,
+    count, channels, height, width, bins_y, bins_x,
+    d_output_k, d_output_c, d_output_p, d_output_q,
+    features_n, features_c, features_h, features_w,
     partial,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (7), of some channels of a RoI: x1, y1, x2, y2 in `partial` (blocks, K, 4).
 
     <G, A_y . F . A_x^T> is <A_y^T . G . A_x, F>: one turn makes the former's adjoint, tile by tile.
@@ -383,46 +266,29 @@ def box_gradient(
         image = tl.maximum(tl.load(image_of + roi), 0)
         matrix_y = weights + roi * room
         matrix_x = matrix_y + bins_y * height
-        extent = extents + roi * 6
-        first_y, end_y = tl.load(extent), tl.load(extent + 1) + 1
-        first_x, end_x = tl.load(extent + 3), tl.load(extent + 4) + 1
+        lo_matrix_y, lo_matrix_x = matrix_y + next_table, matrix_x + next_table
+        hi_matrix_y, hi_matrix_x = lo_matrix_y + next_table, lo_matrix_x + next_table
+        first_y, end_y, first_x, end_x = window(extents + roi * 6)
         none = tl.zeros((SIDE, SIDE), tl.float32)
         x1, y1, x2, y2 = none, none, none, none
         for y in range(first_y, end_y, SIDE):
             for x in range(first_x, end_x, SIDE):
                 for p in range(0, bins_y, BLOCK_P):
                     a_y = tl.trans(tile(matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE))
-                    lo_y = tl.trans(
-                        tile(matrix_y + next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
-                    )
-                    hi_y = tl.trans(
-                        tile(
-                            matrix_y + 2 * next_table, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE
-                        )
-                    )
+                    lo_y = tile(lo_matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    hi_y = tile(hi_matrix_y, p, bins_y, y, end_y, height, 1, BLOCK_P, SIDE)
+                    lo_y, hi_y = tl.trans(lo_y), tl.trans(hi_y)
                     for q in range(0, bins_x, BLOCK_P):
                         a_x = tile(matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
-                        lo_x = tile(
-                            matrix_x + next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
-                        )
-                        hi_x = tile(
-                            matrix_x + 2 * next_table, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE
-                        )
+                        lo_x = tile(lo_matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
+                        hi_x = tile(hi_matrix_x, q, bins_x, x, end_x, width, 1, BLOCK_P, SIDE)
                         for turned in range(tl.minimum(BLOCK_C, channels - block * BLOCK_C)):
                             c = block * BLOCK_C + turned
                             plane = features + image * features_n + c * features_c
-                            g_plane = d_output + roi * d_output_k + c * d_output_c
+                            row = d_output + roi * d_output_k + c * d_output_c
                             f = tile(plane, y, end_y, x, end_x, features_h, features_w, SIDE, SIDE)
                             g = tile(
-                                g_plane,
-                                p,
-                                bins_y,
-                                q,
-                                bins_x,
-                                d_output_p,
-                                d_output_q,
-                                BLOCK_P,
-                                BLOCK_P,
+                                row, p, bins_y, q, bins_x, d_output_p, d_output_q, BLOCK_P, BLOCK_P
                             )
                             bins = tl.zeros((BLOCK_P, SIDE), tl.float32)
                             along = product(g, a_x, bins)
@@ -430,8 +296,4 @@ def box_gradient(
                             y1 += f * product(lo_y, along, none)
                             x2 += f * product(a_y, product(g, hi_x, bins), none)
                             y2 += f * product(hi_y, along, none)
-        at = partial + (block * count + roi) * 4
-        tl.store(at, tl.sum(x1))
-        tl.store(at + 1, tl.sum(y1))
-        tl.store(at + 2, tl.sum(x2))
-        tl.store(at + 3, tl.sum(y2))
+        store_sums(partial + (block * count + roi) * 4, x1, y1, x2, y2)

@@ -23,6 +23,9 @@ What the launches of several maps write in turn is also their last input, `befor
 framework whose arrays are made once gives the memory of an input to an output.
 """
 
+import inspect
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
@@ -31,6 +34,20 @@ from .geometry import exponent, grid_of, inside, limit, position, shares, tap
 ROIS_PER_WORD = tl.constexpr(32)  # the low half of an int64: no sign
 NO_IMAGE = tl.constexpr(-1)  # of a RoI that is on no map, or on this one with a bad image index
 OTHER_MAP = tl.constexpr(-2)  # of a RoI whose results another launch writes
+
+
+def kernel(first: str, last: str, but: str = "") -> Callable:
+    """Compiles a kernel of whose numbers, parameters from `first` to `last`, none is specialised.
+
+    `but`: one that is.
+    """
+
+    def compiled(function: Callable) -> triton.JITFunction:
+        names = list(inspect.signature(function).parameters)
+        numbers = names[names.index(first) : names.index(last) + 1]
+        return triton.jit(do_not_specialize=[n for n in numbers if n != but])(function)
+
+    return compiled
 
 
 @triton.jit
@@ -55,11 +72,26 @@ def stride(number, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def steps(n, c, h, w, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr):
+    """The steps of an array's four axes, the second of which may be its innermost."""
+    c = stride(c, INNERMOST, False)
+    return stride(n, False, ALIGNED), c, stride(h, False, ALIGNED), stride(w, False, ALIGNED)
+
+
+@triton.jit
 def divided(number, by):
     """Remainder and quotient of what fits in 31 bits: division of 64 is slow."""
     number, by = number.to(tl.int32), by.to(tl.int32)
     quotient = number // by
     return (number - quotient * by).to(tl.int64), quotient.to(tl.int64)
+
+
+@triton.jit
+def corner_of(tile, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """The image of a tile, and its first pixel, y and x."""
+    tile_x, rest = divided(tile, tl.cdiv(width, TILE_X))
+    tile_y, image = divided(rest, tl.cdiv(height, TILE_Y))
+    return image, tile_y * TILE_Y, tile_x * TILE_X
 
 
 @triton.jit
@@ -83,10 +115,22 @@ def plus(total, weight, value):
 @triton.jit
 def coordinate(pointer, known, REAL: tl.constexpr):
     """A number of any dtype as REAL; from bfloat16 by the one way that the interpreter has too."""
-    number = tl.load(pointer, known, other=0)
+    number = tl.load(pointer) if known is None else tl.load(pointer, known, other=0)
     if number.dtype == tl.bfloat16:
         number = number.to(tl.float32)
     return number.to(REAL)
+
+
+@triton.jit
+def ends(box, step, axis, known, REAL: tl.constexpr):
+    """A box's start and end on an axis, and whether those of both axes are finite."""
+    lo = coordinate(box + (1 - axis) * step, known, REAL)
+    hi = coordinate(box + (3 - axis) * step, known, REAL)
+    other_lo = coordinate(box + axis * step, known, REAL)
+    other_hi = coordinate(box + (2 + axis) * step, known, REAL)
+    # a difference of a number and itself is 0 unless it is not finite
+    finite = (lo - lo == 0) & (hi - hi == 0)
+    return lo, hi, finite & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
 
 
 @triton.jit
@@ -132,47 +176,16 @@ def span_of(start, bin, samples, k, bins, size):
     return tl.where(meets, low, 0), tl.where(meets, tl.minimum(high + 1, size - 1), -1)
 
 
-_AXIS_TAPS_SIZES = [
-    "map", "maps", "count", "images", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x",
-    "boxes_stride", "boxes_step", "index_stride", "levels_stride",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_AXIS_TAPS_SIZES)
+@kernel("map", "levels_stride")
 def axis_taps(
-    boxes,
-    image_index,
-    levels,
-    tangent,
-    map,
-    maps,
-    count,
-    images,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    spread_y,
-    spread_x,
-    scale_y: "fp64",  # noqa: F821
-    scale_x: "fp64",  # noqa: F821
-    boxes_stride,
-    boxes_step,
-    index_stride,
-    levels_stride,
-    image_of,
-    ranges,
-    extents,
-    pixels,
-    weights,
-    RULE: tl.constexpr,
-    REAL: tl.constexpr,
-    TABLES: tl.constexpr,
-    LEVELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    boxes, image_index, levels, tangent,
+    map, maps, count, images, height, width, bins_y, bins_x, spread_y, spread_x,
+    scale_y: "fp64", scale_x: "fp64",  # noqa: F821
+    boxes_stride, boxes_step, index_stride, levels_stride,
+    image_of, ranges, extents, pixels, weights,
+    RULE: tl.constexpr, REAL: tl.constexpr, TABLES: tl.constexpr, LEVELS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """Fills the tables. One program: an axis of some RoIs; lanes are their bins.
 
     `ranges` is `rows`, or `columns` if COLUMNS (then there are `extents`, and no `pixels`). TABLES:
@@ -200,15 +213,7 @@ def axis_taps(
         size, bins, spread, scale = width, bins_x, whole(spread_x), real(scale_x)
         first_slot, first_bin, first_pixel = x_slot, bins_y, height
 
-    corner = boxes + roi * boxes_stride
-    lo = coordinate(corner + (1 - axis) * boxes_step, known, REAL)
-    hi = coordinate(corner + (3 - axis) * boxes_step, known, REAL)
-    other_lo = coordinate(corner + axis * boxes_step, known, REAL)
-    other_hi = coordinate(corner + (2 + axis) * boxes_step, known, REAL)
-    # a difference of a number and itself is 0 unless it is not finite
-    finite = (
-        (lo - lo == 0) & (hi - hi == 0) & (other_lo - other_lo == 0) & (other_hi - other_hi == 0)
-    )
+    lo, hi, finite = ends(boxes + roi * boxes_stride, boxes_step, axis, known, REAL)
     if TABLES == 2:
         v_lo = tl.load(tangent + roi * 4 + 1 - axis, known, other=0).to(tl.float64)[:, None]
         v_hi = tl.load(tangent + roi * 4 + 3 - axis, known, other=0).to(tl.float64)[:, None]
@@ -314,89 +319,60 @@ def axis_taps(
         tl.store(at + 2, backwards, known)
 
 
-@triton.jit(do_not_specialize=["count", "height", "width", "words"])
+@kernel("count", "words")
 def touched(
-    image_of,
-    extents,
-    count,
-    height,
-    width,
-    words,
+    image_of, extents,
+    count, height, width, words,
     bits,
-    TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
     """Which RoIs reach a tile of a map. One program: some words of one tile.
 
     In `bits` (images, tiles, words) the first RoI is the lowest bit.
     """
     count, words = whole(count), whole(words)
     block, tile = divided(tl.program_id(0), tl.cdiv(words, BLOCK_W))
-    tile_x, rest = divided(tile, tl.cdiv(whole(width), TILE_X))
-    tile_y, image = divided(rest, tl.cdiv(whole(height), TILE_Y))
-    y, x = tile_y * TILE_Y, tile_x * TILE_X
+    image, y, x = corner_of(tile, whole(height), whole(width), TILE_Y, TILE_X)
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     bit = tl.arange(0, ROIS_PER_WORD)[None, :]
     roi = word * ROIS_PER_WORD + bit
     known = roi < count
     at = extents + roi * 6
     hit = known & (tl.load(image_of + roi, known, other=-1) == image)
-    hit = hit & (tl.load(at, known, other=0) < y + TILE_Y) & (tl.load(at + 1, known, other=-1) >= y)
-    hit = (
-        hit
-        & (tl.load(at + 3, known, other=0) < x + TILE_X)
-        & (tl.load(at + 4, known, other=-1) >= x)
-    )
+    hit &= tl.load(at, known, other=0) < y + TILE_Y
+    hit &= tl.load(at + 1, known, other=-1) >= y
+    hit &= tl.load(at + 3, known, other=0) < x + TILE_X
+    hit &= tl.load(at + 4, known, other=-1) >= x
     found = tl.sum(hit.to(tl.int64) << bit.to(tl.int64), 1)
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(bits + tile * words + word, found, word < words)
 
 
-_FORWARD_NUMBERS = [
-    "count", "channels", "bins_y", "bins_x", "room",
-    "features_n", "features_c", "features_h", "features_w",
-    "output_k", "output_c", "output_p", "output_q",
-]  # fmt: skip
+@triton.jit
+def packed(rows, row, table, exists):
+    """How many entries a bin has on an axis, and the first one's slot."""
+    first = tl.load(rows + row * 2, exists, other=0)
+    return tl.load(rows + row * 2 + 1, exists, other=0), table + first
 
 
-@triton.jit(do_not_specialize=_FORWARD_NUMBERS)
+@kernel("count", "output_q")
 def forward(
-    features,
-    image_of,
-    rows,
-    pixels,
-    weights,
-    count,
-    channels,
-    bins_y,
-    bins_x,
-    room,
-    features_n,
-    features_c,
-    features_h,
-    features_w,
-    output_k,
-    output_c,
-    output_p,
-    output_q,
-    before,
-    output,
-    TABLES: tl.constexpr,
-    INNERMOST: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
+    features, image_of, rows, pixels, weights,
+    count, channels, bins_y, bins_x, room,
+    features_n, features_c, features_h, features_w,
+    output_k, output_c, output_p, output_q,
+    before, output,
+    TABLES: tl.constexpr, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (4), with TABLES 2 its derivative (8). One program: bins, channels of a RoI."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
-    features_n, features_c = (
-        stride(features_n, False, ALIGNED),
-        stride(features_c, INNERMOST, False),
+    features_n, features_c, features_h, features_w = steps(
+        features_n, features_c, features_h, features_w, INNERMOST, ALIGNED
     )
-    features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
-    output_k, output_c = stride(output_k, False, ALIGNED), stride(output_c, INNERMOST, False)
-    output_p, output_q = stride(output_p, False, ALIGNED), stride(output_q, False, ALIGNED)
+    output_k, output_c, output_p, output_q = steps(
+        output_k, output_c, output_p, output_q, INNERMOST, ALIGNED
+    )
     block, rest = divided(tl.program_id(0), tl.cdiv(bins_y * bins_x, BLOCK_B))
     roi, c_block = divided(rest, count)
     image = tl.load(image_of + roi)
@@ -405,11 +381,9 @@ def forward(
     q, p = divided(b, bins_x)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < stride(channels, False, ALIGNED)
-    at_y = rows + (roi * (bins_y + bins_x) + p) * 2
-    at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
-    taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
-    slot_y = roi * room + tl.load(at_y, exists, other=0)
-    slot_x = roi * room + tl.load(at_x, exists, other=0)
+    row = roi * (bins_y + bins_x)
+    taps_y, slot_y = packed(rows, row + p, roi * room, exists)
+    taps_x, slot_x = packed(rows, row + bins_y + q, roi * room, exists)
     next_table = count * room
     plane = features + tl.maximum(image, 0) * features_n + c * features_c
 
@@ -443,73 +417,36 @@ def forward(
     tl.store(at, rounded(total, output.dtype.element_ty), exists & has_channel)
 
 
-_ADJOINT_NUMBERS = [
-    "count", "channels", "height", "width", "bins_y", "bins_x", "spread_y", "spread_x", "words",
-    "d_output_k", "d_output_c", "d_output_p", "d_output_q",
-    "d_features_n", "d_features_c", "d_features_h", "d_features_w",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_ADJOINT_NUMBERS)
+@kernel("count", "d_features_w")
 def adjoint(
-    d_output,
-    columns,
-    extents,
-    weights,
-    bits,
-    count,
-    channels,
-    height,
-    width,
-    bins_y,
-    bins_x,
-    spread_y,
-    spread_x,
-    words,
-    d_output_k,
-    d_output_c,
-    d_output_p,
-    d_output_q,
-    d_features_n,
-    d_features_c,
-    d_features_h,
-    d_features_w,
+    d_output, columns, extents, weights, bits,
+    count, channels, height, width, bins_y, bins_x, spread_y, spread_x, words,
+    d_output_k, d_output_c, d_output_p, d_output_q,
+    d_features_n, d_features_c, d_features_h, d_features_w,
     d_features,
-    TABLES: tl.constexpr,
-    INNERMOST: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr,
-):
+    TABLES: tl.constexpr, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (5), with TABLES 2 its derivative (8). One program: channels of a map's tile.
 
     It adds the RoIs that reach the tile, in their order, and writes each pixel once.
     """
     count, height, width, words = whole(count), whole(height), whole(width), whole(words)
     bins_y, bins_x = whole(bins_y), whole(bins_x)
-    d_output_k, d_output_c = (
-        stride(d_output_k, False, ALIGNED),
-        stride(d_output_c, INNERMOST, False),
+    d_output_k, d_output_c, d_output_p, d_output_q = steps(
+        d_output_k, d_output_c, d_output_p, d_output_q, INNERMOST, ALIGNED
     )
-    d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
-    d_features_n, d_features_c = (
-        stride(d_features_n, False, ALIGNED),
-        stride(d_features_c, INNERMOST, False),
-    )
-    d_features_h, d_features_w = (
-        stride(d_features_h, False, ALIGNED),
-        stride(d_features_w, False, ALIGNED),
+    d_features_n, d_features_c, d_features_h, d_features_w = steps(
+        d_features_n, d_features_c, d_features_h, d_features_w, INNERMOST, ALIGNED
     )
     x_slot = height + bins_y * spread_y
     room = x_slot + width + bins_x * spread_x
     next_table = count * room
     channels = stride(channels, False, ALIGNED)
     c_block, tile = divided(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
-    tile_x, rest = divided(tile, tl.cdiv(width, TILE_X))
-    tile_y, image = divided(rest, tl.cdiv(height, TILE_Y))
+    image, first_y, first_x = corner_of(tile, height, width, TILE_Y, TILE_X)
     lane = tl.arange(0, TILE_Y * TILE_X)[None, :]
-    y, x = tile_y * TILE_Y + lane // TILE_X, tile_x * TILE_X + lane % TILE_X
+    y, x = first_y + lane // TILE_X, first_x + lane % TILE_X
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < channels
 
@@ -567,52 +504,31 @@ def adjoint(
     )
 
 
-_BOX_GRADIENT_NUMBERS = [
-    "count", "channels", "bins_y", "bins_x", "room",
-    "d_output_k", "d_output_c", "d_output_p", "d_output_q",
-    "features_n", "features_c", "features_h", "features_w",
-]  # fmt: skip
+@triton.jit
+def store_sums(at, x1, y1, x2, y2):
+    tl.store(at, tl.sum(x1))
+    tl.store(at + 1, tl.sum(y1))
+    tl.store(at + 2, tl.sum(x2))
+    tl.store(at + 3, tl.sum(y2))
 
 
-@triton.jit(do_not_specialize=_BOX_GRADIENT_NUMBERS)
+@kernel("count", "features_w")
 def box_gradient(
-    d_output,
-    features,
-    image_of,
-    rows,
-    pixels,
-    weights,
-    count,
-    channels,
-    bins_y,
-    bins_x,
-    room,
-    d_output_k,
-    d_output_c,
-    d_output_p,
-    d_output_q,
-    features_n,
-    features_c,
-    features_h,
-    features_w,
+    d_output, features, image_of, rows, pixels, weights,
+    count, channels, bins_y, bins_x, room,
+    d_output_k, d_output_c, d_output_p, d_output_q,
+    features_n, features_c, features_h, features_w,
     partial,
-    INNERMOST: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
+    INNERMOST: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """docs/spec.md (7), of some channels of a RoI: x1, y1, x2, y2 in `partial` (blocks, K, 4)."""
     count, bins_y, bins_x, room = whole(count), whole(bins_y), whole(bins_x), whole(room)
-    d_output_k, d_output_c = (
-        stride(d_output_k, False, ALIGNED),
-        stride(d_output_c, INNERMOST, False),
+    d_output_k, d_output_c, d_output_p, d_output_q = steps(
+        d_output_k, d_output_c, d_output_p, d_output_q, INNERMOST, ALIGNED
     )
-    d_output_p, d_output_q = stride(d_output_p, False, ALIGNED), stride(d_output_q, False, ALIGNED)
-    features_n, features_c = (
-        stride(features_n, False, ALIGNED),
-        stride(features_c, INNERMOST, False),
+    features_n, features_c, features_h, features_w = steps(
+        features_n, features_c, features_h, features_w, INNERMOST, ALIGNED
     )
-    features_h, features_w = stride(features_h, False, ALIGNED), stride(features_w, False, ALIGNED)
     roi, c_block = divided(tl.program_id(0), count)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < stride(channels, False, ALIGNED)
@@ -627,11 +543,9 @@ def box_gradient(
         b = block + tl.arange(0, BLOCK_B)[None, :].to(tl.int64)
         exists = b < bins_y * bins_x
         q, p = divided(b, bins_x)
-        at_y = rows + (roi * (bins_y + bins_x) + p) * 2
-        at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
-        taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
-        slot_y = roi * room + tl.load(at_y, exists, other=0)
-        slot_x = roi * room + tl.load(at_x, exists, other=0)
+        row = roi * (bins_y + bins_x)
+        taps_y, slot_y = packed(rows, row + p, roi * room, exists)
+        taps_x, slot_x = packed(rows, row + bins_y + q, roi * room, exists)
         in_x1, in_y1, in_x2, in_y2 = none, none, none, none
         never = b < 0
         holds_y, moves_y, holds_x, moves_x = never, never, never, never
@@ -661,24 +575,16 @@ def box_gradient(
         d_x = tl.load(at, holds_y & moves_x & has_channel, other=0).to(REAL)
         x1, x2 = tl.fma(d_x, in_x1, x1), tl.fma(d_x, in_x2, x2)
         y1, y2 = tl.fma(d_y, in_y1, y1), tl.fma(d_y, in_y2, y2)
-    at = partial + (c_block * count + roi) * 4
-    tl.store(at, tl.sum(x1))
-    tl.store(at + 1, tl.sum(y1))
-    tl.store(at + 2, tl.sum(x2))
-    tl.store(at + 3, tl.sum(y2))
+    store_sums(partial + (c_block * count + roi) * 4, x1, y1, x2, y2)
 
 
-@triton.jit(do_not_specialize=["count", "blocks"])
+@kernel("count", "blocks")
 def sum_blocks(
-    partial,
-    image_of,
-    count,
-    blocks,
-    before,
-    d_boxes,
-    REAL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    partial, image_of,
+    count, blocks,
+    before, d_boxes,
+    REAL: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Adds `partial` (blocks, K, 4) over blocks, in order, as REAL. One program: some RoIs."""
     count = whole(count)
     roi = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]

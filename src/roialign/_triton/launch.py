@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton.language as tl
@@ -42,18 +43,6 @@ class New(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-
-
-class Taps(NamedTuple):
-    """What `axis_taps` makes: docs in `kernels`."""
-
-    image_of: Array
-    ranges: Array
-    extents: Array
-    pixels: Array
-    weights: Array
-    room: int
-    spread: tuple[int, int]
 
 
 def strides(array: Array | New) -> tuple[int, ...]:
@@ -85,85 +74,107 @@ def programs(count: int) -> tuple[int]:
     return (count,)
 
 
-def check_fit(
-    maps: Sequence[Array | New],
-    pooled: Array | New,
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-) -> None:
-    """Raises where shapes or dtypes disagree: kernels trust them, and operators take any arrays."""
-    geometry.check(rule)
-    count, sides = tuple(pooled.shape[:1]), [side for each in maps for side in each.shape[2:]]
-    vectors = [array for array in rois[1:] if array is not None]
-    rows = [rois.boxes] if tangent is None else [rois.boxes, tangent]
-    fits = (
-        all(len(array.shape) == 4 for array in (*maps, pooled))
-        and all(array.shape[0] == maps[0].shape[0] for array in maps)
-        and all(array.shape[1] == pooled.shape[1] for array in maps)
-        and all(tuple(array.shape) == count for array in vectors)
-        and all(tuple(array.shape) == (*count, 4) for array in rows)
-        and 0 < 2 * len(maps) == len(scales)
-        and (len(maps) == 1 or rois.levels is not None)
-        and not (0 in sides and count[0])
-    )
-    if not fits:
-        raise ValueError("the maps, the RoIs and the pooled array do not fit")
-    dtypes = {dtype_of(array) for array in (*maps, pooled)}
-    if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
-        raise TypeError(f"the maps and the pooled array must be of one float dtype, got {dtypes}")
-
-
-def is_empty(maps: Sequence[Array | New], pooled: Array | New) -> bool:
-    """Whether there is nothing to add: no RoI, image, channel or bin."""
-    return 0 in (maps[0].shape[0], *pooled.shape)
-
-
 def before(output: Array | New, other: Array) -> Array:
     """The last input of launches that write in turn; with no output yet, another array."""
     return other if isinstance(output, New) else output
 
 
-def rois_of(rois: Rois, tangent: Array | None, level: int, maps: Sequence[Array | New]) -> tuple:
-    """(arrays, numbers, strides) of the RoIs as kernels take them; any array where one is none."""
-    boxes, index, levels = rois
-    levels = index if levels is None else levels
-    steps = *strides(boxes), *strides(index), *strides(levels)
-    return (boxes, index, levels, boxes if tangent is None else tangent), (level, len(maps)), steps
+@dataclass(frozen=True)
+class Job:
+    """What an operation is given; `maps` or `pooled` (K, C, P, Q) may be its result.
+
+    Raises where shapes or dtypes disagree: kernels trust them, and operators take any arrays.
+    """
+
+    call: Callable
+    maps: Sequence[Array | New]
+    pooled: Array | New
+    rois: Rois
+    tangent: Array | None
+    scales: tuple[float, ...]
+    rule: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        geometry.check(self.rule)
+        maps, pooled, rois = self.maps, self.pooled, self.rois
+        count, sides = tuple(pooled.shape[:1]), [side for each in maps for side in each.shape[2:]]
+        vectors = [array for array in rois[1:] if array is not None]
+        rows = [array for array in (rois.boxes, self.tangent) if array is not None]
+        fits = (
+            all(len(array.shape) == 4 for array in (*maps, pooled))
+            and all(array.shape[0] == maps[0].shape[0] for array in maps)
+            and all(array.shape[1] == pooled.shape[1] for array in maps)
+            and all(tuple(array.shape) == count for array in vectors)
+            and all(tuple(array.shape) == (*count, 4) for array in rows)
+            and 0 < 2 * len(maps) == len(self.scales)
+            and (len(maps) == 1 or rois.levels is not None)
+            and not (0 in sides and count[0])
+        )
+        if not fits:
+            raise ValueError("the maps, the RoIs and the pooled array do not fit")
+        dtypes = {dtype_of(array) for array in (*maps, pooled)}
+        if len(dtypes) > 1 or not dtypes.issubset(FLOATS):
+            raise TypeError(f"maps and the pooled array must be of one float dtype, got {dtypes}")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to add: no RoI, image, channel or bin."""
+        return 0 in (self.maps[0].shape[0], *self.pooled.shape)
+
+    @property
+    def is_double(self) -> bool:
+        return dtype_of(self.pooled) == "float64"
+
+    @property
+    def tables(self) -> int:
+        """Of weights, where no slope is asked for."""
+        return 1 if self.tangent is None else 2
+
+    def taps(
+        self, kernel: Any, grid: tuple[int], level: int, outputs: tuple, *spread: int, **constants
+    ) -> list[Array]:
+        """What a kernel makes for one of the maps. Any array stands for one that is none."""
+        boxes, index, levels = self.rois
+        levels = index if levels is None else levels
+        images, _, *size = self.maps[level].shape
+        count, _, *bins = self.pooled.shape
+        inputs = (
+            *(boxes, index, levels, boxes if self.tangent is None else self.tangent),
+            *(level, len(self.maps), count, images, *size, *bins, *spread),
+            *(*self.scales[2 * level :][:2], *strides(boxes), *strides(index), *strides(levels)),
+        )
+        constants |= {"RULE": self.rule, "LEVELS": self.rois.levels is not None}
+        return self.call(kernel, grid, inputs, outputs, **constants)
 
 
-def _axis_taps(
-    call: Callable,
-    maps: Sequence[Array | New],
-    level: int,
-    bins: tuple[int, int],
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    *,
-    tables: int,
-    columns: bool,
-) -> Taps:
+class Taps(NamedTuple):
+    """What `axis_taps` makes: docs in `kernels`."""
+
+    image_of: Array
+    ranges: Array
+    extents: Array
+    pixels: Array
+    weights: Array
+    room: int
+    spread: tuple[int, int]
+
+
+def axis_taps(job: Job, level: int, tables: int, *, columns: bool) -> Taps:
     """Of one of the maps, for weights in so many tables."""
-    images, _, *size = maps[level].shape
-    count = rois.boxes.shape[0]
-    double = dtype_of(maps[level]) == "float64"
-    spread = tuple(geometry.spread_of(rule, n, b, double) for n, b in zip(size, bins, strict=True))
+    count, _, *bins = job.pooled.shape
+    size, double = job.maps[level].shape[2:], job.is_double
+    spread = tuple(
+        geometry.spread_of(job.rule, n, b, double) for n, b in zip(size, bins, strict=True)
+    )
     room = sum(length + s * b for length, s, b in zip(size, spread, bins, strict=True))
     block_p = power(max(bins), 64)
     block_k = max(1, 32 // block_p)
     ranges = New((count, sum(size if columns else bins), 2), "int32" if columns else "int64")
     unused = (1,)
-    arrays, numbers, steps = rois_of(rois, tangent, level, maps)
-    made = call(
+    made = job.taps(
         kernels.axis_taps,
         programs(2 * quotient(count, block_k)),
-        (
-            *(*arrays, *numbers, count, images, *size, *bins, *spread),
-            *(*scales[2 * level :][:2], *steps),
-        ),
+        level,
         (
             New((count,), "int64"),
             ranges,
@@ -171,10 +182,9 @@ def _axis_taps(
             New(unused if columns else (count, room), "int32"),
             New((tables, count, room), "float64" if double else "float32"),
         ),
-        RULE=rule,
+        *spread,
         REAL=tl.float64 if double else tl.float32,
         TABLES=tables,
-        LEVELS=rois.levels is not None,
         COLUMNS=columns,
         BLOCK_K=block_k,
         BLOCK_P=block_p,
@@ -182,56 +192,6 @@ def _axis_taps(
         **OPTIONS,
     )
     return Taps(*made, room, spread)
-
-
-def forward(
-    call: Callable,
-    maps: Sequence[Array],
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    output: Array | New,
-) -> Array:
-    """Writes ``output`` (K, C, P, Q)."""
-    check_fit(maps, output, rois, tangent, scales, rule)
-    if is_empty(maps, output):
-        return output.zero_()
-    count, channels, *bins = output.shape
-    tables = 1 if tangent is None else 2
-    share = tables if dtype_of(output) == "float64" else 1
-    for level, features in enumerate(maps):
-        taps = _axis_taps(
-            call,
-            maps,
-            level,
-            tuple(bins),
-            rois,
-            tangent,
-            scales,
-            rule,
-            tables=tables,
-            columns=False,
-        )
-        block = _blocks((features, output), math.prod(bins), share)
-        blocks = quotient(math.prod(bins), block.others) * quotient(channels, block.channels)
-        (output,) = call(
-            kernels.forward,
-            programs(count * blocks),
-            (
-                *(features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
-                *(count, channels, *bins, taps.room, *strides(features), *strides(output)),
-                before(output, features),
-            ),
-            (output,),
-            TABLES=tables,
-            **block.constants,
-            BLOCK_C=block.channels,
-            BLOCK_B=block.others,
-            num_warps=4,
-            **OPTIONS,
-        )
-    return output
 
 
 class _Blocks(NamedTuple):
@@ -259,19 +219,13 @@ def _blocks(arrays: tuple[Array | New, ...], others: int, share: int = 1) -> _Bl
 
 
 def touched(
-    call: Callable,
-    image_of: Array,
-    extents: Array,
-    map_shape: tuple[int, ...],
-    tile: tuple[int, int],
+    call: Callable, image_of: Array, extents: Array, map_shape: tuple, tile: tuple[int, int]
 ) -> Array:
     """Which RoIs reach each tile of a map (N, C, H, W): bits (tiles of all images, words)."""
     images, _, *size = map_shape
     count = image_of.shape[0]
     words = quotient(count, ROIS_PER_WORD)
-    tiles = images * math.prod(
-        quotient(length, side) for length, side in zip(size, tile, strict=True)
-    )
+    tiles = images * math.prod(map(quotient, size, tile))
     (bits,) = call(
         kernels.touched,
         programs(tiles * quotient(words, WORDS)),
@@ -284,89 +238,6 @@ def touched(
         **OPTIONS,
     )
     return bits
-
-
-def adjoint(
-    call: Callable,
-    d_output: Array,
-    rois: Rois,
-    tangent: Array | None,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    d_features: Sequence[Array | New],
-) -> list[Array]:
-    """Writes each of ``d_features`` (N, C, H, W)."""
-    check_fit(d_features, d_output, rois, tangent, scales, rule)
-    if is_empty(d_features, d_output):
-        return [d_map.zero_() for d_map in d_features]
-    count, channels, *bins = d_output.shape
-    tables = 1 if tangent is None else 2
-    block_c = power(channels, 16)
-    results = []
-    for level, d_map in enumerate(d_features):
-        taps = _axis_taps(
-            call, d_features, level, tuple(bins), rois, tangent, scales, rule,
-            tables=tables, columns=True,
-        )  # fmt: skip
-        bits = touched(call, taps.image_of, taps.extents, d_map.shape, TILE)
-        tiles, words = bits.shape
-        results += call(
-            kernels.adjoint,
-            programs(tiles * quotient(channels, block_c)),
-            (
-                *(d_output, taps.ranges, taps.extents, taps.weights, bits),
-                *(count, channels, *d_map.shape[2:], *bins, *taps.spread, words),
-                *(*strides(d_output), *strides(d_map)),
-            ),
-            (d_map,),
-            TABLES=tables,
-            **_blocks((d_output, d_map), 1).constants,
-            BLOCK_C=block_c,
-            TILE_Y=TILE[0],
-            TILE_X=TILE[1],
-            num_warps=4,
-            **OPTIONS,
-        )
-    return results
-
-
-def box_gradient(
-    call: Callable,
-    d_output: Array,
-    maps: Sequence[Array],
-    rois: Rois,
-    scales: tuple[float, ...],
-    rule: tuple[float, ...],
-    d_boxes: Array | New,
-) -> Array:
-    """Writes ``d_boxes`` (K, 4), in C order and of the coordinates' dtype."""
-    check_fit(maps, d_output, rois, None, scales, rule)
-    if is_empty(maps, d_output):
-        return d_boxes.zero_()
-    count, channels, *bins = d_output.shape
-    double = dtype_of(d_output) == "float64"
-    for level, features in enumerate(maps):
-        taps = _axis_taps(
-            call, maps, level, tuple(bins), rois, None, scales, rule, tables=3, columns=False
-        )
-        block = _blocks((d_output, features), math.prod(bins), 4 if double else 2)
-        blocks = quotient(channels, block.channels)
-        (partial,) = call(
-            kernels.box_gradient,
-            programs(count * blocks),
-            (
-                *(d_output, features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
-                *(count, channels, *bins, taps.room, *strides(d_output), *strides(features)),
-            ),
-            (New((blocks, count, 4), "float64" if double else "float32"),),
-            **block.constants,
-            BLOCK_C=block.channels,
-            BLOCK_B=block.others,
-            num_warps=4,
-            **OPTIONS,
-        )
-        d_boxes = sum_blocks(call, partial, taps.image_of, d_boxes, tl.float64)
-    return d_boxes
 
 
 def sum_blocks(
@@ -384,4 +255,93 @@ def sum_blocks(
         num_warps=4,
         **OPTIONS,
     )
+    return d_boxes
+
+
+def forward(call, maps, rois, tangent, scales, rule, output) -> Array:
+    """Writes ``output`` (K, C, P, Q)."""
+    job = Job(call, maps, output, rois, tangent, scales, rule)
+    if job.is_empty:
+        return output.zero_()
+    count, channels, *bins = output.shape
+    for level, features in enumerate(maps):
+        taps = axis_taps(job, level, job.tables, columns=False)
+        block = _blocks((features, output), math.prod(bins), job.tables if job.is_double else 1)
+        blocks = quotient(math.prod(bins), block.others) * quotient(channels, block.channels)
+        (output,) = call(
+            kernels.forward,
+            programs(count * blocks),
+            (
+                *(features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+                *(count, channels, *bins, taps.room, *strides(features), *strides(output)),
+                before(output, features),
+            ),
+            (output,),
+            TABLES=job.tables,
+            **block.constants,
+            BLOCK_C=block.channels,
+            BLOCK_B=block.others,
+            num_warps=4,
+            **OPTIONS,
+        )
+    return output
+
+
+def adjoint(call, d_output, rois, tangent, scales, rule, d_features) -> list[Array]:
+    """Writes each of ``d_features`` (N, C, H, W)."""
+    job = Job(call, d_features, d_output, rois, tangent, scales, rule)
+    if job.is_empty:
+        return [d_map.zero_() for d_map in d_features]
+    count, channels, *bins = d_output.shape
+    block_c = power(channels, 16)
+    results = []
+    for level, d_map in enumerate(d_features):
+        taps = axis_taps(job, level, job.tables, columns=True)
+        bits = touched(call, taps.image_of, taps.extents, d_map.shape, TILE)
+        tiles, words = bits.shape
+        results += call(
+            kernels.adjoint,
+            programs(tiles * quotient(channels, block_c)),
+            (
+                *(d_output, taps.ranges, taps.extents, taps.weights, bits),
+                *(count, channels, *d_map.shape[2:], *bins, *taps.spread, words),
+                *(*strides(d_output), *strides(d_map)),
+            ),
+            (d_map,),
+            TABLES=job.tables,
+            **_blocks((d_output, d_map), 1).constants,
+            BLOCK_C=block_c,
+            TILE_Y=TILE[0],
+            TILE_X=TILE[1],
+            num_warps=4,
+            **OPTIONS,
+        )
+    return results
+
+
+def box_gradient(call, d_output, maps, rois, scales, rule, d_boxes) -> Array:
+    """Writes ``d_boxes`` (K, 4), in C order and of the coordinates' dtype."""
+    job = Job(call, maps, d_output, rois, None, scales, rule)
+    if job.is_empty:
+        return d_boxes.zero_()
+    count, channels, *bins = d_output.shape
+    for level, features in enumerate(maps):
+        taps = axis_taps(job, level, 3, columns=False)
+        block = _blocks((d_output, features), math.prod(bins), 4 if job.is_double else 2)
+        blocks = quotient(channels, block.channels)
+        (partial,) = call(
+            kernels.box_gradient,
+            programs(count * blocks),
+            (
+                *(d_output, features, taps.image_of, taps.ranges, taps.pixels, taps.weights),
+                *(count, channels, *bins, taps.room, *strides(d_output), *strides(features)),
+            ),
+            (New((blocks, count, 4), "float64" if job.is_double else "float32"),),
+            **block.constants,
+            BLOCK_C=block.channels,
+            BLOCK_B=block.others,
+            num_warps=4,
+            **OPTIONS,
+        )
+        d_boxes = sum_blocks(call, partial, taps.image_of, d_boxes, tl.float64)
     return d_boxes
