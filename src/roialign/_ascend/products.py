@@ -17,12 +17,12 @@ from roialign._triton.geometry import exponent, grid_of, inside, position, share
 from roialign._triton.kernels import (
     OTHER_MAP,
     ROIS_PER_WORD,
-    corner_of,
     divided,
     ends,
     image_on,
     index_of,
     kernel,
+    place_of,
     rounded,
     store_sums,
     whole,
@@ -31,16 +31,9 @@ from roialign._triton.kernels import (
 
 @triton.jit
 def tile(
-    start,
-    row,
-    rows,
-    column,
-    columns,
-    row_step,
-    column_step,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    start, row, rows, column, columns, row_step, column_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Of a matrix with so many rows and columns, those from (row, column) on, and zeros beyond."""
     r = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     c = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
@@ -203,7 +196,8 @@ def adjoint(
     turns = (tiles * channels).to(tl.int32)
     for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
         c, place = divided(whole(turn), channels)
-        image, y, x = corner_of(place, height, width, SIDE, SIDE)
+        image, tile_y, tile_x = place_of(place, height, width, SIDE, SIDE)
+        y, x = tile_y * SIDE, tile_x * SIDE
         row, column = y + tl.arange(0, SIDE)[:, None], x + tl.arange(0, SIDE)[None, :]
         total = tl.zeros((SIDE, SIDE), tl.float32)
         for word in range(words):

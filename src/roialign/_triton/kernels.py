@@ -74,8 +74,8 @@ def stride(number, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def steps(n, c, h, w, INNERMOST: tl.constexpr, ALIGNED: tl.constexpr):
     """The steps of an array's four axes, the second of which may be its innermost."""
-    c = stride(c, INNERMOST, False)
-    return stride(n, False, ALIGNED), c, stride(h, False, ALIGNED), stride(w, False, ALIGNED)
+    n, c = stride(n, False, ALIGNED), stride(c, INNERMOST, False)
+    return n, c, stride(h, False, ALIGNED), stride(w, False, ALIGNED)
 
 
 @triton.jit
@@ -87,11 +87,11 @@ def divided(number, by):
 
 
 @triton.jit
-def corner_of(tile, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    """The image of a tile, and its first pixel, y and x."""
+def place_of(tile, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """The image of a tile, and which of the image's it is in y and in x."""
     tile_x, rest = divided(tile, tl.cdiv(width, TILE_X))
     tile_y, image = divided(rest, tl.cdiv(height, TILE_Y))
-    return image, tile_y * TILE_Y, tile_x * TILE_X
+    return image, tile_y, tile_x
 
 
 @triton.jit
@@ -332,7 +332,8 @@ def touched(
     """
     count, words = whole(count), whole(words)
     block, tile = divided(tl.program_id(0), tl.cdiv(words, BLOCK_W))
-    image, y, x = corner_of(tile, whole(height), whole(width), TILE_Y, TILE_X)
+    image, tile_y, tile_x = place_of(tile, whole(height), whole(width), TILE_Y, TILE_X)
+    y, x = tile_y * TILE_Y, tile_x * TILE_X
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     bit = tl.arange(0, ROIS_PER_WORD)[None, :]
     roi = word * ROIS_PER_WORD + bit
@@ -346,13 +347,6 @@ def touched(
     found = tl.sum(hit.to(tl.int64) << bit.to(tl.int64), 1)
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(bits + tile * words + word, found, word < words)
-
-
-@triton.jit
-def packed(rows, row, table, exists):
-    """How many entries a bin has on an axis, and the first one's slot."""
-    first = tl.load(rows + row * 2, exists, other=0)
-    return tl.load(rows + row * 2 + 1, exists, other=0), table + first
 
 
 @kernel("count", "output_q")
@@ -381,9 +375,11 @@ def forward(
     q, p = divided(b, bins_x)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < stride(channels, False, ALIGNED)
-    row = roi * (bins_y + bins_x)
-    taps_y, slot_y = packed(rows, row + p, roi * room, exists)
-    taps_x, slot_x = packed(rows, row + bins_y + q, roi * room, exists)
+    at_y = rows + (roi * (bins_y + bins_x) + p) * 2
+    at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
+    taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
+    slot_y = roi * room + tl.load(at_y, exists, other=0)
+    slot_x = roi * room + tl.load(at_x, exists, other=0)
     next_table = count * room
     plane = features + tl.maximum(image, 0) * features_n + c * features_c
 
@@ -444,9 +440,9 @@ def adjoint(
     next_table = count * room
     channels = stride(channels, False, ALIGNED)
     c_block, tile = divided(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
-    image, first_y, first_x = corner_of(tile, height, width, TILE_Y, TILE_X)
+    image, tile_y, tile_x = place_of(tile, height, width, TILE_Y, TILE_X)
     lane = tl.arange(0, TILE_Y * TILE_X)[None, :]
-    y, x = first_y + lane // TILE_X, first_x + lane % TILE_X
+    y, x = tile_y * TILE_Y + lane // TILE_X, tile_x * TILE_X + lane % TILE_X
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     has_channel = c < channels
 
@@ -543,9 +539,11 @@ def box_gradient(
         b = block + tl.arange(0, BLOCK_B)[None, :].to(tl.int64)
         exists = b < bins_y * bins_x
         q, p = divided(b, bins_x)
-        row = roi * (bins_y + bins_x)
-        taps_y, slot_y = packed(rows, row + p, roi * room, exists)
-        taps_x, slot_x = packed(rows, row + bins_y + q, roi * room, exists)
+        at_y = rows + (roi * (bins_y + bins_x) + p) * 2
+        at_x = rows + (roi * (bins_y + bins_x) + bins_y + q) * 2
+        taps_y, taps_x = tl.load(at_y + 1, exists, other=0), tl.load(at_x + 1, exists, other=0)
+        slot_y = roi * room + tl.load(at_y, exists, other=0)
+        slot_x = roi * room + tl.load(at_x, exists, other=0)
         in_x1, in_y1, in_x2, in_y2 = none, none, none, none
         never = b < 0
         holds_y, moves_y, holds_x, moves_x = never, never, never, never
