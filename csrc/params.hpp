@@ -7,42 +7,30 @@
 
 namespace roialign {
 
-enum class DType {
-  float16,
-  bfloat16,
-  float32,
-  float64,
-  int8,
-  int16,
-  int32,
-  int64,
-  uint8,
-  uint16,
-  uint32,
-  uint64
-};
+// The element types, and their bytes: those of floats first.
+// clang-format off
+#define ROIALIGN_DTYPES(DTYPE)                                             \
+  DTYPE(float16, 2) DTYPE(bfloat16, 2) DTYPE(float32, 4) DTYPE(float64, 8) \
+  DTYPE(int8, 1)    DTYPE(int16, 2)    DTYPE(int32, 4)   DTYPE(int64, 8)   \
+  DTYPE(uint8, 1)   DTYPE(uint16, 2)   DTYPE(uint32, 4)  DTYPE(uint64, 8)
+// clang-format on
+
+#define ROIALIGN_DTYPE(name, bytes) name,
+enum class DType { ROIALIGN_DTYPES(ROIALIGN_DTYPE) };
+#undef ROIALIGN_DTYPE
+#define ROIALIGN_NAME_OF(name, bytes) #name,
+constexpr const char* kDTypeNames[] = {ROIALIGN_DTYPES(ROIALIGN_NAME_OF)};
+#undef ROIALIGN_NAME_OF
+#define ROIALIGN_BYTES_OF(name, bytes) bytes,
+constexpr int64_t kDTypeBytes[] = {ROIALIGN_DTYPES(ROIALIGN_BYTES_OF)};
+#undef ROIALIGN_BYTES_OF
 
 constexpr bool is_float(DType dtype) {
   return dtype <= DType::float64;
 }
 
 constexpr int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::int8:
-    case DType::uint8:
-      return 1;
-    case DType::float16:
-    case DType::bfloat16:
-    case DType::int16:
-    case DType::uint16:
-      return 2;
-    case DType::float32:
-    case DType::int32:
-    case DType::uint32:
-      return 4;
-    default:
-      return 8;
-  }
+  return kDTypeBytes[int(dtype)];
 }
 
 // Coordinates, box tangents and box gradients of a map of this dtype.

@@ -222,7 +222,7 @@ def test_types_of_numbers(device):
 
 def test_no_kernel_contracts_by_itself(device):
     Problem().run(device)
-    assert launch.OPTIONS == {"enable_fp_fusion": False}
+    assert launch.OPTIONS["enable_fp_fusion"] is False
     assert not any(one.metadata.enable_fp_fusion for one in device.compiled.values())
 
 

@@ -6,10 +6,10 @@
 // The first input is a vector of float64: (threads, number of maps, the scales y and x of each map,
 // the numbers of the rule). Then come the arrays of a Call (calls.hpp).
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <exception>
+#include <iterator>
 #include <stdexcept>
+#include <string_view>
 
 #include "calls.hpp"
 
@@ -25,14 +25,10 @@ namespace {
 enum Code { done, refused, failed, second_derivative };
 
 DType dtype_of(const char* name) {
-  constexpr std::array<const char*, 12> names{"float16", "bfloat16", "float32", "float64",
-                                              "int8",    "int16",    "int32",   "int64",
-                                              "uint8",   "uint16",   "uint32",  "uint64"};
-  static_assert(int(DType::float16) == 0 && int(DType::uint64) == 11);
-  const auto found = std::find_if(names.begin(), names.end(),
-                                  [&](const char* known) { return std::strcmp(known, name) == 0; });
-  require(found != names.end(), "roialign: a dtype is unknown");
-  return DType(found - names.begin());
+  const auto found =
+      std::find(std::begin(kDTypeNames), std::end(kDTypeNames), std::string_view(name));
+  require(found != std::end(kDTypeNames), "roialign: a dtype is unknown");
+  return DType(found - std::begin(kDTypeNames));
 }
 
 void read_numbers(const Array& array, Call& call) {

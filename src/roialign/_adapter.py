@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from roialign import _checks, numpy as _numpy
 from roialign._rois import Rois
 
+Maps = tuple[Any, ...]
+Numbers = tuple[float, ...]
+Size = tuple[int, int]
+
 
 class Adapter(Protocol):
     """An array library. Arrays are its own; `K` is the number of RoIs.
@@ -56,23 +60,17 @@ class Adapter(Protocol):
         """Whether `forward_rows` takes these as they are: no check of types and shapes can fail."""
 
     def forward_rows(
-        self,
-        features: Any,
-        rows: Any,
-        output_size: tuple[int, int],
-        scales: tuple[float, ...],
-        rule: tuple[float, ...],
-        out: Any,
+        self, features: Any, rows: Any, output_size: Size, scales: Numbers, rule: Numbers, out: Any
     ) -> Any:
         """`forward` of one map and rows (K, 5): the short way of most calls."""
 
     def forward(
         self,
-        maps: tuple[Any, ...],
+        maps: Maps,
         rois: Rois,
-        output_size: tuple[int, int],
-        scales: tuple[float, ...],
-        rule: tuple[float, ...],
+        output_size: Size,
+        scales: Numbers,
+        rule: Numbers,
         *,
         out: Any = None,
     ) -> Any:
@@ -83,20 +81,15 @@ class Adapter(Protocol):
         d_output: Any,
         rois: Rois,
         feature_shapes: tuple[tuple[int, ...], ...],
-        scales: tuple[float, ...],
-        rule: tuple[float, ...],
+        scales: Numbers,
+        rule: Numbers,
         *,
         out: Any = None,
-    ) -> tuple[Any, ...]:
+    ) -> Maps:
         """The gradient in each map (N, C, H, W); `out` is a tuple of as many arrays."""
 
     def box_gradient(
-        self,
-        d_output: Any,
-        maps: tuple[Any, ...],
-        rois: Rois,
-        scales: tuple[float, ...],
-        rule: tuple[float, ...],
+        self, d_output: Any, maps: Maps, rois: Rois, scales: Numbers, rule: Numbers
     ) -> Any:
         """The gradient in the boxes (K, 4), x1 y1 x2 y2."""
 

@@ -93,12 +93,6 @@ def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
         raise TypeError(f"`{name}` must have the dtype of `{other}`, {expected}, got {dtype}")
 
 
-def string(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a str, got {type_name(value)}")
-    return value
-
-
 def exactly(name: str, value: object, kind: type) -> None:
     """As MindSpore's operator checks: a Python ``kind``, no bool, no other type's NumPy scalar."""
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -199,7 +193,9 @@ def rule(
     ratio = integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _rule.Convention)):
         raise TypeError(f"`convention` must be a name or a Convention, got {type_name(convention)}")
-    if string("reduction", reduction) not in REDUCTIONS:
+    if not isinstance(reduction, str):
+        raise TypeError(f"`reduction` must be a str, got {type_name(reduction)}")
+    if reduction not in REDUCTIONS:
         accepted = ", ".join(map(repr, REDUCTIONS))
         raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")
     scale = scales("spatial_scale", scale)

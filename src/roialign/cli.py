@@ -10,13 +10,7 @@ from pathlib import Path
 
 from roialign import __version__, _core, get_num_threads
 
-LIBRARIES = (
-    "numpy",
-    "torch",
-    "jax",
-    "mindspore",
-    "cupy",
-)  # the adapter of each: roialign.<library>
+LIBRARIES = "numpy", "torch", "jax", "mindspore", "cupy"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -32,9 +26,6 @@ def installed(library):
 
 def library_status(library):
     release = installed(library)
-    if find_spec(f"roialign.{library}") is None:
-        present = "not installed" if release is None else f"{release} installed"
-        return f"no ({present}; adapter not in this version)"
     return "no (not installed)" if release is None else f"yes ({release})"
 
 

@@ -248,10 +248,13 @@ def _numbers(scales: tuple[float, ...], rule: tuple[float, ...]) -> Tensor:
     return _vector(scales, rule, _threads.get_num_threads())
 
 
-def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """In dtypes that the core takes; indices are read here, except in a graph."""
+_NO_TANGENT = Tensor(np.zeros(1, np.float32))
+
+
+def _run(operation, size, boxes, index, images, numbers, *arrays) -> Tensor:
+    """An operation on one map, in dtypes that the core takes. In a graph no index is read."""
     if boxes.dtype not in _FLOATS:
-        wide = array.dtype == mindspore.float64
+        wide = arrays[0].dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
     if not _is_traced():
         readable = index  # by NumPy, in which uint16 stands for bfloat16
@@ -260,25 +263,20 @@ def _native(boxes: Tensor, index: Tensor, array: Tensor, images: int) -> tuple[T
         elif index.dtype == mindspore.uint16:
             readable = index.astype(mindspore.int32)
         _core.check_index("image_index", readable.asnumpy(), images)
-    return boxes, index
-
-
-_NO_TANGENT = Tensor(np.zeros(1, np.float32))
+    return _call(operation, size, numbers, boxes, index, *arrays)
 
 
 def _forward(features, boxes, index, bins, numbers):
-    rois = _native(boxes, index, features, features.shape[0])
-    return _call("forward", bins, numbers, *rois, features, _NO_TANGENT)
+    return _run("forward", bins, boxes, index, features.shape[0], numbers, features, _NO_TANGENT)
 
 
-def _adjoint(d_output, boxes, index, feature_shape, numbers):
-    rois = _native(boxes, index, d_output, feature_shape[0])
-    return _call("adjoint", feature_shape, numbers, *rois, d_output, _NO_TANGENT)
+def _adjoint(d_output, boxes, index, shape, numbers):
+    return _run("adjoint", shape, boxes, index, shape[0], numbers, d_output, _NO_TANGENT)
 
 
 def _box_gradient(d_output, features, boxes, index, numbers):
-    rois = _native(boxes, index, features, features.shape[0])
-    return _call("box_gradient", (), numbers, *rois, d_output, features)
+    images = features.shape[0]
+    return _run("box_gradient", (), boxes, index, images, numbers, d_output, features)
 
 
 def takes_rows(features: object, rois: object) -> bool:
@@ -306,19 +304,9 @@ def box_gradient(d_output, maps, rois, scales, rule) -> Tensor:
 # order. All but tensors are constants there, and checked by Python while it compiles.
 
 
-@ops.constexpr
-def _integers(name: str, value: Any) -> tuple[int, ...]:
-    return _checks.integers(name, value)
-
-
-@ops.constexpr
-def _bins(value: tuple[int, ...]) -> tuple[int, int]:
-    return _checks.bins("output_size", value)
-
-
-@ops.constexpr
-def _feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
-    return _checks.feature_shape(value)
+_integers = ops.constexpr(_checks.integers)
+_bins = ops.constexpr(_checks.bins)
+_feature_shape = ops.constexpr(_checks.feature_shape)
 
 
 @ops.constexpr
@@ -340,7 +328,7 @@ def roi_align_in_graph(features, rois, output_size, rule, out):
     if out is not None:
         check_out("out", out, features.dtype)
     numbers = _numbers_in_graph(rule)
-    return _pool(features, rois, _bins(bins), numbers)
+    return _pool(features, rois, _bins("output_size", bins), numbers)
 
 
 def layer_in_graph(features, rois, bins, rule):

@@ -35,7 +35,7 @@ BOXES = 128  # whose sums one program adds: a lane each
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # coordinates are defined to the bit; sums say `fma` themselves
-OPTIONS = {"enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 class New(NamedTuple):
@@ -188,8 +188,7 @@ def axis_taps(job: Job, level: int, tables: int, *, columns: bool) -> Taps:
         COLUMNS=columns,
         BLOCK_K=block_k,
         BLOCK_P=block_p,
-        num_warps=1,
-        **OPTIONS,
+        **OPTIONS | {"num_warps": 1},
     )
     return Taps(*made, room, spread)
 
@@ -234,7 +233,6 @@ def touched(
         TILE_Y=tile[0],
         TILE_X=tile[1],
         BLOCK_W=WORDS,
-        num_warps=4,
         **OPTIONS,
     )
     return bits
@@ -252,7 +250,6 @@ def sum_blocks(
         (d_boxes,),
         REAL=real,
         BLOCK_K=BOXES,
-        num_warps=4,
         **OPTIONS,
     )
     return d_boxes
@@ -281,7 +278,6 @@ def forward(call, maps, rois, tangent, scales, rule, output) -> Array:
             **block.constants,
             BLOCK_C=block.channels,
             BLOCK_B=block.others,
-            num_warps=4,
             **OPTIONS,
         )
     return output
@@ -313,7 +309,6 @@ def adjoint(call, d_output, rois, tangent, scales, rule, d_features) -> list[Arr
             BLOCK_C=block_c,
             TILE_Y=TILE[0],
             TILE_X=TILE[1],
-            num_warps=4,
             **OPTIONS,
         )
     return results
@@ -340,7 +335,6 @@ def box_gradient(call, d_output, maps, rois, scales, rule, d_boxes) -> Array:
             **block.constants,
             BLOCK_C=block.channels,
             BLOCK_B=block.others,
-            num_warps=4,
             **OPTIONS,
         )
         d_boxes = sum_blocks(call, partial, taps.image_of, d_boxes, tl.float64)
