@@ -471,9 +471,9 @@ def test_operators_are_called_with_anything(operation, device):
                 operator(**given | {name: bad}, rule=RULE)
     if device == "cpu":  # meta tensors may be of sizes that are not known
         for name in ("boxes", "image_index"):
-            with pytest.raises(ValueError, match=f"^roialign::{operation}: .* do not fit"):
+            with pytest.raises(ValueError, match=f"^roialign::{operation}: "):
                 operator(**given | {name: given[name][:1]}, rule=RULE)
-            with pytest.raises(TypeError, match=f"^roialign::{operation}: boxes and indices"):
+            with pytest.raises(TypeError, match=f"^roialign::{operation}: "):
                 operator(**given | {name: given[name].to(torch.complex64)}, rule=RULE)
 
 

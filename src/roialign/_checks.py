@@ -139,8 +139,8 @@ def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
 
 
 def d_output(shape_: Sequence[int], count: int, channels: int) -> None:
-    fits = len(shape_) == 4 and shape_[:2] == (count, channels) and min(shape_[2:]) > 0
-    shape("d_output", f"({count}, {channels}, P, Q)", shape_, fits)
+    if len(shape_) != 4 or shape_[0] != count or shape_[1] != channels or min(shape_[2:]) < 1:
+        shape("d_output", f"({count}, {channels}, P, Q)", shape_, False)
     bins("d_output", tuple(shape_[2:]))
 
 
@@ -170,13 +170,17 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
 
     How many RoIs there are is asked last: while a compiler reads, it may not be known, nor a side.
     """
-    if not (shape[0] and shape[2] and shape[3]) and rois:
+    images, _, *sides = shape
+    if not (images and sides[0] and sides[1]) and rois:
         raise ValueError(
             f"`{name}` must have at least one image and one pixel where there are RoIs, "
             f"got {tuple(shape)}"
         )
-    if any(isinstance(side, int) and side > MAX_SIDE for side in shape[2:]) and rois:
-        raise ValueError(f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}")
+    for side in sides:
+        if isinstance(side, int) and side > MAX_SIDE and rois:
+            raise ValueError(
+                f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}"
+            )
 
 
 # Both

@@ -48,13 +48,10 @@ def result_shapes(
     >>> result_shapes("adjoint", {"n": 2, "c": 3}, [(8, 9), (4, 5)])
     [(2, 3, 8, 9), (2, 3, 4, 5)]
     """
-    dimensions = DIMENSIONS[GIVES[operation]]
-    count = len(maps) if GIVES[operation] == "features" else 1
-    shapes = []
-    for h, w in maps[:count]:
-        known = {**sizes, "xy": 4, "h": h, "w": w}
-        shapes.append(tuple([known[d] for d in dimensions]))
-    return shapes
+    if GIVES[operation] == "features":
+        return [(sizes["n"], sizes["c"], *size) for size in maps]
+    known = {**sizes, "xy": 4}
+    return [tuple([known[d] for d in DIMENSIONS[GIVES[operation]]])]
 
 
 def giving(array: str) -> str:

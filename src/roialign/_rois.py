@@ -58,8 +58,8 @@ def check_shapes(rois: Any, images: int) -> None:
             )
         boxes, index = rois
         _check_box_shape("boxes", boxes.shape)
-        fits = index.shape == boxes.shape[:1]
-        _checks.shape("image_index", f"({boxes.shape[0]},)", index.shape, fits)
+        if index.shape != boxes.shape[:1]:
+            _checks.shape("image_index", f"({boxes.shape[0]},)", index.shape, False)
     elif isinstance(rois, list):
         if len(rois) != images:
             raise ValueError(
@@ -68,7 +68,8 @@ def check_shapes(rois: Any, images: int) -> None:
         for i, boxes in enumerate(rois):
             _check_box_shape(f"rois[{i}]", boxes.shape)
     else:
-        _checks.shape("rois", "(K, 5)", rois.shape, len(rois.shape) == 2 and rois.shape[1] == 5)
+        got = rois.shape
+        _checks.shape("rois", "(K, 5)", got, len(got) == 2 and got[1] == 5)
 
 
 def _check_box_shape(name: str, got: Sequence[int]) -> None:

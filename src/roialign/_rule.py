@@ -153,9 +153,15 @@ def vector(convention: Convention, sampling_ratio: int) -> tuple[float, ...]:
     >>> vector(roialign.conventions["mindspore"], 2)
     (2.0, 0.0, 0.0, 1.0, -inf, 1.0)
     """
-    given = {"sampling_ratio": max(0, sampling_ratio), **vars(convention)}
-    values = [given[name] for name in _core.rule_names]
-    return tuple([float(_WORDS.get(value, value)) for value in values])
+    given = vars(convention)
+    return tuple(
+        [
+            float(max(0, sampling_ratio))
+            if name == "sampling_ratio"
+            else _WORDS.get(given[name], given[name])
+            for name in _core.rule_names
+        ]
+    )
 
 
 def resolve(convention: str | Convention) -> Convention:

@@ -93,25 +93,28 @@ def check_out_values(name: str, out: np.ndarray, shape: tuple[int, ...], inputs:
         raise ValueError(f"`{name}` must have shape {shape}, got {out.shape}")
     if not out.flags.writeable:
         raise ValueError(f"`{name}` must be writeable, got a read-only array")
-    if _overlaps_itself(out):
+    if overlaps_itself(out):
         raise ValueError(f"`{name}` must not overlap itself, got strides {out.strides}")
     for array in inputs:
-        if np.may_share_memory(out, array) and _shares_memory(out, array):
+        if np.may_share_memory(out, array) and share_memory(out, array):
             raise ValueError(f"`{name}` must not overlap an input, got overlapping memory")
 
 
-def _overlaps_itself(array: np.ndarray) -> bool:
-    """Whether two elements share memory: along some axis, the first slice with a later one."""
+def overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements share memory: along some axis, the first slice with a later one.
+
+    It reads none of them.
+    """
     if array.flags.c_contiguous or array.size == 0:
         return False
     while array.ndim:
-        if _shares_memory(array[:1], array[1:]):
+        if share_memory(array[:1], array[1:]):
             return True
-        array = array[0]
+        array = array[0, ...]
     return False
 
 
-def _shares_memory(a: np.ndarray, b: np.ndarray) -> bool:
+def share_memory(a: np.ndarray, b: np.ndarray) -> bool:
     try:
         return np.shares_memory(a, b, max_work=10**6)  # type: ignore[arg-type]
     except RuntimeError:  # numpy.exceptions.TooHardError: not proven to be disjoint

@@ -2,8 +2,8 @@
 
 In reading order: `adapter`, which tensors are accepted and the operations; `routes`, the ways that
 a call goes; `kernels`, on memory; `operators`, ``torch.ops.roialign``; `transforms`, derivatives
-and batching of both; `rows`, the short way of most calls; `sharding` and `onnx`; `layer`; `former`,
-what 0.1 had. A call is written as in `calls`.
+and batching of both; `sharding` and `onnx`; `layer`; `former`, what 0.1 had. A call is written as
+in `calls`.
 """
 
 from . import former as former
@@ -17,13 +17,14 @@ from .adapter import (
     columns as columns,
     float32 as float32,
     forward as forward,
+    forward_rows as forward_rows,
     joined as joined,
     repeated as repeated,
     split as split,
+    takes_rows as takes_rows,
     with_index_column as with_index_column,
 )
 from .kernels import kind as kind
 from .layer import ROIAlign
-from .rows import forward_rows as forward_rows, takes_rows as takes_rows
 
 __all__ = ["ROIAlign"]

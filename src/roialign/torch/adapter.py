@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from roialign import _checks
+from roialign import _checks, _core, numpy as _numpy
 from roialign._rois import Rois
 
 from . import calls, kernels, routes
-from .calls import Arrays, Call
+from .calls import Call, Result, columns, with_index_column as with_index_column
 
 float32 = torch.float32
 
@@ -57,28 +57,12 @@ def check_out_values(name: str, out: Tensor, shape: tuple[int, ...], inputs: lis
         raise RuntimeError(
             f"`{name}` must be None where a gradient is needed: call under no_grad()"
         )
-    if _overlaps_itself(out):
+    memory = np.asarray(_Addresses(out))
+    if _numpy.overlaps_itself(memory):
         raise ValueError(f"`{name}` must not overlap itself, got strides {out.stride()}")
     for tensor in inputs:
-        if _share_memory(out, tensor):
+        if _numpy.share_memory(memory, np.asarray(_Addresses(tensor))):
             raise ValueError(f"`{name}` must not overlap an input, got overlapping memory")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return False
-    while tensor.dim():
-        if _share_memory(tensor[:1], tensor[1:]):
-            return True
-        tensor = tensor[0]
-    return False
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    try:
-        return np.shares_memory(*map(np.asarray, (_Addresses(a), _Addresses(b))), max_work=10**6)
-    except RuntimeError:  # numpy.exceptions.TooHardError: not proven to be disjoint
-        return True
 
 
 class _Addresses:
@@ -96,10 +80,6 @@ class _Addresses:
 
 
 # Forms of RoIs
-
-
-def columns(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows.narrow(1, 1, 4), rows.select(1, 0)
 
 
 def joined(boxes: list[Tensor]) -> Tensor:
@@ -120,59 +100,58 @@ def split(array: Tensor, counts: list[int]) -> Sequence[Tensor]:
 
 
 def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
-    return array.to(dtype)
-
-
-def with_index_column(d_boxes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(d_boxes, (1, 0))
+    return array if array.dtype is dtype else array.to(dtype)
 
 
 # Operations
 
 
+def takes_rows(features: object, rois: object) -> bool:
+    return (
+        type(features) is Tensor
+        and type(rois) is Tensor
+        and not (routes.is_traced() or routes.is_watched() or routes.in_forward_mode())
+        and not (features.is_neg() or rois.is_neg())
+        and _core.takes_rows(features, rois)
+        and features.untyped_storage().nbytes() > 0  # not freed
+        and rois.untyped_storage().nbytes() > 0
+    )
+
+
+def forward_rows(features, rows, output_size, scales, rule, out) -> Tensor:
+    if out is not None and (out.device != features.device or not kernels.have_memory((out,))):
+        return forward((features,), Rois(*columns(rows)), output_size, scales, rule, out=out)
+    images, _, *size = features.shape
+    call = Call("forward", output_size, images, (size,), scales, rule)
+    return routes.pool(call, features, rows, out=out)
+
+
 def forward(maps, rois, output_size, scales, rule, *, out=None) -> Tensor:
-    arrays = _arrays({"features": tuple(maps)}, rois)
-    _check_devices(arrays, out)
-    call = Call("forward", output_size, *_sizes([m.shape for m in maps]), scales, rule)
-    return routes.run(call, arrays, out)
+    shapes = [m.shape for m in maps]
+    return _run("forward", (None, *rois, None, *maps), output_size, shapes, scales, rule, out)
 
 
 def adjoint(d_output, rois, feature_shapes, scales, rule, *, out=None) -> tuple[Tensor, ...]:
-    arrays = _arrays({"d_output": d_output}, rois)
-    _check_devices(arrays, out and out[0])
-    call = Call("adjoint", d_output.shape[2:], *_sizes(feature_shapes), scales, rule)
-    return routes.run(call, arrays, out)
+    tensors, bins = (d_output, *rois, None), d_output.shape[2:]
+    return _run("adjoint", tensors, bins, feature_shapes, scales, rule, out)
 
 
 def box_gradient(d_output, maps, rois, scales, rule) -> Tensor:
-    arrays = _arrays({"d_output": d_output, "features": tuple(maps)}, rois)
-    _check_devices(arrays)
-    sizes = _sizes([m.shape for m in maps])
-    return routes.run(Call("box_gradient", d_output.shape[2:], *sizes, scales, rule), arrays)
+    tensors, shapes = (d_output, *rois, None, *maps), [m.shape for m in maps]
+    return _run("box_gradient", tensors, d_output.shape[2:], shapes, scales, rule)
 
 
-def _sizes(shapes: Sequence[Sequence[int]]) -> tuple[int, tuple]:
-    """N, and H and W of each map."""
-    return shapes[0][0], tuple([shape[2:] for shape in shapes])
-
-
-def _arrays(arrays: Arrays, rois: Rois) -> Arrays:
-    arrays["boxes"], arrays["image_index"], levels = rois
-    if levels is not None:
-        arrays["levels"] = levels
-    return arrays
-
-
-def _check_devices(arrays: Arrays, out: Tensor | None = None) -> None:
-    """All are on that of the first; an empty list of rois has none."""
-    tensors = calls.tensors(arrays) if out is None else [*calls.tensors(arrays), out]
-    device = tensors[0].device
-    if all([t.device == device for t in tensors]):
-        return
-    names = [*calls.names(arrays), "out"]
-    for name, tensor in zip(names, tensors):
-        if tensor.device != device and tensor.numel():
+def _run(operation, tensors, bins, shapes, scales, rule, out=None) -> Result:
+    """Checks that all are on the device of the first; an empty list of rois has none."""
+    device = calls.source(tensors).device
+    outs = out if type(out) is tuple else (out,)
+    for i, tensor in enumerate((*tensors, *outs)):
+        if tensor is not None and tensor.device != device and tensor.numel():
+            name = {**dict(enumerate(calls.names(tensors))), 1: "rois"}.get(i, "out")
             raise TypeError(
-                f"`{'rois' if name == 'boxes' else name}` must be on the device of `{names[0]}`, "
-                f"{device}, got {tensor.device}"
+                f"`{name}` must be on the device of "
+                f"`{'d_output' if tensors[0] is not None else 'features'}`, {device}, "
+                f"got {tensor.device}"
             )
+    sizes = tuple([shape[2:] for shape in shapes])
+    return routes.run(Call(operation, bins, shapes[0][0], sizes, scales, rule), tensors, out)

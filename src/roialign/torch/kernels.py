@@ -17,11 +17,11 @@ from roialign import _checks, _core, _threads
 from roialign._rois import Rois
 
 from . import calls
-from .calls import CHANNELS, Arrays, Call, Result
+from .calls import Call, Result, Tensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
 _core.accept(Tensor)  # it reads tensors as they are, by DLPack's functions in C
@@ -42,12 +42,28 @@ def kind(dtype: torch.dtype) -> str:
     return "integer" if dtype in _INTEGERS else "other"
 
 
+def have_memory(tensors: Tensors) -> bool:
+    """Whether their elements are as they are meant, aligned, where kernels read and write them.
+
+    Not so: meta tensors, what a transform left behind, zeros or a negation that is not stored.
+    """
+    return all(
+        [
+            t is None
+            or (
+                _core.has_memory(t)
+                and not t.is_neg()
+                and (t.untyped_storage().nbytes() > 0 or not t.numel())  # not freed
+            )
+            for t in tensors
+        ]
+    )
+
+
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raises if its storage was emptied: its address, then a small number or 0, is no memory."""
-    if type(tensor) not in PLAIN:
-        return
     try:
-        freed = not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+        freed = type(tensor) in PLAIN and not tensor.untyped_storage().nbytes() and tensor.numel()
     except NotImplementedError:  # a transform's wrapper
         return
     if freed:
@@ -57,27 +73,23 @@ def check_memory(name: str, tensor: Tensor) -> None:
 # Results
 
 
-def results(call: Call, arrays: Arrays, empty: Callable[[Tensor, tuple], Tensor]) -> Result:
+def results(call: Call, tensors: Tensors, empty: Callable[[Tensor, tuple], Tensor]) -> Result:
     """Of "forward" and "adjoint", not written yet; `empty(like, shape)` makes a tensor."""
-    like = calls.source(arrays)
-    made = tuple([laid_out(like, shape, empty) for shape in calls.result_shapes(call, arrays)])
-    return made if call.operation == "adjoint" else made[0]
+    like = calls.source(tensors)
+    shapes = calls.result_shapes(call, tensors)
+    if call.operation == "adjoint":
+        return tuple([laid_out(like, shape, empty) for shape in shapes])
+    return laid_out(like, *shapes, empty)
 
 
 def laid_out(like: Tensor, shape: tuple[int, ...], empty: Callable) -> Tensor:
-    """One, with channels innermost in memory if they are so in `like`."""
-    if not _is_channels_last(like):
-        return empty(like, shape)
-    n, c, h, w = shape
-    return empty(like, (n, h, w, c)).permute(0, 3, 1, 2)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Channels next to each other in memory, in a tensor where that means something."""
-    if tensor.is_contiguous():
-        return False
-    _, channels, height, width = tensor.shape
-    return channels > 1 and height * width > 1 and tensor.stride(1) == 1
+    """One, with channels innermost in memory if they are so in `like` and that means something."""
+    if not like.is_contiguous():
+        _, channels, height, width = like.shape
+        if channels > 1 and height * width > 1 and like.stride(1) == 1:
+            n, c, h, w = shape
+            return empty(like, (n, h, w, c)).permute(0, 3, 1, 2)
+    return empty(like, shape)
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -96,15 +108,14 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 # Operations
 
 
-def run(call: Call, arrays: Arrays, out: Result | None = None) -> Result:
+def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
     """Writes `out`, if it is given. On the CPU raises where an image index or a level is bad.
 
     Of tensors that have memory and are aligned there.
     """
-    operation, boxes, tangent = call.operation, arrays["boxes"], arrays.get("tangent")
-    like = calls.source(arrays)
+    d_output, boxes, image_index, levels, tangent, *maps = tensors
+    operation, like, dtype = call.operation, calls.source(tensors), boxes.dtype
     real = torch.float64 if like.dtype is torch.float64 else torch.float32
-    dtype = boxes.dtype
     if dtype not in FLOATS:
         boxes = boxes.to(real)
     if tangent is not None:
@@ -112,17 +123,35 @@ def run(call: Call, arrays: Arrays, out: Result | None = None) -> Result:
     if operation == "box_gradient":
         out = like.new_empty((boxes.shape[0], 4), dtype=real)
     elif out is None:
-        out = results(call, arrays, empty)
+        out = results(call, tensors, empty)
 
-    given = [arrays[name] for name in CHANNELS[operation]]
-    rois = Rois(boxes, arrays["image_index"], arrays.get("levels"))
+    given = [array for array in (d_output, maps or None) if array is not None]
     tangents = () if operation == "box_gradient" else (tangent,)
     if home(like) is None:
         rest = *tangents, call.rule, out, threads()
-        getattr(_core, operation)(*given, call.scales, rois[:2], rois.levels, *rest)
+        getattr(_core, operation)(*given, call.scales, (boxes, image_index), levels, *rest)
     else:
+        rois = Rois(boxes, image_index, levels)
         _on_device(like, operation, given, rois, *tangents, call.scales, call.rule, out)
-    return out.to(gradient_dtype(dtype)) if operation == "box_gradient" else out
+    if operation == "box_gradient" and dtype is not real:
+        return out.to(gradient_dtype(dtype))
+    return out
+
+
+def pool(call: Call, features: Tensor, *rois: Tensor, out: Tensor | None = None) -> Tensor:
+    """`run` for most calls: forward, from one map. RoIs are of floats: rows (K, 5), or a pair."""
+    if home(features) is not None:
+        return run(call, (None, *pair(*rois), None, None, features), out)
+    if out is None:
+        out = laid_out(features, (rois[0].shape[0], features.shape[1], *call.bins), empty)
+    given = rois[0] if len(rois) == 1 else rois
+    _core.forward(features, call.scales, given, None, None, call.rule, out, threads())
+    return out
+
+
+def pair(*rois: Tensor) -> tuple[Tensor, ...]:
+    """Boxes (K, 4) and image index of rows (K, 5), or as they are."""
+    return calls.columns(*rois) if len(rois) == 1 else rois
 
 
 def threads() -> int:
@@ -136,9 +165,9 @@ def _on_device(tensor: Tensor, operation: str, given: list, rois: Rois, *rest: A
     folder = home(tensor)
     if folder == "_ascend":  # for devices without float64
         if tensor.dtype is torch.float64:
+            name = "features" if operation == "forward" else "d_output"
             raise TypeError(
-                f"`{CHANNELS[operation][0]}` must be float16, bfloat16 or float32 on "
-                f"{tensor.device}, got float64"
+                f"`{name}` must be float16, bfloat16 or float32 on {tensor.device}, got float64"
             )
         index = rois.image_index
         index = index.float() if index.dtype in FLOATS else index.long()

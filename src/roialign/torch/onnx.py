@@ -12,7 +12,7 @@ from torch import Tensor
 from roialign import _core
 from roialign._rule import Convention, conventions
 
-from .calls import Arrays, Call
+from .calls import Call, Tensors
 
 
 def is_exporting() -> bool:
@@ -23,12 +23,12 @@ def is_exporting() -> bool:
 is_exporting._dynamo_marked_constant = True
 
 
-def forward(call: Call, arrays: Arrays) -> Tensor:
+def forward(call: Call, tensors: Tensors) -> Tensor:
     if len(call.maps) > 1:
         raise NotImplementedError(
             f"RoiAlign of ONNX has one map, got {len(call.maps)}: pool from each map by itself"
         )
-    (features,), boxes, image_index = arrays.values()
+    _, boxes, image_index, _, _, features = tensors
     mode, shift, end, sampling_ratio = _reading(features.dtype, call)
     # Boxes have the dtype of the features there: float16 would round them.
     dtype = torch.float64 if features.dtype is torch.float64 else torch.float32

@@ -8,8 +8,7 @@ from typing import Any
 
 from roialign import _operations
 
-from .calls import ORDER
-from .operators import OPERATORS
+from .operators import OPERATORS, ORDER
 
 
 def register() -> None:

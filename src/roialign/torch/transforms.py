@@ -1,72 +1,76 @@
 """Derivatives and batching of a call, as the table of operations says.
 
-`run(call, arrays)` makes the calls that they consist of.
+`run(call, tensors)` makes the calls that they consist of.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from roialign import _operations
+from roialign._operations import DIMENSIONS, GIVES, ROIS, TAKES
 
 from . import calls
-from .calls import ORDER, Arrays, Call, Result
+from .calls import ORDER, Call, Result, Tensors
 
-Run = Callable[[Call, Arrays], Result]
+Run = Callable[[Call, Tensors], Result]
+
+# The gradients of each operation: in which array, by which operation.
+_GRADIENTS = {
+    operation: {
+        **{name: _operations.giving(name) for name in takes},
+        "boxes": _operations.giving("tangent"),
+    }
+    for operation, takes in TAKES.items()
+}
 
 
 # Derivatives
 
 
-_DIFFERENTIABLE = {name: (*takes, "boxes") for name, takes in _operations.TAKES.items()}
-
-
-def keep(ctx: Any, call: Call, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """For `backward`: an array only where the gradient in another one needs it."""
-    known = _DIFFERENTIABLE[call.operation]
-    moving = {n for n, t in zip(names, tensors) if t.requires_grad and n in known}
-    needed = [n in _operations.ROIS or len(moving) > (n in moving) for n in names]
+def keep(ctx: Any, call: Call, tensors: Tensors) -> None:
+    """For `backward`. What alone needs a gradient is not kept: a call is linear in that."""
+    pairs = list(zip(calls.names(tensors), tensors))
+    moving = {name for name, x in pairs if x is not None and x.requires_grad}
+    moving.intersection_update(_GRADIENTS[call.operation])
+    unneeded = moving - {"boxes"} if len(moving) == 1 else ()
     ctx.set_materialize_grads(False)  # a gradient that is None: the result does not count
-    ctx.save_for_backward(*itertools.compress(tensors, needed))
-    ctx.call, ctx.kept = call, tuple(itertools.compress(names, needed))
+    ctx.save_for_backward(*[None if name in unneeded else x for name, x in pairs])
+    ctx.call = call
 
 
-def backward(
-    run: Run, ctx: Any, moving: Collection[str], d_results: Sequence[Tensor | None]
-) -> dict[str, Result]:
-    """The gradients in those arrays that are `moving`, but in no index."""
+def backward(run: Run, ctx: Any, needs: Sequence[bool], d_results: Tensors) -> tuple:
+    """The gradients in those tensors that need one, but in no index."""
+    gradients = {"features": [None] * (len(needs) - len(ORDER))}
     if all([d is None for d in d_results]):
-        return {}
-    call, arrays = ctx.call, calls.named(ctx.kept, ctx.saved_tensors)
-    gives = _operations.GIVES[call.operation]
+        return calls.flat(gradients)
+    call, arrays = ctx.call, calls.named(ctx.saved_tensors)
+    gives = GIVES[call.operation]
     arrays[gives] = _filled(call, d_results) if gives == "features" else d_results[0]
-    gradients = {}
-    for name in _DIFFERENTIABLE[call.operation]:
-        if name not in moving:
-            continue
-        if name == "boxes":
-            _operations.require_first_order(call.operation, arrays)
-        operation = _operations.giving("tangent" if name == "boxes" else name)
-        given = {name: arrays[name] for name in ORDER[operation] if name in arrays}
-        gradients[name] = run(call._replace(operation=operation), given)
-    return gradients
+    moving = {name for name, need in zip(calls.names(needs), needs) if need}
+    for name, operation in _GRADIENTS[call.operation].items():
+        if name in moving:
+            if name == "boxes":
+                _operations.require_first_order(call.operation, arrays)
+            taken = {n: x for n, x in arrays.items() if n in (*ROIS, *TAKES[operation])}
+            gradients[name] = run(call.to(operation), calls.flat(taken))
+    return calls.flat(gradients)
 
 
-def jvp(run: Run, call: Call, arrays: Arrays, moved: Mapping[str, Any]) -> Result | None:
+def jvp(run: Run, call: Call, tensors: Tensors, moved: Tensors) -> Result | None:
     """The derivative along the tangents `moved`, of which any may be None."""
-    moved = {
-        name: moved[name] for name in _DIFFERENTIABLE[call.operation] if _is_any(moved.get(name))
-    }
-    if "features" in moved:
-        moved["features"] = _filled(call, moved["features"])
+    known = _GRADIENTS[call.operation]
+    along = {name: x for name, x in calls.named(moved).items() if name in known}
+    if "features" in along:
+        along["features"] = _filled(call, along["features"])
     total = None
-    for given in _operations.terms(call.operation, arrays, moved):
-        term = run(call, given)
+    for given in _operations.terms(call.operation, calls.named(tensors), along):
+        term = run(call, calls.flat(given))
         if total is None:
             total = term
         else:
@@ -74,60 +78,43 @@ def jvp(run: Run, call: Call, arrays: Arrays, moved: Mapping[str, Any]) -> Resul
     return total
 
 
-def _is_any(x: Any) -> bool:
-    """Whether it is not None; of maps, one of them."""
-    return any(map(_is_any, x)) if isinstance(x, (tuple, list)) else x is not None
-
-
-def _filled(call: Call, maps: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _filled(call: Call, maps: Tensors) -> tuple[Tensor, ...]:
     """Zeros where one of the maps is None."""
     like = next(each for each in maps if each is not None)
     shapes = [(call.images, like.shape[1], *size) for size in call.maps]
     return tuple([like.new_zeros(s) if m is None else m for m, s in zip(maps, shapes)])
 
 
-# Batching: calls are one call of more channels, or of more RoIs. The axis that counts calls is the
-# last of an array, until it is folded. `dim` is where it was, or None; of maps, a sequence.
-
-
-def last(x: Any, dim: Any) -> Any:
-    if isinstance(x, (tuple, list)):
-        return tuple(map(last, x, dim))
-    return x if dim is None else x.movedim(dim, -1)
-
-
-def _spread(x: Any, dim: Any, size: int) -> Any:
-    """The same in all calls, if it has no axis that counts them."""
-    if type(x) is tuple:
-        return tuple([_spread(each, d, size) for each, d in zip(x, dim)])
-    return x.unsqueeze(-1).expand(*x.shape, size) if dim is None else x
-
-
-def _fold(x: Any, axis: int) -> Any:
-    if type(x) is tuple:
-        return tuple([_fold(each, axis) for each in x])
-    return x.movedim(-1, axis).flatten(axis, axis + 1)
+# Batching: calls are one call of more channels, or of more RoIs.
 
 
 def batch(
-    run: Run, size: int, dims: Mapping[str, Any], call: Call, arrays: Arrays
+    run: Run, size: int, dims: Sequence[int | None], call: Call, tensors: Tensors
 ) -> tuple[Result, int]:
-    """The results of `size` calls like this one, and the axis that counts the calls in them."""
-    into = _operations.folded(call.operation, [n for n in arrays if _is_any(dims[n])])
-    folded = {}
-    for name, x in arrays.items():
-        if into[name] is not None:
-            x = _spread(x, dims[name], size)
-            if name == "image_index" and into["features"] == "n":
-                x = _numbered(x, call.images)
-            x = _fold(x, _operations.DIMENSIONS[name].index(into[name]))
-        folded[name] = x
-    images = size * call.images if into["features"] == "n" else call.images
-    result = run(call._replace(images=images), folded)
+    """The results of `size` calls like this one, and the axis that counts the calls in them.
 
-    gives = _operations.GIVES[call.operation]
-    lengths = {"n": call.images, "c": calls.source(arrays).shape[1], "k": arrays["boxes"].shape[0]}
-    axis, counted = _operations.DIMENSIONS[gives].index(into[gives]), (size, lengths[into[gives]])
+    `dims`: which axis counts them in the tensors, or None.
+    """
+    names, lengths = calls.names(tensors), {}
+    into = _operations.folded(call.operation, [n for n, d in zip(names, dims) if d is not None])
+    folded = []
+    for name, x, dim in zip(names, tensors, dims):
+        if x is not None:
+            x = x if dim is None else x.movedim(dim, -1)
+            lengths.update(zip(DIMENSIONS[name], x.shape))
+            if into[name] is not None:
+                x = x.unsqueeze(-1).expand(*x.shape, size) if dim is None else x
+                if name == "image_index" and into["features"] == "n":
+                    x = _numbered(x, call.images)
+                axis = DIMENSIONS[name].index(into[name])
+                x = x.movedim(-1, axis).flatten(axis, axis + 1)
+        folded.append(x)
+    images = size * call.images if into["features"] == "n" else call.images
+    result = run(dataclasses.replace(call, images=images), folded)
+
+    lengths["n"] = call.images
+    gives = GIVES[call.operation]
+    axis, counted = DIMENSIONS[gives].index(into[gives]), (size, lengths[into[gives]])
     if type(result) is tuple:
         return tuple([each.unflatten(axis, counted) for each in result]), axis
     return result.unflatten(axis, counted), axis
