@@ -34,8 +34,11 @@ class Reader {
   }
   const void* tangent(DType map) {
     if (left() && front().ndim == 4) return nullptr;
-    const bool is_none = left() && front().ndim == 1 && front().shape[0] == 1;
-    return is_none ? (++at_, nullptr) : boxes_like(map);
+    if (left() && front().ndim == 1 && front().shape[0] == 1) {
+      ++at_;
+      return nullptr;
+    }
+    return boxes_like(map);
   }
   void finish() const { require(!left(), "roialign: there are more arrays"); }
 

@@ -81,13 +81,16 @@ bool take_dtype(const nb::dlpack::dtype& t, bool stands, Array& array) {
       {Code::UInt, 8, DType::uint8},     {Code::UInt, 16, DType::uint16},
       {Code::UInt, 32, DType::uint32},   {Code::UInt, 64, DType::uint64},
   };
-  array.stands = stands && t.code == uint8_t(Code::UInt) && t.bits == 16;
-  const auto* found = std::find_if(std::begin(known), std::end(known), [&](const Known& k) {
-    return t.code == uint8_t(k.code) && t.bits == k.bits && t.lanes == 1;
-  });
-  if (found == std::end(known)) return false;
-  array.dtype = array.stands ? DType::bfloat16 : found->dtype;
-  return true;
+  const nb::dlpack::dtype bfloat16{uint8_t(Code::Bfloat), 16, 1};
+  const bool is_stand_in = stands && t.code == uint8_t(Code::UInt) && t.bits == 16 && t.lanes == 1;
+  const nb::dlpack::dtype read = is_stand_in ? bfloat16 : t;
+  for (const Known& k : known) {
+    if (read.code != uint8_t(k.code) || read.bits != k.bits || read.lanes != 1) continue;
+    array.dtype = k.dtype;
+    array.stands = is_stand_in;
+    return true;
+  }
+  return false;
 }
 
 bool is_tensor(const nb::handle& object) {
@@ -114,27 +117,33 @@ bool has_memory(const nb::object& object) {
 // Never converts: a silent copy of an output would lose the result.
 template <class NdArray>
 bool read(const nb::handle& object, Array& array) {
-  nb::dlpack::dltensor given;
-  NdArray of_numpy;  // it owns the shape
+  const bool stands = !is_tensor(object);
+  const auto take = [&](const auto& dtype, const auto& ndim, const auto& shape,
+                        const auto& stride) {
+    if (!take_dtype(dtype, stands, array) || ndim > 4) return false;
+    array.ndim = int(ndim);
+    for (int i = 0; i < array.ndim; ++i) {
+      array.shape[i] = int64_t(shape(i));
+      array.stride[i] = stride(i);
+    }
+    return true;
+  };
   if (is_tensor(object)) {
+    nb::dlpack::dltensor given;
     if (!describe(object, given)) return false;
-  } else {
-    if (!nb::try_cast(object, of_numpy, false)) return false;
-    given.data = const_cast<void*>(static_cast<const void*>(of_numpy.data()));
-    given.device = {nb::device::cpu::value, 0};
-    given.ndim = int32_t(of_numpy.ndim());
-    given.dtype = of_numpy.dtype();
-    given.shape = const_cast<int64_t*>(of_numpy.shape_ptr());
-    given.strides = const_cast<int64_t*>(of_numpy.stride_ptr());
+    array.data = static_cast<char*>(given.data) + given.byte_offset;
+    array.device = given.device;
+    return (given.strides || !given.ndim) &&
+           take(
+               given.dtype, given.ndim, [&](int i) { return given.shape[i]; },
+               [&](int i) { return given.strides[i]; });
   }
-  if (!take_dtype(given.dtype, !is_tensor(object), array) || given.ndim > 4) return false;
-  if (given.ndim && !given.strides) return false;
-  array.data = static_cast<char*>(given.data) + given.byte_offset;
-  array.device = given.device;
-  array.ndim = given.ndim;
-  std::copy(given.shape, given.shape + given.ndim, array.shape);
-  std::copy(given.strides, given.strides + given.ndim, array.stride);
-  return true;
+  NdArray given;
+  if (!nb::try_cast(object, given, false)) return false;
+  array.data = const_cast<void*>(static_cast<const void*>(given.data()));
+  return take(
+      given.dtype(), given.ndim(), [&](int i) { return given.shape(size_t(i)); },
+      [&](int i) { return given.stride(size_t(i)); });
 }
 
 template <class NdArray>
