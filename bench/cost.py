@@ -11,13 +11,12 @@ import sys
 from itertools import product
 
 import numpy as np
-import torch
 
 from bench import floor, reference, report, run
 from bench.peers import LAYOUTS, MAIN, OPERATIONS, ROUNDING
 from roialign import _checks
-from roialign._rois import Rois
-from roialign._triton import launch
+
+from triton_offline import Problem, memory  # isort: skip (found by the reference)
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
 PROCESSORS, CLOCK = 132, 1.755e9  # of an H200
@@ -33,30 +32,13 @@ INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (
 WEIGHTS = {"forward": 1, "adjoint": 1, "box_gradient": 3}  # of a tap: the latter has slopes too
 
 
-def launched(workload, operation, dtype, layout, convention):
-    """The kernels of an operation: each one's programs and constants, and the private memory."""
-    kernels, made = [], []
-
-    def call(kernel, grid, inputs, outputs, **constants):
-        kernels.append((grid[0], constants))
-        made.extend(new for new in outputs if isinstance(new, launch.New))
-        return outputs
-
-    kind = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    features, output = (
-        torch.empty(shape, dtype=getattr(torch, dtype), device="meta", memory_format=kind)
-        for shape in (workload.shape, workload.output_shape)
-    )
-    boxes = torch.empty((workload.rois_number, 4), device="meta")
-    rois = Rois(boxes, torch.empty(boxes.shape[:1], dtype=torch.int64, device="meta"))
-    numbers = _checks.rule(workload.scale, workload.sampling, convention, "mean")
-    arguments = {
-        "forward": ([features], rois, None, *numbers, output),
-        "adjoint": (output, rois, None, *numbers, [features]),
-        "box_gradient": (output, [features], rois, *numbers, boxes),
-    }[operation]
-    getattr(launch, operation)(call, *arguments)
-    return kernels, sum(np.prod(new.shape) * np.dtype(new.dtype).itemsize for new in made)
+def launched(workload, dtype, layout, convention):
+    """The arrays of a workload's calls."""
+    images, channels, *size = workload.shape
+    shapes = {"images": images, "channels": channels, "size": tuple(size)}
+    shapes |= {"bins": workload.output_size, "count": workload.rois_number}
+    scales, rule = _checks.rule(workload.scale, workload.sampling, convention, "mean")
+    return Problem(dtype, last=layout == "nhwc", **shapes, scales=scales, rule=rule)
 
 
 def cost(workload, operation, dtype="float32", layout="nchw", convention="asymmetric"):
@@ -64,8 +46,8 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     rois, itemsize = workload.rois(), 4 if dtype == "float32" else 2
     axes = reference.axes_of(workload, rois, convention)
     through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
-    kernels, private = launched(workload, operation, dtype, layout, convention)
-    (constants,) = (constants for _, constants in kernels if "INNERMOST" in constants)
+    launches = launched(workload, dtype, layout, convention).launches(operation)
+    (constants,) = (each.constants for each in launches if "INNERMOST" in each.constants)
     weights = WEIGHTS[operation]
     of_box, row = bins, workload.shape[3]
     if operation == "adjoint":
@@ -93,8 +75,8 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
         "instructions": loads * lanes * INSTRUCTIONS[operation][last],
         "loads": loads * lanes,
         "multiply-adds": steps * lanes,
-        "programs": sum(programs for programs, _ in kernels),
-        "private": private,  # bytes: tables, bits, partial sums
+        "programs": sum(each.grid[0] for each in launches),
+        "private": memory(launches),  # bytes: tables, bits, partial sums
     }
     return {name: int(number) for name, number in found.items()}
 

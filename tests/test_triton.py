@@ -12,7 +12,6 @@ from hypothesis import given, settings
 import oracle
 import roialign
 import tolerance
-from roialign import _core
 from test_properties import problems
 
 pytest.importorskip("torch", reason="the interpreter runs on torch tensors")
@@ -88,20 +87,7 @@ def test_oracle(kernels, make_problem, dtype):
     check(kernels, problem, draw_tangent(problem))
 
 
-@pytest.mark.parametrize("number", _core.rule_names)
-def test_each_number_of_the_rule(kernels, make_problem, number):
-    corner = roialign.Convention()
-    problem = make_problem(shape=(2, 1, 9, 11), count=2, sampling=0, convention=corner)
-    if number == "sampling_ratio":
-        changed = replace(problem, sampling=5)
-    else:
-        value = {"min_size": 12.0, "adaptive": "floor"}.get(number, 0.375)
-        changed = replace(problem, convention=replace(corner, **{number: value}))
-    output = check_forward(kernels, changed)
-    assert (output != kernels.forward(problem)).any(axis=(1, 2, 3)).all()
-
-
-# of the kernels for GPUs all rules have been compared with the core's: test_triton_taps.py
+# a rule's numbers, in the kernels for GPUs: test_triton_taps.py, test_rule.py
 def test_conventions(make_problem, convention):
     problem = make_problem(count=2, shape=(2, 1, 9, 11), sampling=0, convention=convention)
     check(ASCEND, problem)
@@ -341,32 +327,7 @@ def test_more_samples_than_float32_counts(make_problem):
     )
 
 
-# Laws
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_adjoint_is_the_transpose(make_problem, dtype):
-    problem = make_problem(dtype=dtype, count=4, sampling=0)
-    g, y = problem.draw_output(), GPU.forward(problem)
-    d_features = GPU.adjoint(problem, g)
-    left = np.vdot(g.astype(np.float64), y)
-    right = np.vdot(problem.features.astype(np.float64), d_features)
-    slack = np.sum(abs(g) * tolerance.forward(problem, y))
-    slack += np.sum(abs(problem.features) * tolerance.adjoint(problem, g, d_features))
-    assert abs(left - right) <= slack
-
-
-def test_linear(make_problem):
-    problem = make_problem(shape=(1, 3, 8, 11), count=2, inside=True)
-    g, v = problem.draw_output(), draw_tangent(problem)
-    larger = replace(problem, features=4 * problem.features)
-    y, d_features, d_boxes = results(GPU, problem, g)
-    assert_same(
-        (GPU.forward(larger), GPU.adjoint(problem, 4 * g), GPU.box_gradient(larger, g)),
-        (4 * y, 4 * d_features, 4 * d_boxes),
-    )
-    np.testing.assert_array_equal(GPU.forward(problem, 4 * v), 4 * GPU.forward(problem, v))
-    np.testing.assert_array_equal(GPU.adjoint(problem, g, 4 * v), 4 * GPU.adjoint(problem, g, v))
+# Bits
 
 
 def test_the_same_bits(make_problem, monkeypatch):

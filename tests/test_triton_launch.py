@@ -1,7 +1,6 @@
 """Which kernels are launched, on which grids, with how much private memory: nothing runs."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,155 +13,152 @@ pytest.importorskip("torch", reason="the launched arrays are torch tensors")
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
-import triton
 
-from roialign._triton import geometry, kernels, launch
+from roialign._triton import geometry, launch
+from triton_offline import DTYPES, OPERATIONS, Problem, memory
 
-BYTES = {"int32": 4, "int64": 8, "float32": 4, "float64": 8}
-OPERATIONS = [launch.forward, launch.adjoint, launch.box_gradient]
 CONVENTION = roialign.conventions["half_pixel"]
 SCALES = 0.25, 0.5
 RULE = _rule.vector(CONVENTION, 2)
-
-
-def launches(
-    operation, shape, output_shape, *, sampling=2, dtype="float32", channels_last=False, maps=1
-):
-    """What an operation asks for, of arrays without memory."""
-    found = []
-
-    def call(kernel, grid, inputs, outputs, **constants):
-        named = dict(zip(kernel.arg_names, inputs, strict=False))
-        found.append(
-            SimpleNamespace(
-                kernel=kernel, grid=grid, inputs=named, made=outputs, constants=constants
-            )
-        )
-        return outputs
-
-    def array(shape, dtype=dtype):
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    features, output = (array(s).contiguous(memory_format=layout) for s in (shape, output_shape))
-    levels = None if maps == 1 else array(output_shape[:1], "int8")
-    rois = Rois(array((output_shape[0], 4)), array(output_shape[:1], "int64"), levels)
-    features, scales, rule = [features] * maps, SCALES * maps, _rule.vector(CONVENTION, sampling)
-    if operation is launch.forward:
-        operation(call, features, rois, None, scales, rule, output)
-    elif operation is launch.adjoint:
-        operation(call, output, rois, None, scales, rule, features)
-    else:
-        operation(call, output, features, rois, scales, rule, array((output_shape[0], 4)))
-    return found
+each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
 def blocks(number, size):
     return -(-number // size)
 
 
-def memory(found):
-    """Bytes of the arrays that a call makes."""
-    made = [o for each in found for o in each.made if isinstance(o, launch.New)]
-    return sum(math.prod(new.shape) * BYTES[new.dtype] for new in made)
-
-
 @pytest.mark.parametrize("workload", cases.WORKLOADS.values(), ids=lambda workload: workload.name)
 def test_private_memory(workload):
     """For each RoI a table as long as the sides of the map and the bins; a bit for each tile."""
     (n, _, h, w), (k, c, p, q) = workload.shape, workload.output_shape
-    side = workload.shape, workload.output_shape
+    rule = _rule.vector(CONVENTION, workload.sampling)
+    problem = Problem(images=n, channels=c, size=(h, w), bins=(p, q), count=k, rule=rule)
     spread = (3, 3) if workload.sampling else (3 + p // 2, 3 + q // 2)
     room = h + w + p * spread[0] + q * spread[1]
     unused = 4
-    forward = launches(launch.forward, *side, sampling=workload.sampling)
-    assert memory(forward) == k * (8 + 16 * (p + q) + 8 * room) + unused
-    adjoint = launches(launch.adjoint, *side, sampling=workload.sampling)
+    assert memory(problem.launches("forward")) == k * (8 + 16 * (p + q) + 8 * room) + unused
     tiles = n * blocks(h, launch.TILE[0]) * blocks(w, launch.TILE[1])
     table = k * (8 + 8 * (h + w) + 24 + 4 * room)
-    assert memory(adjoint) == table + unused + 8 * tiles * blocks(k, 32)
-    assert memory(adjoint) < 4 * k * c * p * q / 2  # less than half of d_output
+    adjoint = memory(problem.launches("adjoint"))
+    assert adjoint == table + unused + 8 * tiles * blocks(k, 32)
+    assert adjoint < 4 * k * c * p * q / 2  # less than half of d_output
 
 
 def test_grids():
-    shape, output_shape = (2, 40, 17, 33), (70, 40, 7, 9)
-    taps, forward = launches(launch.forward, shape, output_shape)
-    assert (taps.kernel, forward.kernel) == (kernels.axis_taps, kernels.forward)
-    bins, rois = taps.constants["BLOCK_P"], taps.constants["BLOCK_K"]
-    assert bins >= 9 and taps.grid == (2 * blocks(70, rois),)
-    channels, bins = forward.constants["BLOCK_C"], forward.constants["BLOCK_B"]
-    assert forward.grid == (70 * blocks(40, channels) * blocks(63, bins),)
-
-    taps, touched, adjoint = launches(launch.adjoint, shape, output_shape)
-    tile_y, tile_x = launch.TILE
-    tiles = 2 * blocks(17, tile_y) * blocks(33, tile_x)
-    assert touched.grid == (tiles * blocks(3, touched.constants["BLOCK_W"]),)
-    assert adjoint.grid == (tiles * blocks(40, adjoint.constants["BLOCK_C"]),)
-    for each in (touched, adjoint):
-        assert (each.constants["TILE_Y"], each.constants["TILE_X"]) == launch.TILE
-
-    taps, gradient, sums = launches(launch.box_gradient, shape, output_shape)
-    (partial,) = gradient.made
-    number = blocks(40, gradient.constants["BLOCK_C"])
-    assert gradient.grid == (70 * number,) and partial.shape == (number, 70, 4)
-    assert sums.grid == (blocks(70, sums.constants["BLOCK_K"]),)
+    problem = Problem(count=70, channels=250, size=(17, 33), bins=(7, 10))
+    tiles = 2 * 3 * 3
+    assert {(each.kernel, *each.grid) for each in problem.launches()} == {
+        ("axis_taps", 2 * blocks(70, 2)),
+        ("touched", tiles),
+        ("forward", 70 * blocks(70, 64) * blocks(250, 16)),
+        ("adjoint", tiles * blocks(250, 16)),
+        ("box_gradient", 70 * blocks(250, 16)),
+        ("sum_blocks", 1),
+    }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+def test_arguments(last):
+    problem = Problem(last=last, boxes="float32")
+    features, output, *_ = problem.arrays()
+
+    def strides(prefix, array, axes):
+        return {f"{prefix}_{axis}": step for axis, step in zip(axes, array.stride(), strict=True)}
+
+    sizes = {"count": 20, "channels": 256, "bins_y": 7, "bins_x": 7}
+    room = 50 + 76 + 2 * 7 * 3
+    map_ = {"height": 50, "width": 76, "spread_y": 3, "spread_x": 3}
+    expected = {
+        "axis_taps": {
+            **map_, "map": 0, "maps": 1, "count": 20, "images": 2, "bins_y": 7, "bins_x": 7,
+            "scale_y": 0.25, "scale_x": 0.5, "boxes_stride": 5, "boxes_step": 1, "index_stride": 5,
+            "levels_stride": 5,
+        },
+        "touched": {"count": 20, "height": 50, "width": 76, "words": 1},
+        "forward": {
+            **sizes, "room": room,
+            **strides("features", features, "nchw"), **strides("output", output, "kcpq"),
+        },
+        "adjoint": {
+            **sizes, **map_, "words": 1,
+            **strides("d_output", output, "kcpq"), **strides("d_features", features, "nchw"),
+        },
+        "box_gradient": {
+            **sizes, "room": room,
+            **strides("d_output", output, "kcpq"), **strides("features", features, "nchw"),
+        },
+        "sum_blocks": {"count": 20, "blocks": 256 // (64 if last else 16)},
+    }  # fmt: skip
+    for one in problem.launches():
+        numbers = {
+            name: value
+            for name, value in one.arguments.items()
+            if name.islower() and not isinstance(value, torch.Tensor)
+        }
+        assert numbers == expected[one.kernel], one.kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_of_arrays(dtype):
+    coordinate = "float64" if dtype == "float64" else "float32"
+    expected = {
+        **dict.fromkeys(["features", "output", "d_output", "d_features"], dtype),
+        **dict.fromkeys(["boxes", "tangent", "weights", "partial", "d_boxes"], coordinate),
+        **dict.fromkeys(["image_index", "levels", "image_of", "rows", "bits"], "int64"),
+        **dict.fromkeys(["extents", "columns", "pixels"], "int32"),
+    }
+    for one in Problem(dtype).launches():
+        columns = one.constants.get("COLUMNS")
+        for name, value in one.arguments.items():
+            if isinstance(value, torch.Tensor):
+                ranges = "int32" if columns else "int64"
+                before = coordinate if one.kernel == "sum_blocks" else dtype
+                wanted = {"ranges": ranges, "before": before}.get(name) or expected[name]
+                assert value.dtype == getattr(torch, wanted), (one.kernel, name)
+
+
+@each_operation
 def test_maps_are_launched_in_turn(operation):
     """With one kernel, their own number and scale, and into the same output."""
-    one = launches(operation, (2, 3, 5, 6), (4, 3, 2, 2))
-    two = launches(operation, (2, 3, 5, 6), (4, 3, 2, 2), maps=2)
+    one, two = (Problem(maps=maps).launches(operation) for maps in (1, 2))
     assert [each.kernel for each in two] == [each.kernel for each in one] * 2
     first, second = two[: len(one)], two[len(one) :]
     assert [each.constants for each in first] == [each.constants for each in second]
     for level, each in enumerate((first[0], second[0])):
-        assert (each.inputs["map"], each.inputs["maps"], each.constants["LEVELS"]) == (level, 2, 1)
-        assert (each.inputs["scale_y"], each.inputs["scale_x"]) == SCALES
-    if operation is not launch.adjoint:
-        assert second[-1].inputs["before"] is second[-1].made[0] is first[-1].made[0]
+        assert (each.arguments["map"], each.arguments["maps"], each.constants["LEVELS"]) == (
+            level,
+            2,
+            1,
+        )
+        assert (each.arguments["scale_y"], each.arguments["scale_x"]) == SCALES
+    if operation != "adjoint":
+        output = "output" if operation == "forward" else "d_boxes"
+        assert second[-1].arguments["before"] is first[-1].arguments[output]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_operation
 @pytest.mark.parametrize(
     "channels, channels_last, innermost, aligned",
     [(48, 0, False, False), (40, 1, True, False), (48, 1, True, True), (1, 1, False, False)],
 )
 def test_layouts(operation, channels, channels_last, innermost, aligned):
-    shapes = (2, channels, 5, 6), (3, channels, 2, 2)
-    found = launches(operation, *shapes, channels_last=channels_last)
-    (last,) = (each for each in found if "INNERMOST" in each.constants)
+    problem = Problem(channels=channels, last=channels_last)
+    (last,) = (each for each in problem.launches(operation) if "INNERMOST" in each.constants)
     assert (last.constants["INNERMOST"], last.constants["ALIGNED"]) == (innermost, aligned)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_one_kernel_for_all_maps_and_numbers_of_rois(operation):
-    """Another constant is another compilation, which a graph cannot capture."""
-
-    def constants(shape, count):
-        return [each.constants for each in launches(operation, shape, (count, 20, 7, 7))]
-
-    assert constants((1, 20, 5, 6), 1) == constants((9, 20, 300, 400), 5000)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_types(dtype):
-    real = "float64" if dtype == "float64" else "float32"
-    for operation in OPERATIONS:
-        taps, *_ = launches(operation, (1, 2, 8, 8), (3, 2, 2, 2), dtype=dtype)
-        assert taps.made[-1].dtype == real
-        assert taps.constants["REAL"] == getattr(triton.language, real)
-
-
-def test_too_many_programs():
-    most = launch.MAX_PROGRAMS
-    with pytest.raises(ValueError, match=f"at most {most} programs"):
-        launches(launch.forward, (1, 1024, 8, 8), (2**26, 1024, 1, 1))
-    with pytest.raises(ValueError, match=f"at most {most} programs"):
-        launches(launch.box_gradient, (1, 1024, 8, 8), (2**26, 1024, 1, 1))
-    with pytest.raises(ValueError, match=f"at most {most} programs"):
-        launches(launch.adjoint, (2**28, 16, 64, 8), (1, 16, 1, 1))
-    assert launches(launch.forward, (1, 16, 8, 8), (2**30, 16, 1, 1))
+@pytest.mark.parametrize(
+    "operation, shape",
+    [
+        ("forward", {"channels": 1024, "count": 2**26}),
+        ("box_gradient", {"channels": 1024, "count": 2**26}),
+        ("adjoint", {"channels": 16, "images": 2**28, "size": (64, 8), "count": 1}),
+    ],
+)
+def test_too_many_programs(operation, shape):
+    with pytest.raises(ValueError, match=f"at most {launch.MAX_PROGRAMS} programs"):
+        Problem(bins=(1, 1), **shape).launches(operation)
+    assert Problem(bins=(1, 1), channels=16, count=2**30).launches("forward")
 
 
 @pytest.mark.parametrize("size", [1, 2, 40, 2**20, 2**22])

@@ -38,36 +38,33 @@ TARGETS = GATED | {
     "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+OPERATIONS = ("forward", "adjoint", "box_gradient")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as the device sees it."""
-
     kernel: str
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     arguments: dict  # by the names of the kernel's parameters
+    made: list  # those of its arrays that are new
+    constants: dict
 
 
 class Device:
-    """Triton's driver of no device: it records what it is to run, and runs nothing.
+    """Triton's driver of no device: it keeps what is compiled, and runs nothing.
 
     Its arrays are torch's meta tensors.
     """
 
     def __init__(self, target: GPUTarget):
         self.target = target
-        self.launches: list[Launch] = []
         self.compiled = {}  # hash -> what Triton compiled
         self.utils = self
 
     def call(self, kernel, grid, inputs, outputs, **constants):
         """That of `launch`."""
         driver.set_active(self)
-        results = [
-            empty(output.shape, output.dtype) if isinstance(output, launch.New) else output
-            for output in outputs
-        ]
+        results = arrays_of(outputs)
         compiled = kernel[grid](*inputs, *results, **constants)
         self.compiled[compiled.hash] = compiled
         return results
@@ -91,11 +88,7 @@ class Device:
         return module, function, registers, spills, threads
 
     def launcher_cls(self, source, metadata):
-        def run(x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-            named = dict(zip(source.fn.arg_names, arguments, strict=True))
-            self.launches.append(Launch(source.fn.__name__, (x, y, z), named))
-
-        return run
+        return lambda *launch: None
 
 
 def empty(shape, dtype):
@@ -103,9 +96,13 @@ def empty(shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def arrays_of(outputs):
+    return [empty(o.shape, o.dtype) if isinstance(o, launch.New) else o for o in outputs]
+
+
 @dataclass(frozen=True)
 class Problem:
-    """The arrays of a call."""
+    """The arrays of a call, of one map or the same one several times."""
 
     dtype: str = "float32"
     boxes: str | None = None  # a dtype: boxes and image indices are columns of one array
@@ -115,6 +112,7 @@ class Problem:
     size: tuple[int, int] = (50, 76)
     bins: tuple[int, int] = (7, 7)
     count: int = 20
+    maps: int = 1
     scales: tuple[float, float] = (0.25, 0.5)
     rule: tuple[float, ...] = (2.0, 0.5, 0.0, 1.0, -math.inf, 0.0)
 
@@ -129,19 +127,50 @@ class Problem:
         else:
             rois = empty((self.count, 5), self.boxes)
             boxes, index = rois[:, 1:], rois[:, 0]
-        tangent = empty((self.count, 4), coordinate)
+        levels = None if self.maps == 1 else empty((self.count,), "int8")
         features, output = (array.to(memory_format=order) for array in (features, output))
-        return features, output, Rois(boxes, index), tangent
+        return features, output, Rois(boxes, index, levels), empty((self.count, 4), coordinate)
 
-    def run(self, device: Device):
-        """All operations, with a tangent too."""
+    def launch(self, operation, call, along=False):
+        """An operation; with a tangent too."""
         features, output, rois, tangent = self.arrays()
-        numbers = self.scales, self.rule
-        for along in (None, tangent):
-            launch.forward(device.call, [features], rois, along, *numbers, output)
-            launch.adjoint(device.call, output, rois, along, *numbers, [features])
-        d_boxes = empty((self.count, 4), tangent.dtype)
-        launch.box_gradient(device.call, output, [features], rois, *numbers, d_boxes)
+        maps, d_boxes = [features] * self.maps, empty(tangent.shape, tangent.dtype)
+        numbers = self.scales * self.maps, self.rule
+        tangent = tangent if along else None
+        arguments = {
+            "forward": (maps, rois, tangent, *numbers, output),
+            "adjoint": (output, rois, tangent, *numbers, maps),
+            "box_gradient": (output, maps, rois, *numbers, d_boxes),
+        }
+        getattr(launch, operation)(call, *arguments[operation])
+
+    def run(self, call):
+        for operation in OPERATIONS:
+            self.launch(operation, call)
+        for operation in OPERATIONS[:2]:
+            self.launch(operation, call, along=True)
+
+    def launches(self, *operations):
+        """What is launched, of all operations or of these."""
+        found = []
+
+        def call(kernel, grid, inputs, outputs, **constants):
+            made = [output for output in outputs if isinstance(output, launch.New)]
+            outputs = arrays_of(outputs)
+            named = dict(zip(kernel.arg_names, [*inputs, *outputs], strict=False))
+            found.append(Launch(kernel.fn.__name__, grid, named, made, constants))
+            return outputs
+
+        if not operations:
+            self.run(call)
+        for operation in operations:
+            self.launch(operation, call)
+        return found
+
+
+def memory(launches):
+    """Bytes of the arrays that a call makes."""
+    return sum(empty(new.shape, new.dtype).nbytes for each in launches for new in each.made)
 
 
 @dataclass(frozen=True)
@@ -185,7 +214,7 @@ def compile_all(name, dtypes):
     """Every kernel for a target: list of `Variant`."""
     device = Device(TARGETS[name])
     for problem in problems(dtypes):
-        problem.run(device)
+        problem.run(device.call)
     return [_variant(compiled) for compiled in device.compiled.values()]
 
 
