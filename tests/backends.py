@@ -339,6 +339,19 @@ class JaxDense(JaxJit):
         return 2 * bound + 8 * moved(problem) * step
 
 
+class JaxGpu(JaxJit):
+    """The way of GPUs, on the CPU: the kernels in Triton's interpreter."""
+
+    name, needs = "jax_triton", ("jax", "triton")
+    traits = JaxJit.traits - {"exact"} | {"slow", "interprets"}
+
+    def start(self, monkeypatch):
+        import jax_triton_stand_in
+
+        super().start(monkeypatch)
+        jax_triton_stand_in.install(monkeypatch)
+
+
 def chosen(problem, rows):
     return replace(problem, boxes=problem.boxes[rows], index=problem.index[rows])
 
@@ -434,8 +447,8 @@ class Cupy(Backend):
 BACKENDS = [
     kind()
     for kind in (
-        Numpy, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense, MindSpore,
-        MindSporeGraph,
+        Numpy, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense, JaxGpu,
+        MindSpore, MindSporeGraph,
     )
 ]  # fmt: skip
 

@@ -6,16 +6,12 @@ import functools
 import importlib.util
 import re
 import sys
-import threading
-import types
 import zlib
 
 import numpy as np
 import pytest
 
-import oracle
 import roialign
-import tolerance
 from conftest import draw_problem
 from isolation import isolated
 from roialign import _rule
@@ -31,6 +27,7 @@ from jax.sharding import (  # noqa: E402
 )
 
 import roialign.jax  # noqa: E402
+from jax_triton_stand_in import install, module  # noqa: E402
 
 FORWARD = ["axis_taps", "forward"]
 ADJOINT = ["axis_taps", "touched", "adjoint"]
@@ -248,160 +245,45 @@ def test_dense():
     isolated(check_dense, env=COMPILER, timeout=300)
 
 
-def jax_triton(version, triton_call=None):
-    """As much of that module as is used."""
-    module = types.ModuleType("jax_triton")
-    module.__version_info__, module.get_compute_capability = version, lambda device: 90
-    module.triton_call = triton_call
-    return module
-
-
 @pytest.mark.parametrize("version", [None, (0, 2, 0), (0, 4, 1)], ids=["missing", "older", "newer"])
 def test_no_jax_triton(monkeypatch, version):
-    monkeypatch.setitem(sys.modules, "jax_triton", version and jax_triton(version))
+    monkeypatch.setitem(sys.modules, "jax_triton", version and module(version))
     problem = draw_problem()
     names, text = program(functools.partial(pool, problem), *leaves(problem))
     assert not names and "dot_general" in text
 
 
-# Values: jax-triton's call as a callback to the interpreter, and the way of GPUs on the CPU
-
-interpreted = needs("triton")
-INTERPRETER = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-interpreter = threading.Lock()  # devices are threads
+# Values: the kernels' and the core's results of the same functions. Of one device and one map they
+# are a backend's of the tests of all backends.
 
 
-class Buffer:
-    """What the interpreter asks of a tensor, on a NumPy array."""
-
-    def __init__(self, array):
-        self.array, self.dtype = array, array.dtype
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    def itself(self, *_, **__):
-        return self
-
-    untyped_storage = cpu = new_empty = set_ = copy_ = itself
-    storage_offset = size = stride = itself
-
-
-def triton_call(
-    *inputs, kernel, grid, out_shape, enable_fp_fusion, compute_capability,
-    input_output_aliases=None, **constants,
-):  # fmt: skip
-    assert not enable_fp_fusion and compute_capability == 90
-
-    def run(*values):
-        values = [np.asarray(value) for value in values]
-        poison = {"i": 2**30, "f": np.nan}
-        outputs = [np.full(new.shape, poison[new.dtype.kind], new.dtype) for new in out_shape]
-        for source, target in (input_output_aliases or {}).items():
-            outputs[target][...] = values[source]
-        values = map(Buffer, values)
-        inputs_ = [next(values) if isinstance(x, jax.Array) else x for x in inputs]
-        with interpreter:
-            kernel[grid](*inputs_, *map(Buffer, outputs), **constants)
-        return outputs
-
-    return jax.pure_callback(run, out_shape, *(x for x in inputs if isinstance(x, jax.Array)))
-
-
-def interpret():
-    jax.config.update("jax_enable_x64", True)
-    sys.modules["jax_triton"] = jax_triton((0, 3, 1), triton_call)
-    on_gpu = mlir.lower_fun(roialign.jax._on_gpu, multiple_results=True)
-    mlir.register_lowering(roialign.jax._roi_align_p, on_gpu, platform="cpu")
-
-
-def check_values(dtype, options):
-    interpret()
-    problem = draw_problem(dtype=np.dtype(dtype), **options)
-    features, boxes = leaves(problem)
-    g = problem.draw_output()
-    v = np.random.default_rng(3).standard_normal(boxes.shape).astype(problem.boxes.dtype)
-    index, d_output = jnp.asarray(problem.index), jnp.asarray(g)
-
-    def forward(boxes):
-        return pool(problem, features, boxes)
-
-    def adjoint(boxes):
-        rois = boxes, index
-        return roialign.roi_align_adjoint(d_output, rois, features.shape, **problem.options)
-
-    output, along = jax.jvp(forward, (boxes,), (jnp.asarray(v),))
-    d_features, d_along = jax.jvp(adjoint, (boxes,), (jnp.asarray(v),))
-    d_boxes = roialign.roi_align_box_gradient(d_output, features, (boxes, index), **problem.options)
-    for actual, expected, bound in (
-        (output, oracle.forward(problem), lambda e: tolerance.forward(problem, e)),
-        (d_features, oracle.adjoint(problem, g), lambda e: tolerance.adjoint(problem, g, e)),
-        (d_boxes, oracle.box_gradient(problem, g), lambda e: tolerance.box_gradient(problem, g, e)),
-        (along, oracle.forward(problem, v), lambda e: tolerance.forward(problem, e, v)),
-        (d_along, oracle.adjoint(problem, g, v), lambda e: tolerance.adjoint(problem, g, e, v)),
-    ):
-        tolerance.check(actual, expected, bound(expected))
-
-
-# bfloat16 is not here: the interpreter does not round to it, it cuts
-@interpreted
-@pytest.mark.parametrize(
-    "dtype, options",
-    [
-        ("float32", SMALL | {"shape": (2, 34, 5, 6)}),  # channels of 3 blocks
-        ("float16", SMALL | {"sampling": 0}),
-        ("float64", SMALL | {"convention": "mindspore"}),
-        ("float32", UNITS),
-    ],
-    ids=["float32", "float16", "float64", "sizes of 1"],
-)
-def test_values(dtype, options):
-    isolated(check_values, dtype, options, env=INTERPRETER, timeout=300)
-
-
-def check_transforms():
-    """The kernels' and the core's results of the same functions."""
+def check_values():
     jax.config.update("jax_enable_x64", True)
     problem = draw_problem(dtype=np.float64, inside=True, **SMALL)
     features, boxes = leaves(problem)
-    index = jnp.array([1, 5])  # 5: of no image
-
     results = functools.partial(differentiated, functools.partial(pool, problem))
     two = functools.partial(differentiated, functools.partial(pool_maps, problem))
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
     cut = P(None, "y"), P("x"), P("x")
     mapped = jax.shard_map(results, mesh=mesh, in_specs=cut, out_specs=(P("x", "y"), *cut[:2]))
-    indices = jnp.array([[0, 1], [1, -1]])
+    maps, four = (features, features[:, :, 1:]), jnp.concatenate([boxes, boxes + 0.25])
     cases = (
-        (results, (features, boxes, index)),
-        (
-            jax.vmap(results),
-            (jnp.stack([features, 2 * features]), jnp.stack([boxes, boxes]), indices),
-        ),
-        (jax.vmap(results, (0, None, None)), (jnp.stack([features, 2 * features]), boxes, index)),
-        (mapped, (features[:, :2], boxes, index)),
-        (
-            two,
-            (
-                (features, features[:, :, 1:]),
-                jnp.concatenate([boxes, boxes + 0.25]),
-                jnp.array([1, 0, 0, 1]),
-                jnp.array([0, 1, -1, 1]),
-            ),
-        ),
+        (mapped, (features[:, :2], boxes, jnp.array([1, 5]))),  # 5: of no image
+        (two, (maps, four, jnp.array([1, 0, 0, 1]), jnp.array([0, 1, -1, 1]))),
     )
     expected = [jax.jit(function)(*arguments) for function, arguments in cases]
     assert not expected[0][0][1].any() and not expected[0][2][1].any()
-    interpret()
-    jax.clear_caches()
-    for (function, arguments), right in zip(cases, expected, strict=True):
-        function = jax.jit(function)
-        assert "callback" in function.lower(*arguments).as_text()
-        leaves_ = map(jax.tree.leaves, (function(*arguments), right))
-        for actual, wanted in zip(*leaves_, strict=True):
-            np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch)
+        jax.clear_caches()
+        for (function, arguments), right in zip(cases, expected, strict=True):
+            function = jax.jit(function)
+            assert "callback" in function.lower(*arguments).as_text()
+            leaves_ = map(jax.tree.leaves, (function(*arguments), right))
+            for actual, wanted in zip(*leaves_, strict=True):
+                np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
 
 
-@interpreted
-def test_transforms():
-    isolated(check_transforms, env=INTERPRETER | FOUR, timeout=300)
+@needs("triton")
+def test_values():
+    isolated(check_values, env=FOUR | {"TRITON_INTERPRET": "1"}, timeout=300)
