@@ -84,6 +84,8 @@ class Backend:
             raise Foreign
         return self.array(value)
 
+    gone = ()  # functions that give a copy of an array, whose memory is gone
+
     def way(self, function):
         """How functions are run."""
         return function
@@ -189,6 +191,16 @@ class Torch(Backend):
         if tensor.dtype is self.torch.bfloat16:
             return tensor.view(self.torch.int16).numpy().view(tolerance.BFLOAT16)
         return tensor.numpy()
+
+    @property
+    def gone(self):
+        def emptied(tensor, before=0):
+            """Where there is something before it, its address is not 0."""
+            tensor = tensor.new_zeros(before + tensor.numel())[before:].view(tensor.shape)
+            tensor.untyped_storage().resize_(0)
+            return tensor
+
+        return [emptied, lambda tensor: emptied(tensor, 1)]
 
     @contextmanager
     def threads(self, count):
@@ -297,6 +309,15 @@ class Jax(Backend):
         return self.jax.numpy.asarray(array)
 
     _numpy = staticmethod(np.asarray)
+
+    @property
+    def gone(self):
+        def deleted(array):
+            copy = array.copy()
+            copy.delete()  # as where it was donated
+            return copy
+
+        return [deleted]
 
     def grad(self, function, argnums=0):
         return self.way(self.jax.grad(function, argnums))
@@ -486,6 +507,15 @@ def taken_apart(rois):
     if isinstance(rois, tuple):
         return pair, rois
     return (per_image, rois) if isinstance(rois, list) else (array, [rois])
+
+
+def arrays_of(form, boxes, index, images=2):
+    """What the form is made of; RoIs of a list are in the order of their images."""
+    if form is pair:
+        return boxes, index
+    if form is array:
+        return (np.column_stack([index.astype(boxes.dtype), boxes]),)
+    return tuple(boxes[index == image] for image in range(images))
 
 
 def pooling(problem, form=pair):

@@ -6,6 +6,7 @@ refused are in test_errors.py.
 
 from dataclasses import replace
 from itertools import product
+from tempfile import TemporaryFile
 
 import ml_dtypes
 import numpy as np
@@ -127,10 +128,6 @@ def check_many_huge_boxes():
     assert np.isfinite(d_features).all() and np.abs(d_boxes).max() < 1e-6
 
 
-def test_many_huge_boxes():
-    isolated(check_many_huge_boxes, timeout=30)
-
-
 # positions on pixels (a weight of 0 beside a weight of 1), at both borders, and between
 TOUCHING = np.float32(
     [[0.5, 0.5, 3.5, 3.5], [-2, -1.5, 1, 0.5], [4.5, 5.5, 7.5, 8.5], [1.25, 0.75, 5.5, 4.25]]
@@ -235,14 +232,11 @@ def check_every_element_of_a_large_result_is_written():
         del y, dx
 
 
-def test_every_element_of_a_large_result_is_written():
-    isolated(check_every_element_of_a_large_result_is_written)
-
-
-def check_offsets_beyond_32_bits(folder):
+def check_offsets_beyond_32_bits():
     # a sparse file: 2.5e9 pixels of which a few are on disk
     side = 50_000
-    features = np.memmap(f"{folder}/map", np.float32, "w+", shape=(1, 1, side, side))
+    with TemporaryFile() as file:
+        features = np.memmap(file, np.float32, "w+", shape=(1, 1, side, side))
     patch = RNG.standard_normal((1, 1, 9, 10)).astype(np.float32)
     features[:, :, -9:, -10:] = patch
     box = np.array([[0, 1.25, 2.5, 7.0, 8.5]], np.float32)
@@ -258,13 +252,10 @@ def check_offsets_beyond_32_bits(folder):
     )
 
 
-def test_offsets_beyond_32_bits(tmp_path):
-    isolated(check_offsets_beyond_32_bits, str(tmp_path))
-
-
-def check_strides_beyond_32_bits(folder):
+def check_strides_beyond_32_bits():
     # small arrays whose strides reach 2^33 bytes, in and out
-    raw = np.memmap(f"{folder}/wide", np.uint8, "w+", shape=(3 * 2**33 + 2**20,))
+    with TemporaryFile() as file:
+        raw = np.memmap(file, np.uint8, "w+", shape=(3 * 2**33 + 2**20,))
 
     def wide(shape, offset):
         strides = [2**33, 2**16, 4 * shape[3], 4]
@@ -282,10 +273,6 @@ def check_strides_beyond_32_bits(folder):
     roialign.roi_align_adjoint(out, rois, features.shape, out=dx)
     expected = roialign.roi_align_adjoint(y, rois, features.shape)
     np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-5)
-
-
-def test_strides_beyond_32_bits(tmp_path):
-    isolated(check_strides_beyond_32_bits, str(tmp_path))
 
 
 def check_broadcast_maps_beyond_32_bits():
@@ -308,10 +295,6 @@ def check_broadcast_maps_beyond_32_bits():
         np.testing.assert_allclose(y, 3 * share, rtol=1e-5, err_msg=str(shape))
 
 
-def test_broadcast_maps_beyond_32_bits():
-    isolated(check_broadcast_maps_beyond_32_bits)
-
-
 def check_many_rois_beyond_32_bits():
     # K * C * P * Q > 2^31 in d_output, of stride 0, onto one small map
     count, channels = 2**15, 2**10
@@ -322,10 +305,6 @@ def check_many_rois_beyond_32_bits():
     outside[-1, 1:] = [1, 1, 5, 5]
     dx = roialign.roi_align_adjoint(d_output, outside, (1, channels, 8, 8), sampling_ratio=1)
     np.testing.assert_allclose(dx.sum((2, 3), dtype=float), 72, rtol=1e-5)
-
-
-def test_many_rois_beyond_32_bits():
-    isolated(check_many_rois_beyond_32_bits)
 
 
 def check_empty_arrays_of_large_shape():
@@ -344,8 +323,20 @@ def check_empty_arrays_of_large_shape():
         assert (roialign.roi_align_box_gradient(d_output, features, rois) == 0).all()
 
 
-def test_empty_arrays_of_large_shape():
-    isolated(check_empty_arrays_of_large_shape)
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_many_huge_boxes,
+        check_every_element_of_a_large_result_is_written,
+        check_offsets_beyond_32_bits,
+        check_strides_beyond_32_bits,
+        check_broadcast_maps_beyond_32_bits,
+        check_many_rois_beyond_32_bits,
+        check_empty_arrays_of_large_shape,
+    ],
+)
+def test_in_a_process_of_its_own(check):
+    isolated(check, timeout=30)
 
 
 def test_what_numpy_cannot_allocate_is_a_memory_error():

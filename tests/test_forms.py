@@ -5,17 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends import array, operations, pair, per_image, pooling, three
-
-
-def arrays_of(form, problem):
-    """What the form is made of."""
-    boxes, index = problem.rois
-    if form is pair:
-        return boxes, index
-    if form is array:
-        return (np.concatenate([index[:, None].astype(boxes.dtype), boxes], 1),)
-    return tuple(boxes[index == image] for image in range(2))
+from backends import array, arrays_of, operations, pair, per_image, pooling, three
 
 
 @pytest.fixture
@@ -35,7 +25,7 @@ def test_they_agree(backend, problem):
     g = problem.draw_output()
     expected = None
     for form in (pair, array, per_image):
-        rois = arrays_of(form, problem)
+        rois = arrays_of(form, *problem.rois)
         *results, d_rois = backend.run(three(problem, form), problem.features, g, *rois)
         if form is array:
             assert d_rois.shape == (6, 5) and not d_rois[:, 0].any()
@@ -59,10 +49,12 @@ def test_gradients_agree(backend, problem):
         def loss(features, *rois):
             return (pool(features, *rois) * g).sum()
 
-        given = backend.array((problem.features, *arrays_of(form, problem)))
+        given = backend.array((problem.features, *arrays_of(form, *problem.rois)))
         moving = (0, 1, 2) if form is per_image else (0, 1)
         d_features, *d_rois = backend.numpy(backend.grad(loss, moving)(*given))
         assert np.array_equal(d_features, expected[0])
+        assert np.array_equal(backend.numpy(backend.grad(loss, 0)(*given)), d_features)
+        assert np.array_equal(backend.numpy(backend.grad(loss, 1)(*given)), d_rois[0])
         assert np.array_equal(joined(form, d_rois if form is per_image else d_rois[0]), expected[1])
 
 
@@ -81,9 +73,10 @@ def test_integer_boxes(backend, problem):
     """Of any integer dtype: those of float32 are the same, and so is their gradient's dtype."""
     g, whole = problem.draw_output(), replace(problem, boxes=np.abs(problem.boxes).round())
     for form in (pair, array):
-        expected = backend.run(three(problem, form), problem.features, g, *arrays_of(form, whole))
+        rois = arrays_of(form, *whole.rois)
+        expected = backend.run(three(problem, form), problem.features, g, *rois)
         for dtype in backend.integers:
-            boxes, *index = (each.astype(dtype) for each in arrays_of(form, whole))
+            boxes, *index = (each.astype(dtype) for each in rois)
             results = backend.run(three(problem, form), problem.features, g, boxes, *index)
             for actual, right in zip(results, expected, strict=True):
                 assert actual.dtype == np.float32 and np.array_equal(actual, right)
@@ -94,7 +87,7 @@ def test_integer_boxes(backend, problem):
 @pytest.mark.backends("values")
 @pytest.mark.parametrize("dtypes", [("int32", "float32"), ("float32", "float16")], ids=str)
 def test_list_of_different_dtypes(backend, problem, dtypes):
-    given = [b.astype(d) for b, d in zip(arrays_of(per_image, problem), dtypes, strict=True)]
+    given = [b.astype(d) for b, d in zip(arrays_of(per_image, *problem.rois), dtypes, strict=True)]
     alike, g = [boxes.astype(np.float32) for boxes in given], problem.draw_output()
     operations = three(problem, per_image)
     *results, d_boxes = backend.run(operations, problem.features, g, *given)
@@ -111,7 +104,7 @@ def test_list_of_different_dtypes(backend, problem, dtypes):
 def test_list_with_images_without_boxes(backend, problem, counts):
     index = np.repeat([0, 1], counts)
     problem = replace(problem, boxes=problem.boxes[: len(index)], index=index)
-    given, g = arrays_of(per_image, problem), problem.draw_output()
+    given, g = arrays_of(per_image, *problem.rois), problem.draw_output()
     *expected, right = backend.run(three(problem), problem.features, g, *problem.rois)
     *results, d_boxes = [
         backend.run(operation, problem.features, g, *given)

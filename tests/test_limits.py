@@ -8,7 +8,7 @@ import pytest
 
 import oracle
 import roialign
-from backends import array, named, operations as operations_of, pair, per_image
+from backends import array, arrays_of, named, operations as operations_of, pair, per_image
 from isolation import isolated
 
 FEATURES = np.ones((1, 2, 8, 9), np.float32)
@@ -123,36 +123,7 @@ def test_an_array_is_no_pair(backend):
             forward()
 
 
-def test_a_count_of_threads_of_too_many_digits():
-    with pytest.raises(ValueError, match="`n` must be at least 1, got <too many digits"):
-        roialign.set_num_threads(-ENDLESS)
-
-
 # The memory is gone
-
-
-def emptied(array):
-    """A copy of a tensor of torch, without its storage."""
-    tensor = array.clone()
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def emptied_view(array):
-    """The same, which starts in the midst of its storage: its address is not 0."""
-    tensor = array.new_zeros(1 + array.numel())[1:].view(array.shape)
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def deleted(array):
-    """A copy of an array of JAX, which was donated, say."""
-    copy = array.copy()
-    copy.delete()
-    return copy
-
-
-GONE = {"torch": [emptied, emptied_view], "jax": [deleted]}  # others keep theirs
 
 
 @pytest.mark.backends("fast", "grad")
@@ -160,9 +131,9 @@ GONE = {"torch": [emptied, emptied_view], "jax": [deleted]}  # others keep their
     "form, names", [(array, ["rois"]), (pair, ["boxes", "image_index"]), (per_image, ["rois[0]"])]
 )
 def test_memory_that_is_gone_is_an_error_that_names_the_argument(backend, form, names):
-    of_form = {array: [ROIS], pair: [ROIS[:, 1:], np.zeros(1, np.int32)], per_image: [ROIS[:, 1:]]}
+    rois = arrays_of(form, ROIS[:, 1:], np.zeros(1, np.int32), images=1)
     names = ["features", "d_output", *names]
-    arrays = backend.array([FEATURES, D_OUTPUT, *of_form[form]])
+    arrays = backend.array([FEATURES, D_OUTPUT, *rois])
     problem = oracle.Problem(FEATURES, ROIS[:, 1:], None, (2, 2), convention="half_pixel")
     forward, _, box_gradient = operations_of(problem, form)
 
@@ -171,7 +142,7 @@ def test_memory_that_is_gone_is_an_error_that_names_the_argument(backend, form, 
         return roialign.roi_align_adjoint(d_output, rois, FEATURES.shape, features=features)
 
     for call, (i, name), gone in product(
-        (forward, adjoint, box_gradient), enumerate(names), GONE.get(backend.name, [])
+        (forward, adjoint, box_gradient), enumerate(names), backend.gone
     ):
         call(*arrays)
         if call is forward and name == "d_output":

@@ -13,7 +13,7 @@ import tolerance
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 
 import roialign.torch  # noqa: E402
-from backends import named  # noqa: E402
+from backends import array as array_form, arrays_of, named  # noqa: E402
 from roialign import _rule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -34,6 +34,7 @@ LAYOUTS = {
 TORCH = named("torch")
 TORCH.start(None)
 tensor, array = TORCH.array, TORCH.numpy
+_, freed = TORCH.gone
 
 
 def torch_rois(problem):
@@ -89,6 +90,18 @@ FEATURES, ROIS = torch.zeros(2, 3, 8, 9), torch.tensor([[0, 1, 1, 6, 5], [1, 0, 
 def test_sparse_features():
     with pytest.raises(TypeError, match="`features` .*sparse"):
         roialign.roi_align(FEATURES.to_sparse(), ROIS, 2)
+
+
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        (torch.zeros(1, 3, 2, 2).expand(2, 3, 2, 2), "itself"),
+        (FEATURES.view(-1)[:24].view(2, 3, 2, 2), "an input"),
+    ],
+)
+def test_out_that_overlaps(out, words):
+    with pytest.raises(ValueError, match=f"`out` .*overlap {words}"):
+        roialign.roi_align(FEATURES, ROIS, 2, out=out)
 
 
 # Derivatives
@@ -396,26 +409,17 @@ assert torch.equal(pool(features, rois), roialign.roi_align(features, rois, 2))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("moves", [(True, False), (False, True), (True, True)])
-def test_rows_have_the_gradients_of_a_pair(make_problem, moves):
-    """Rows are one step of the graph, a pair another: same values and gradients, once and twice."""
-    problem = make_problem(sampling=2)
-    features = tensor(problem.features)
-    rows = torch.cat([tensor(problem.index)[:, None], tensor(problem.boxes)], 1).to(features.dtype)
-    assert roialign.torch.takes_rows(features, rows)
-
-    def gradients(form):
-        leaves = [t.clone().requires_grad_(m) for t, m in zip((features, rows), moves, strict=True)]
-        rois = leaves[1] if form == "rows" else (leaves[1][:, 1:], leaves[1][:, 0].long())
-        output = roialign.roi_align(leaves[0], rois, problem.size, **problem.options)
-        moving = [leaf for leaf in leaves if leaf.requires_grad]
-        first = torch.autograd.grad(output.square().sum(), moving, create_graph=moves[0])
-        if moves == (True, False):  # second order in the features
-            first += torch.autograd.grad(first[0].square().sum(), moving)
-        return [output, *first]
-
-    for ours, other in zip(gradients("rows"), gradients("pair"), strict=True):
-        assert torch.equal(ours, other)
+def test_second_order_of_rows(make_problem):
+    """Rows are one step of the graph, a pair another."""
+    problem, results = make_problem(sampling=2), []
+    (rows,) = map(tensor, arrays_of(array_form, *problem.rois))
+    assert roialign.torch.takes_rows(tensor(problem.features), rows)
+    for rois in (rows, torch_rois(problem)):
+        features = tensor(problem.features).requires_grad_()
+        output = roialign.roi_align(features, rois, problem.size, **problem.options)
+        (first,) = torch.autograd.grad(output.square().sum(), features, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), features)[0])
+    assert torch.equal(*results)
 
 
 # What tensors can be, other than memory
@@ -431,13 +435,6 @@ def test_a_tensor_without_memory_does_not_crash():
     for rois in rows_and_pair():
         zeros = torch._efficientzerotensor(features.shape)  # a wrapper: values without memory
         assert not roialign.roi_align(zeros, rois, 2).any()
-
-
-def freed(array):
-    """A tensor that starts in the midst of a storage that was emptied: its address is not 0."""
-    tensor = array.new_zeros(1 + array.numel())[1:].view(array.shape)
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -493,7 +490,10 @@ def test_a_tensor_that_was_freed_is_named_wherever_it_comes_in():
         lambda boxes: roialign.roi_align(features, (boxes, freed(index)), 2)
     )
     for call, name in (
-        (lambda: roialign.roi_align(features, ROIS, 2, out=freed(torch.rand(2, 3, 2, 2))), "out"),
+        (
+            lambda: roialign.roi_align(features, ROIS, 2, out=freed(torch.rand(2, 3, 2, 2))),
+            "out",
+        ),
         (lambda: operator([freed(features)], boxes, index, None, None, *rest), "features"),
         (lambda: operator([features], boxes, index, None, freed(boxes), *rest), "tangent"),
         (backward, "features"),
