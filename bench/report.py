@@ -8,12 +8,11 @@ from pathlib import Path
 from statistics import median
 
 from bench.environments import ROOT
-from bench.peers import MAIN, OPERATIONS, PEERS, TITLES, VARIED
+from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, TITLES, VARIED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
 PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
-CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
 RESULTS = {"samples", "memory", "refused"}
 COLUMNS = ("", "ms", "times", "that of", "times the DRAM floor", "times the DRAM + cache floor")
 COLUMNS += ("us above the core alone", "before / after, of a round", "asked")

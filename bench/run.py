@@ -20,7 +20,7 @@ import numpy as np
 
 from bench import floor, reference
 from bench.environments import ROOT
-from bench.peers import MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
+from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
 
 from cases import FPN, WORKLOADS, Workload  # isort: skip (found by the reference)
 
@@ -41,7 +41,6 @@ EVERY = WORKLOADS | HUGE | {workload.name: workload for workload in OTHERS}
 WITHOUT_OUT = ("W1", "W4", "W6")  # where a call that makes its own output is timed too
 # those with a goal first, for as long as the time lasts
 ORDER = ("W1", "W5", "W4", "W6", "W1f", "W2")
-CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
 
 clock = time.monotonic
 

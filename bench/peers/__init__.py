@@ -122,3 +122,5 @@ OVERHEAD = {  # what a call costs
         ("cuda", "W6", ("ours_captured", "torchvision", "torchvision_captured")),
     )
 }
+# what names a row of a record
+CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")
