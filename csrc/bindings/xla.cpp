@@ -46,8 +46,7 @@ DType dtype_of(DataType type) {
 }
 
 void add_arrays(const Buffers& buffers, Call& call) {
-  call.arrays.reserve(call.arrays.size() + size_t(known(buffers).count));
-  for (int64_t i = 0; i < buffers.count; ++i) {
+  for (int64_t i = 0; i < known(buffers).count; ++i) {
     require(buffers.types[i] == kBuffer, "roialign: an array is missing");
     const Buffer& buffer = known(*static_cast<const Buffer*>(buffers.items[i]));
     call.arrays.push_back({buffer.data, dtype_of(buffer.dtype), buffer.rank, buffer.dims});
@@ -87,6 +86,7 @@ template <void operation(Call&)>
 void run(const CallFrame& frame) {
   Call call;
   call.threads = num_threads;
+  call.arrays.reserve(8);  // most calls have fewer
   add_arrays(frame.arguments, call);
   add_arrays(frame.results, call);
   Numbers numbers(frame.attributes);
