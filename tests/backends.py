@@ -37,6 +37,7 @@ class Backend:
     # "out"     takes `out`
     # "strided" an array keeps its strides
     # "bfloat16"
+    # "maps"    takes several maps
     # "raises"  on a bad image index; the others make that row zero: "zeroes"
     # "grad"    has derivatives; "twice": of them too, "mixed": of the boxes' too; "jvp"; "vmap";
     #           "func": all of JAX's names
@@ -165,7 +166,7 @@ def _mapped(function, values):
 
 class Numpy(Backend):
     name = "numpy"
-    traits = frozenset({"values", "exact", "fast", "out", "strided", "bfloat16", "raises"})
+    traits = frozenset({"values", "exact", "fast", "out", "strided", "bfloat16", "maps", "raises"})
 
 
 class Torch(Backend):
@@ -242,7 +243,7 @@ class Torch(Backend):
 
 class TorchFunc(Torch):
     name = "torch.func"
-    traits = frozenset({"grad", "twice", "mixed", "jvp", "vmap", "func"})
+    traits = frozenset({"maps", "grad", "twice", "mixed", "jvp", "vmap", "func"})
 
     @property
     def func(self):
@@ -387,7 +388,7 @@ def moved(problem, ulps=4):
 
 class MindSpore(Backend):
     name, needs = "mindspore", ("mindspore",)
-    traits = Jax.traits - {"func", "mixed"}
+    traits = Jax.traits - {"func", "mixed", "maps"}
     no_second_derivative = RuntimeError, "no.second.derivative.in.the.boxes"
 
     def load(self):

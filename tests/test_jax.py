@@ -1,6 +1,5 @@
 """JAX: the same numbers as NumPy's, eagerly and traced, and under every transform."""
 
-import functools
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import oracle
 import roialign
 import tolerance
 from roialign import _rule
-from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
 import jax.numpy as jnp  # noqa: E402
@@ -267,117 +265,6 @@ def test_calls_from_many_threads(make_problem):
     with ThreadPoolExecutor(4) as pool_of_threads:
         for output in pool_of_threads.map(lambda _: f(*leaves(problem)), range(32)):
             same(output, expected)
-
-
-# Several maps
-
-MAP_SCALES = (0.5, 0.4, 0.25, 0.3)
-
-
-@pytest.fixture
-def pyramid(problem):
-    """Two maps, boxes, their images, and levels: -1 and 2 are of no map."""
-    levels = jnp.array([1, 0, -1, 1, 2, 0, 1], jnp.int32)
-    boxes, index = (jnp.asarray(np.resize(a, (7, *a.shape[1:]))) for a in problem.rois)
-    features = jnp.asarray(problem.features)
-    return (features, jnp.cos(features[:, :, 2:, :8])), boxes, index.at[0].set(1), levels
-
-
-def pool_maps(problem, maps, boxes, index, levels):
-    rule = _rule.vector(problem.convention, problem.sampling)
-    rois = Rois(boxes, index, levels)
-    return roialign.jax.forward(maps, rois, problem.size, MAP_SCALES, rule)
-
-
-def pool_one_by_one(problem, maps, boxes, index, levels):
-    """The same in a call for each map. RoIs on other maps have no image there."""
-    rule = _rule.vector(problem.convention, problem.sampling)
-    output = 0
-    for i, features in enumerate(maps):
-        rois = Rois(boxes, jnp.where(levels == i, index, -1))
-        scale = MAP_SCALES[2 * i : 2 * i + 2]
-        output += roialign.jax.forward((features,), rois, problem.size, scale, rule)
-    return output
-
-
-def stacked(tree):
-    return jax.tree.map(lambda x: jnp.stack([x, 0.9 * x, x + 0.25]), tree)
-
-
-def differentiated(f):
-    """Output, and the gradients in maps and boxes."""
-
-    def gradients(maps, boxes, index, levels):
-        output, pull = jax.vjp(lambda m, b: f(m, b, index, levels), maps, boxes)
-        return output, pull(jnp.sin(output))
-
-    return gradients
-
-
-def along_tangents(f):
-    def derivative(maps, boxes, *others):
-        tangents = jax.tree.map(jnp.sin, (maps, boxes))
-        return jax.jvp(lambda *x: f(*x, *others), (maps, boxes), tangents)
-
-    return derivative
-
-
-# name: a function of a pooling, and of its arguments
-TRANSFORMED = {
-    "forward": lambda f, *x: f(*x),
-    "gradients": lambda f, *x: differentiated(f)(*x),
-    "gradient of one map": lambda f, maps, *x: jax.grad(
-        lambda first: (f((first, maps[1]), *x) ** 2).sum()
-    )(maps[0]),
-    "tangents": lambda f, *x: along_tangents(f)(*x),
-    "second order": lambda f, *x: along_tangents(
-        lambda *y: jax.grad(lambda b: (f(x[0], b, *y[2:]) * y[0][0].sum()).sum())(x[1])
-    )(*x),
-    "vmap over maps": lambda f, maps, *x: jax.vmap(lambda m: differentiated(f)(m, *x))(
-        stacked(maps)
-    ),
-    "vmap over one map": lambda f, maps, *x: jax.vmap(
-        lambda m: differentiated(f)((maps[0], m), *x)
-    )(stacked(maps[1])),
-    "vmap over boxes": lambda f, maps, boxes, *x: jax.vmap(
-        lambda b: differentiated(f)(maps, b, *x)
-    )(stacked(boxes)),
-    "vmap over levels": lambda f, maps, boxes, index, levels: jax.vmap(
-        lambda own: differentiated(f)(maps, boxes, index, own)
-    )(jnp.stack([levels, 1 - levels])),
-    "vmap over all": lambda f, maps, boxes, index, levels: jax.vmap(differentiated(f))(
-        *stacked((maps, boxes)),
-        jnp.stack([index, 1 - index, index]),
-        jnp.stack([levels, levels + 1, levels]),
-    ),
-}
-
-
-@pytest.mark.parametrize("way", ["core", "dense"])
-@pytest.mark.parametrize("name", TRANSFORMED)
-def test_maps(problem, pyramid, name, way, request):
-    """The rows of single calls, bit for bit."""
-    if way == "dense":
-        request.getfixturevalue("dense")
-    pools = [functools.partial(f, problem) for f in (pool_maps, pool_one_by_one)]
-    results = [jax.jit(functools.partial(TRANSFORMED[name], f))(*pyramid) for f in pools]
-    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
-        assert expected.any()
-        (same if way == "core" else close)(actual, expected)
-
-
-def test_roi_on_no_map(problem, pyramid):
-    output, (_, d_boxes) = jax.jit(differentiated(functools.partial(pool_maps, problem)))(*pyramid)
-    maps, boxes, index, levels = pyramid
-    none = np.asarray((levels < 0) | (levels > 1))
-    assert not output[none].any() and output[~none].any(axis=(1, 2, 3)).all()
-    assert not d_boxes[none].any() and d_boxes[~none].any(axis=1).all()
-    levels = levels.at[4].set(-1)  # which no error is made of
-    same(pool_maps(problem, maps, boxes, index, levels), output)
-    same(pool_maps(problem, maps, boxes, index, levels.astype(jnp.int64)), output)
-    for bad in (2, -2, 2**31 - 1):
-        with pytest.raises(IndexError, match=rf"`levels` of RoI 3 .*\[-1, 2\), got {bad}"):
-            pool_maps(problem, maps, boxes, index, levels.at[3].set(bad))
 
 
 @pytest.mark.parametrize("mapped", ["features", "d_output"])
