@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
 )  # torch's own
 
-(GPU,) = choose("interprets")
+(GPU,) = choose("interprets", "out")
 DEVICE, SIZE = GPU.device, (2, 3)
 KERNELS = (
     ["axis_taps", "forward"],
