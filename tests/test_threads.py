@@ -27,8 +27,8 @@ def restore_threads():
 
 def results(problem, layout=np.ascontiguousarray):
     """The bits of the three operations."""
-    given = layout(problem.features), layout(problem.draw_output())
-    return [array.tobytes() for array in three(problem)(*given, *problem.rois)]
+    given = layout(problem.features), layout(problem.draw_output()), *problem.rois
+    return [array.tobytes() for array in three(problem)(*given)]
 
 
 def shared_problem(make_problem, **options):
