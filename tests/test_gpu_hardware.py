@@ -1,6 +1,6 @@
 """What only a GPU can show: its bits, streams, graphs, several devices, sizes beyond 32 bits.
 
-TRITON_INTERPRET=0 pytest tests/test_gpu_*.py
+TRITON_INTERPRET=0 pytest --backend triton tests/test_{gpu_*,oracle,forms,errors,out}.py
 """
 
 import os
