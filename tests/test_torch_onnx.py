@@ -189,52 +189,48 @@ def test_the_boxes_tell_the_least_size():
 # Forms and types
 
 
+FIXED = {"convention": "mindspore", "sampling_ratio": 2, "spatial_scale": 0.25}
+ADAPTIVE = {"convention": "asymmetric", "sampling_ratio": -1, "spatial_scale": 0.25}
+
+
+def check_exported(options, *calls, shapes=(MAP, ROWS), **how):
+    """The model that is made of the first call gives our numbers for all of them."""
+    first = torch.utils._pytree.tree_map(torch.from_numpy, calls[0])
+    model = export(Pool(options), first, shapes, **how)
+    check_standard(model)
+    for features, rois in calls:
+        arrays = [rois] if isinstance(rois, np.ndarray) else rois
+        check(run(model, features, *arrays)[0], features, rois, **options)
+    return model
+
+
 @pytest.mark.parametrize("features_dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("boxes_dtype", [np.float32, np.float64, np.int64])
 def test_types(features_dtype, boxes_dtype):
-    options = {"convention": "mindspore", "sampling_ratio": 2, "spatial_scale": 0.25}
-    model, inputs = Pool(options), []
-    for seed in range(2):
-        features, rois = draw(seed, scale=0.25)
-        inputs.append((features.astype(features_dtype), rois.astype(boxes_dtype)))
-    exported = export(model, tuple(map(torch.from_numpy, inputs[0])))
-    check_standard(exported)
-    for features, rois in inputs:
-        check(run(exported, features, rois)[0], features, rois, **options)
+    calls = [(f.astype(features_dtype), r.astype(boxes_dtype)) for f, r in map(draw, range(2))]
+    check_exported(FIXED, *calls)
 
 
 @pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8])
 def test_pair(index_dtype):
-    options = {"convention": "mindspore", "sampling_ratio": 2, "spatial_scale": 0.25}
     features, rois = draw(0)
-    boxes, index = rois[:, 1:].copy(), rois[:, 0].astype(index_dtype)
-    args = torch.from_numpy(features), (torch.from_numpy(boxes), torch.from_numpy(index))
-    exported = export(Pool(options), args, (MAP, (ROWS, ROWS)))
-    check_standard(exported)
-    pair = boxes[5:], index[5:]
-    check(run(exported, features, *pair)[0], features, pair, **options)
+    pair = rois[:, 1:].copy(), rois[:, 0].astype(index_dtype)
+    fewer = pair[0][5:], pair[1][5:]
+    check_exported(FIXED, (features, pair), (features, fewer), shapes=(MAP, (ROWS, ROWS)))
 
 
 def test_list():
-    options = {"convention": "asymmetric", "spatial_scale": 0.25, "sampling_ratio": -1}
     features, rois = draw(0)
     boxes = rois[:, 1:].copy()
-    args = torch.from_numpy(features), [torch.from_numpy(boxes[:7]), torch.from_numpy(boxes[7:])]
-    model = export(Pool(options), args, ({2: DYNAMIC, 3: DYNAMIC}, [ROWS, ROWS]))
-    check_standard(model)
-    pieces = [boxes[:20], boxes[30:35]]
-    check(run(model, features, *pieces)[0], features, pieces, **options)
+    lists = [boxes[:7], boxes[7:]], [boxes[:20], boxes[30:35]]
+    shapes = {2: DYNAMIC, 3: DYNAMIC}, [ROWS, ROWS]
+    check_exported(ADAPTIVE, *((features, each) for each in lists), shapes=shapes)
 
 
 @pytest.mark.parametrize("opset", [16, 18, 21])  # ONNX Runtime 1.32 has no RoiAlign of 22
 def test_opsets(opset):
-    features, rois = draw(0)
-    options = {"convention": "asymmetric", "spatial_scale": 0.25}
-    args = tuple(map(torch.from_numpy, (features, rois)))
-    model = export(Pool(options), args, opset_version=opset)
-    check_standard(model)
+    model = check_exported(ADAPTIVE, draw(0), opset_version=opset)
     assert model.opset_import[0].version == opset
-    check(run(model, features, rois)[0], features, rois, **options)
 
 
 # Layers, in a network
