@@ -8,6 +8,7 @@ import pytest
 import oracle
 import roialign
 import tolerance
+from backends import three
 
 
 def forward(problem, rois=None, **changes):
@@ -168,3 +169,44 @@ def test_sampling_below_one_adapts(make_problem):
     problem = make_problem(sampling=0)
     for ratio in (-1, -7, -(2**31) - 1, -(2**63) - 1, -(10**5000)):
         assert bits(forward(problem, sampling_ratio=ratio)) == bits(forward(problem))
+
+
+def test_a_convention_is_a_moved_box(make_problem, convention):
+    """On a fixed grid, where no size is clamped."""
+    problem = make_problem(convention=convention, dtype=np.float64)
+    boxes = problem.boxes + convention.input_offset
+    boxes -= convention.pixel_offset / np.tile(problem.scale[::-1], 2)
+    boxes[:, 2:] += convention.end_offset
+    other = replace(problem, boxes=boxes, convention=roialign.Convention())
+    check_mirrored(problem, other, axes=(), ends=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("axis, ends", [(3, [2, 1, 0, 3]), (2, [0, 3, 2, 1])], ids="xy")
+def test_an_inverted_box_mirrors_the_bins(make_problem, convention, axis, ends):
+    """On a fixed grid, where no size is clamped."""
+    convention = replace(convention, min_size=None)
+    problem = make_problem(convention=convention, dtype=np.float64, sampling=3)
+    moved = np.where(np.arange(4) == ends, 0, np.repeat([1, -1], 2) * convention.end_offset)
+    check_mirrored(problem, replace(problem, boxes=problem.boxes[:, ends] + moved), axis, ends)
+
+
+def check_mirrored(problem, other, axes, ends):
+    """The three operations, with bins and ends of the boxes in another order."""
+    g = problem.draw_output()
+    output, *gradients = three(problem)(problem.features, g, *problem.rois)
+    output_, *gradients_ = three(other)(other.features, np.flip(g, axes), *other.rois)
+    np.testing.assert_allclose(np.flip(output_, axes), output, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(gradients_[0], gradients[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(gradients_[1][:, ends], gradients[1], rtol=0, atol=1e-11)
+    assert output.any() and all(gradient.any() for gradient in gradients)
+
+
+def test_every_convention_is_another_function(make_problem):
+    """Of boxes below a pixel too, sampled adaptively."""
+    problem = make_problem(dtype=np.float64, sampling=0, scale=(1, 1), inside=True)
+    boxes = np.concatenate([problem.boxes[:, :2], problem.boxes[:, :2] + [[0.7, 0.6]]], 1)
+    boxes = np.concatenate([boxes, problem.boxes])
+    problem = replace(problem, boxes=boxes, index=np.tile(problem.index, 2))
+    records = set(roialign.conventions.values())
+    results = {(forward(replace(problem, convention=c)).round(3) + 0.0).tobytes() for c in records}
+    assert len(results) == len(records) > 5

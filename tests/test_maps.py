@@ -134,6 +134,29 @@ def test_forward_mode(backend, pyramid):
     close(along, p.forward(0 * u, v, *p.rois))
 
 
+@pytest.mark.backends("jvp", "maps", "-interprets")
+def test_forward_mode_of_the_adjoint_and_the_box_gradient(backend, pyramid):
+    """Each is linear in its arrays; along the boxes the adjoint is the transpose of pooling."""
+    p = pyramid()
+    boxes, *others = p.rois
+    g, u, v, w = draw(3, p.d_output, *p.maps, boxes)
+    along_g, fine, coarse, along, *others = backend.array((g, u, v, w, *others))
+    d_output, boxes, *maps = backend.array((p.d_output, boxes, *p.maps))
+
+    def pasted(d_output, boxes):
+        d_fine, d_coarse = p.adjoint(d_output, boxes, *others)
+        return (d_fine * fine).sum() + (d_coarse * coarse).sum()
+
+    def moved(d_output, *maps):
+        return (p.box_gradient(d_output, *maps, boxes, *others) * along).sum()
+
+    of_maps = np.vdot(p.box_gradient(p.d_output, u, v, *p.rois), w)
+    _, found = backend.numpy(backend.jvp(pasted, (d_output, boxes), (along_g, along)))
+    close(found, np.vdot(g, p.forward(u, v, *p.rois)) + of_maps, 1e-11)
+    _, found = backend.numpy(backend.jvp(moved, (d_output, *maps), (along_g, fine, coarse)))
+    close(found, np.vdot(p.box_gradient(g, *p.maps, *p.rois), w) + of_maps, 1e-11)
+
+
 @pytest.mark.backends("twice", "maps", "-interprets")
 def test_second_order(backend, pyramid):
     """Of squares, in a map; there is none in the boxes."""
