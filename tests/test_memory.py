@@ -13,6 +13,7 @@ from isolation import isolated
 pytestmark = pytest.mark.serial
 MIB = 2**20
 SANITIZED = "san" in os.environ.get("LD_PRELOAD", "")  # a sanitizer holds freed memory back
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 resident_set = pytest.mark.skipif(sys.platform != "linux" or SANITIZED, reason="reads /proc/self")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
@@ -58,27 +59,16 @@ def check_live_results_are_never_shared():
             assert not np.may_share_memory(a, b)
 
 
-def test_live_results_are_never_shared():
-    isolated(check_live_results_are_never_shared)
-
-
 def check_a_view_keeps_its_buffer():
     result = pool(3)
-    view = result[7:, ::2, 1]
-    transposed = result.T[1]
-    window = memoryview(result[5])
+    views = result[7:, ::2, 1], result.T[1], memoryview(result[5])
     del result
-    others = [pool(value) for value in (4, 5, 6)]
-    for other in others:
-        other[...] = np.nan
-    assert is_all(view, 3) and is_all(transposed, 3) and is_all(np.asarray(window), 3)
-    del others, other
-    pool(7)[...] = np.nan
-    assert is_all(view, 3) and is_all(transposed, 3) and is_all(np.asarray(window), 3)
-
-
-def test_a_view_keeps_its_buffer():
-    isolated(check_a_view_keeps_its_buffer)
+    for values in ((4, 5, 6), (7,)):
+        others = [pool(value) for value in values]
+        for other in others:
+            other[...] = np.nan
+        assert all(is_all(np.asarray(view), 3) for view in views)
+        del others, other
 
 
 def test_adjoint_results_are_not_shared_with_forward_results():
@@ -93,21 +83,16 @@ def test_adjoint_results_are_not_shared_with_forward_results():
 
 
 @pytest.mark.parametrize("count", [255, 256, 257])
-def test_sizes_around_the_threshold(count):
+def test_results_around_the_threshold_are_plain_arrays(count):
     # 4 MiB is 256 boxes: below it NumPy's own memory, from it on the library's
     results = [pool(value, BOXES[:count]) for value in (1, 2, 3)]
     for value, result in zip((1, 2, 3), results, strict=True):
+        assert type(result) is np.ndarray
         assert result.shape == (count, 64, 8, 8) and is_all(result, value)
         assert result.flags.writeable and result.flags.aligned and result.flags.c_contiguous
-
-
-def test_a_large_result_is_a_plain_array():
-    result = pool(1)
-    assert type(result) is np.ndarray
-    result[...] = 5
-    assert is_all(np.add(result, 1, out=result), 6)
-    result = pool(2)
-    assert is_all(np.concatenate([result, result]), 2) and is_all(result.reshape(-1), 2)
+        assert is_all(np.concatenate([result, result]), value) and is_all(result.reshape(-1), value)
+        result[...] = 5
+        assert is_all(np.add(result, 1, out=result), 6)
 
 
 def check_what_stays_resident(limit):
@@ -143,11 +128,6 @@ def check_many_sizes_stay_within_the_limit():
     for count in list(range(256, 1600, 96)) * 2:
         pool(1, np.tile(BOXES, (4, 1))[:count])
     assert resident() - before <= (64 + 6) * MIB
-
-
-@resident_set
-def test_many_sizes_stay_within_the_limit():
-    isolated(check_many_sizes_stay_within_the_limit)
 
 
 def check_no_leak():
@@ -187,11 +167,6 @@ def check_no_leak():
     assert grown < 2 * MIB, f"{grown / MIB:.1f} MiB in 300 calls"
 
 
-@resident_set
-def test_no_leak():
-    isolated(check_no_leak)
-
-
 def check_no_leak_of_references():
     rois, out = BOXES[:4].copy(), np.empty((4, 64, 8, 8), np.float32)
     features = np.ones(LARGE, np.float32)
@@ -204,10 +179,6 @@ def check_no_leak_of_references():
         with contextlib.suppress(IndexError):
             roialign.roi_align(features, rois + 3, 8, out=out)
     assert [sys.getrefcount(o) for o in objects] == before
-
-
-def test_no_leak_of_references():
-    isolated(check_no_leak_of_references)
 
 
 def check_peak(operation, threads, dtype, last):
@@ -227,27 +198,21 @@ def check_peak(operation, threads, dtype, last):
     rois[:, 1:3], rois[:, 3:] = 4 * start, 4 * (start + size)
     options = {"spatial_scale": 0.25, "sampling_ratio": 2}
     roialign.set_num_threads(threads)
-    call = {
-        "forward": lambda k: roialign.roi_align(features, rois[:k], 7, out=y[:k], **options),
-        "adjoint": lambda k: roialign.roi_align_adjoint(
-            y[:k], rois[:k], features.shape, out=features, **options
-        ),
-        "box_gradient": lambda k: roialign.roi_align_box_gradient(
-            y[:k], features, rois[:k], **options
-        ),
-    }[operation]
     roialign.roi_align(features[:, :16, :8, :8], rois[:1], 1)  # what is loaded once
     before = resident()
     reset_peak()
-    call(count)
+    if operation == "forward":
+        roialign.roi_align(features, rois, 7, out=y, **options)
+    elif operation == "adjoint":
+        roialign.roi_align_adjoint(y, rois, features.shape, out=features, **options)
+    else:
+        roialign.roi_align_box_gradient(y, features, rois, **options)
     extra = peak() - before
     scratch = 256 * height * width * threads
     # a tap: index and weight, in both orders, for values and slopes; a window has up to size + 2
     taps = (size + 3).sum() * 2 * 2 * 2 * 16
     partial = count * channels / 16 * 4 * 8 if operation == "box_gradient" else 0
-    allowed = (
-        scratch + taps + partial + 2 * MIB
-    )  # one huge page: the granularity of what is counted
+    allowed = scratch + taps + partial + 2 * MIB  # one huge page: so fine is what is counted
     assert extra <= allowed, f"{extra / MIB:.1f} MiB of {allowed / MIB:.1f}"
     assert extra > 0
 
@@ -256,15 +221,10 @@ def check_peak(operation, threads, dtype, last):
 @pytest.mark.parametrize(
     "operation, threads, dtype, last",
     [
-        ("forward", 1, "float32", False),
-        ("adjoint", 1, "float32", False),
-        ("box_gradient", 1, "float32", False),
-        ("forward", 2, "float32", False),
-        ("adjoint", 2, "float32", False),
-        ("forward", 1, "float32", True),
-        ("adjoint", 1, "float32", True),
-        ("forward", 1, "float16", False),
-        ("forward", 1, "float64", False),
+        *((name, 1, "float32", False) for name in ("forward", "adjoint", "box_gradient")),
+        *((name, 2, "float32", False) for name in ("forward", "adjoint")),
+        *((name, 1, "float32", True) for name in ("forward", "adjoint")),
+        *(("forward", 1, dtype, False) for dtype in ("float16", "float64")),
     ],
 )
 def test_peak_memory(operation, threads, dtype, last):
@@ -332,11 +292,6 @@ def check_a_child_frees_what_the_parent_made():
         assert is_all(results[0], 2) and is_all(pool(4), 4)
 
 
-@forks
-def test_a_child_frees_what_the_parent_made():
-    isolated(check_a_child_frees_what_the_parent_made, env={"PYTHONWARNINGS": "ignore"})
-
-
 def check_a_child_has_threads_of_its_own():
     roialign.set_num_threads(2)
     pool(1)
@@ -347,11 +302,6 @@ def check_a_child_has_threads_of_its_own():
         pool(2)
         os._exit(0 if alone and len(os.listdir("/proc/self/task")) > 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
-def test_a_child_has_threads_of_its_own():
-    isolated(check_a_child_has_threads_of_its_own, env={"PYTHONWARNINGS": "ignore"})
 
 
 def check_freed_in_another_thread():
@@ -374,10 +324,6 @@ def check_freed_in_another_thread():
     thread.join()
 
 
-def test_freed_in_another_thread():
-    isolated(check_freed_in_another_thread)
-
-
 def check_results_outlive_everything():
     # freed at interpreter exit, after the module may be gone
     import builtins
@@ -386,5 +332,19 @@ def check_results_outlive_everything():
     roialign.kept = pool(2)
 
 
-def test_results_outlive_everything():
-    isolated(check_results_outlive_everything)
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_live_results_are_never_shared,
+        check_a_view_keeps_its_buffer,
+        pytest.param(check_many_sizes_stay_within_the_limit, marks=resident_set),
+        pytest.param(check_no_leak, marks=resident_set),
+        check_no_leak_of_references,
+        pytest.param(check_a_child_frees_what_the_parent_made, marks=forks),
+        pytest.param(check_a_child_has_threads_of_its_own, marks=linux),
+        check_freed_in_another_thread,
+        check_results_outlive_everything,
+    ],
+)
+def test_in_a_process_of_its_own(check):
+    isolated(check, env={"PYTHONWARNINGS": "ignore"})
