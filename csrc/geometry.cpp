@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace roialign {
 namespace {
 
 constexpr int64_t kWideSamples = int64_t{1} << 22;  // more: positions in double
 constexpr int64_t kMaxSamples = int64_t{1} << 31;   // more: the mean vanishes
+constexpr int64_t kReservedEntries = 4096;          // 96 KiB: more are reserved bin by bin
 
 // docs/spec.md, equation (1): where the box starts, how long a bin is, how many samples it has.
 template <class Real>
@@ -93,14 +95,18 @@ struct Sums {
   }
 };
 
-// Room for `entries` more, of the next bin.
-Sums open_bin(Taps& taps, int64_t entries) {
-  const int64_t begin = taps.first.back(), room = begin + entries;
-  if (int64_t(taps.index.size()) < room) {
-    const size_t size = size_t(room + room / 2);
-    for (auto& weight : taps.weight) weight.resize(size);
-    taps.index.resize(size);  // last: its size says how much room there is, if one of these throws
-  }
+// Room for `entries` more from the last one on.
+void reserve(Taps& taps, int64_t entries) {
+  const int64_t room = taps.first.back() + entries;
+  if (int64_t(taps.index.size()) >= room) return;
+  const size_t size = size_t(room + room / 2);
+  for (auto& weight : taps.weight) weight.resize(size);
+  taps.index.resize(size);  // last: its size says how much room there is, if one of these throws
+}
+
+// The next bin, for which there is room.
+Sums open_bin(Taps& taps) {
+  const int64_t begin = taps.first.back();
   return {taps.index.data(), {taps.weight[0].data(), taps.weight[1].data()}, begin, begin};
 }
 
@@ -121,10 +127,15 @@ void close_bin(Taps& taps, const Sums& sums, double scale) {
   taps.first.push_back(kept);
 }
 
+// Of a bin: positions ascend, so no pixel comes twice.
+int64_t most_entries(int64_t samples, int64_t size) {
+  return std::min(2 * samples, size);
+}
+
 // Equation (3): the taps of the samples of bin k that are inside, merged.
-template <class Real, class Position>
+template <bool sloped, class Real, class Position>
 void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& grid, int64_t bins,
-             int64_t size, double scale, Taps& values, Taps* slopes) {
+             int64_t size, double scale, Taps& values, Taps* slopes, bool reserved) {
   const int64_t n = grid.samples;
   const auto ascending = [&](int64_t j) { return grid.bin < 0 ? n - 1 - j : j; };
   const auto at = [&](int64_t j) { return position(k, ascending(j)); };
@@ -133,9 +144,13 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
     from = least(n, [&](int64_t j) { return at(j) >= -1; });
     to = least(n, [&](int64_t j) { return !(at(j) <= Position(size)); });
   }
-  const int64_t entries =
-      std::min(2 * (to - from), size);  // positions ascend: no pixel comes twice
-  Sums value = open_bin(values, entries), slope = slopes ? open_bin(*slopes, entries) : value;
+  if (!reserved) {
+    const int64_t entries = most_entries(to - from, size);
+    reserve(values, entries);
+    if (sloped) reserve(*slopes, entries);
+  }
+  Sums value = open_bin(values), slope{};
+  if (sloped) slope = open_bin(*slopes);
   for (int64_t j = from; j < to; ++j) {
     const Position raw = at(j), p = raw < 0 ? 0 : raw;
     const int64_t lo = int64_t(p);  // p >= 0: the integer part is the floor
@@ -146,7 +161,7 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
     const double fraction = p - Position(lo);
     value.add(lo, 1 - fraction, 0);
     if (fraction != 0) value.add(lo + 1, fraction, 0);
-    if (slopes && raw >= 0) {
+    if (sloped && raw >= 0) {
       const double t = (double(k) + (double(ascending(j)) + 0.5) / double(n)) / double(bins);
       const double in_lo = grid.clamped ? 1 : 1 - t, in_hi = grid.clamped ? 0 : t;
       slope.add(lo, -in_lo, -in_hi);
@@ -155,7 +170,7 @@ void add_bin(const Positions<Position>& position, int64_t k, const Grid<Real>& g
   }
   const double mean = 1 / double(n > 0 ? n : 1);
   close_bin<Real>(values, value, mean);
-  if (slopes) close_bin<Real>(*slopes, slope, mean * scale);
+  if (sloped) close_bin<Real>(*slopes, slope, mean * scale);
 }
 
 }  // namespace
@@ -166,9 +181,20 @@ void axis_taps(Real lo, Real hi, const Rule& rule, int64_t bins, int64_t size, R
   const Grid<Real> grid = grid_of(lo, hi, rule, bins, scale);
   values.first.assign(1, 0);
   if (slopes) slopes->first.assign(1, 0);
+  const int64_t entries = most_entries(grid.samples, size);
+  const bool reserved = entries <= kReservedEntries / bins;  // for all bins at once
+  if (reserved) {
+    reserve(values, entries * bins);
+    if (slopes) reserve(*slopes, entries * bins);
+  }
+  const auto add_all = [&](const auto& position, auto sloped) {
+    for (int64_t k = 0; k < bins; ++k) {
+      add_bin<decltype(sloped)::value>(position, k, grid, bins, size, double(scale), values, slopes,
+                                       reserved);
+    }
+  };
   const auto add_bins = [&](const auto& position) {
-    for (int64_t k = 0; k < bins; ++k)
-      add_bin(position, k, grid, bins, size, double(scale), values, slopes);
+    slopes ? add_all(position, std::true_type{}) : add_all(position, std::false_type{});
   };
   if (grid.samples > kWideSamples)
     add_bins(Positions<double>(grid.start, grid.bin, grid.samples));
