@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -24,6 +27,33 @@ constexpr int64_t kBandBytes = 2 << 20;
 // visit packs its own pixels.
 constexpr int64_t kMinTasks = 16;
 constexpr int64_t kMinVisit = 64;
+
+// What a way through the engine costs, in nanoseconds: about what least squares gave for the times
+// of 150 random calls (maps of 16 x 16 to 2000 x 3000, 1 to 256 channels, 1 to 1000 boxes, 1 to 28
+// bins, both layouts), both ways, on one core of an AMD EPYC with AVX-512. Only the ratios matter.
+struct Costs {
+  // Packed, per block of channels:
+  double group = 30, far_group = 100;  // packed: in the caches, or beyond them
+  double tap = 1.1;                    // of y, per column
+  double combined = 0.9;               // tap of x
+  double row = 8;                      // of bins
+  double unpacked = 25;                // group of the map that an adjoint writes
+  // In place, per channel:
+  double line = 1.8;                 // tap of y, per line of columns
+  double single = 1.3, strided = 4;  // tap of y, per column; from pixels that share no cache line
+  double tile = 7;                   // transposed: a line of columns of as many rows
+  double row_combined = 1.1;         // tap of x, of as many rows
+  double own_row = 5.5;
+  double zero = 0.6, strided_zero = 10;  // line of the map that an adjoint writes
+};
+constexpr Costs kCosts;
+
+// Of packed pixels: 16 MiB for each block of channels. A visit with so many ends after its band.
+constexpr int64_t kMostGroups = 16384;
+
+// Which way is taken: 0, by the costs; in tests, one of these.
+constexpr int kPacked = 1, kInPlace = 2;
+std::atomic<int> way{0};
 
 // Hands out memory that lives until `clear`; keeps it for the next call.
 class Arena {
@@ -58,67 +88,96 @@ class Arena {
 // What a thread reuses while it builds taps.
 struct Workspace {
   Taps values[2], slopes[2];
-  std::vector<int32_t> place;  // pixel - least pixel -> where it is in `pixels`, -1 if nowhere
-  std::vector<int32_t> used;   // entries of each pixel
+  std::vector<int32_t> place;     // of pixels, by where they are in the map
+  std::vector<int32_t> of_entry;  // which pixel it is
 };
 
-// Taps as an Axis: pixels are numbered in the order of their appearance. `transposed`: by pixels.
-template <class Real>
-Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& work, Arena& arena) {
-  const int64_t count = taps.count(), bins = taps.bins();
+// The distinct pixels of taps, in the order of their appearance; `of_entry` says for each entry
+// which one it is.
+struct Pixels {
+  int32_t* pixel;
+  int32_t count;
+  int32_t* of_entry;
+};
+
+Pixels number_pixels(const Taps& taps, Workspace& work, Arena& arena) {
+  const int64_t count = taps.count();
+  if (int64_t(work.of_entry.size()) < count) work.of_entry.resize(size_t(count + count / 2));
+  int32_t *of_entry = work.of_entry.data(), *pixels = arena.allocate<int32_t>(count), distinct = 0;
+  int64_t t = 0;
+  for (; t < count; ++t) {  // they mostly ascend: a known one is among the last
+    const int64_t pixel = taps.index[size_t(t)];
+    int32_t i = distinct;
+    while (i > 0 && pixels[i - 1] > pixel) --i;
+    const bool known = i > 0 && pixels[i - 1] == pixel;
+    if (!known && i < distinct) break;
+    if (!known) pixels[distinct++] = int32_t(pixel);
+    of_entry[t] = known ? i - 1 : i;
+  }
+  if (t == count) return {pixels, distinct, of_entry};
   const auto ends = std::minmax_element(taps.index.begin(), taps.index.begin() + count);
-  const int64_t least = count ? *ends.first : 0, extent = count ? *ends.second - least + 1 : 0;
+  const int64_t least = *ends.first, extent = *ends.second - least + 1;
   work.place.assign(size_t(extent), -1);
-  work.used.assign(size_t(extent), 0);
-  int32_t *place = work.place.data(), *used = work.used.data();
-  int32_t* pixels = arena.allocate<int32_t>(std::min(count, extent));
-  int32_t distinct = 0, singles = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t pixel = taps.index[t];
-    int32_t& at = place[pixel - least];
+  distinct = 0;
+  for (t = 0; t < count; ++t) {
+    const int64_t pixel = taps.index[size_t(t)];
+    int32_t& at = work.place[size_t(pixel - least)];
     if (at < 0) {
       pixels[distinct] = int32_t(pixel);
       at = distinct++;
     }
-    ++used[at];
+    of_entry[t] = at;
   }
-  if (transposed) {  // single entries first: their rows need one multiply-add, and no padding
-    for (int32_t i = 0; i < distinct; ++i) {
-      if (used[i] != 1) continue;
-      std::swap(place[pixels[i] - least], place[pixels[singles] - least]);
-      std::swap(used[i], used[singles]);
-      std::swap(pixels[i], pixels[singles++]);
-    }
-  }
-  const int64_t rows = transposed ? distinct : bins;
+  return {pixels, distinct, of_entry};
+}
+
+// Taps as an Axis. `transposed`: by pixels.
+template <class Real>
+Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& work, Arena& arena) {
+  const int64_t bins = taps.bins(), count = taps.count();
+  const Pixels pixels = number_pixels(taps, work, arena);
+  const int64_t rows = transposed ? pixels.count : bins;
   int32_t* entries = arena.allocate<int32_t>(rows);
-  int32_t width = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    entries[i] = transposed ? used[i] : int32_t(taps.first[size_t(i) + 1] - taps.first[size_t(i)]);
-    width = std::max(width, entries[i]);
+  int32_t singles = 0, *of_entry = pixels.of_entry;
+  if (transposed) {  // single entries first: their rows need one multiply-add, and no padding
+    std::fill(entries, entries + rows, 0);
+    for (int64_t t = 0; t < count; ++t) ++entries[of_entry[t]];
+    work.place.resize(size_t(2 * rows));
+    int32_t *at = work.place.data(), *from = at + rows;
+    std::iota(from, from + rows, 0);
+    for (int32_t i = 0; i < rows; ++i) {
+      if (entries[i] != 1) continue;
+      std::swap(from[i], from[singles]);
+      std::swap(entries[i], entries[singles]);
+      std::swap(pixels.pixel[i], pixels.pixel[singles++]);
+    }
+    for (int32_t i = 0; i < rows; ++i) at[from[i]] = i;
+    for (int64_t t = 0; t < count; ++t) of_entry[t] = at[of_entry[t]];
+  } else {
+    for (size_t k = 0; k < size_t(bins); ++k)
+      entries[k] = int32_t(taps.first[k + 1] - taps.first[k]);
   }
+  const int32_t width = rows ? *std::max_element(entries, entries + rows) : 0;
+  const bool separate = width <= kSeparateTaps && 4 * bins * width <= 5 * pixels.count;
   int32_t* index = arena.allocate<int32_t>(rows * width);
-  const bool separate = width <= kSeparateTaps && 4 * bins * width <= 5 * distinct;
-  Axis<Real> axis{pixels, distinct, width, singles, separate, entries, index, {nullptr, nullptr}};
-  for (int w = 0; w < weights; ++w) {
-    Real* weight = arena.allocate<Real>(rows * width);
-    axis.weight[w] = weight;
-    std::fill(weight, weight + rows * width, Real(0));
-    std::fill(used, used + distinct, 0);
-    for (int64_t k = 0, t = 0; k < bins; ++k) {
-      for (const int64_t begin = t; t < taps.first[size_t(k) + 1]; ++t) {
-        const int32_t i = place[taps.index[size_t(t)] - least];
-        const int64_t at = transposed ? int64_t(i) * width + used[i]++ : k * width + t - begin;
-        index[at] = transposed ? int32_t(k) : i;
-        weight[at] = Real(taps.weight[w][size_t(t)]);
-      }
+  Real* weight[2] = {};
+  for (int w = 0; w < weights; ++w) weight[w] = arena.allocate<Real>(rows * width);
+  if (transposed) std::fill(entries, entries + rows, 0);
+  for (int64_t k = 0, t = 0; k < bins; ++k) {
+    for (const int64_t begin = t; t < taps.first[size_t(k) + 1]; ++t) {
+      const int32_t i = of_entry[t];
+      const int64_t at = transposed ? int64_t(i) * width + entries[i]++ : k * width + t - begin;
+      index[at] = transposed ? int32_t(k) : i;
+      for (int w = 0; w < weights; ++w) weight[w][at] = Real(taps.weight[w][size_t(t)]);
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    std::fill(index + i * width + entries[i], index + (i + 1) * width,
-              entries[i] ? index[i * width + entries[i] - 1] : 0);
+    const int64_t begin = i * width + entries[i], end = (i + 1) * width;
+    std::fill(index + begin, index + end, entries[i] ? index[begin - 1] : 0);
+    for (int w = 0; w < weights; ++w) std::fill(weight[w] + begin, weight[w] + end, Real(0));
   }
-  return axis;
+  return {pixels.pixel, pixels.count, width, singles,
+          separate,     entries,      index, {weight[0], weight[1]}};
 }
 
 // slope_lo * v_lo + slope_hi * v_hi in place, without the entries that vanish.
@@ -167,19 +226,38 @@ class GroupSet {
     }
   }
   void clear() { std::fill(words_.begin(), words_.end(), 0); }
-  // Appends what is here and not in `seen`, and adds it there.
-  void append_new(GroupSet& seen, std::vector<int64_t>& groups) const {
+  // Appends what is here and not in `seen`, and adds it there; gives how many groups those are.
+  int64_t append_new(GroupSet& seen, std::vector<Run>& runs) const {
+    int64_t added = 0, end = -1;  // of the last run
     for (size_t w = 0; w < words_.size(); ++w) {
       uint64_t bits = words_[w] & ~seen.words_[w];
       seen.words_[w] |= bits;
-      for (int64_t i = int64_t(w) * 64; bits; ++i, bits >>= 1) {
-        if (bits & 1) groups.push_back(i);
+      for (; bits; bits &= bits - 1, ++added) {
+        const int64_t i = int64_t(w) * 64 + __builtin_ctzll(bits);
+        if (i != end) runs.push_back({i, 0, 0});
+        ++runs.back().count;
+        end = i + 1;
       }
     }
+    return added;
+  }
+  // From now on `place` gives how many come before one.
+  void number() {
+    int64_t sum = 0;
+    before_.clear();
+    for (const uint64_t word : words_) {
+      before_.push_back(sum);
+      sum += __builtin_popcountll(word);
+    }
+  }
+  int64_t place(int64_t i) const {
+    const uint64_t below = words_[size_t(i / 64)] & ((uint64_t{1} << (i % 64)) - 1);
+    return before_[size_t(i / 64)] + __builtin_popcountll(below);
   }
 
  private:
   std::vector<uint64_t> words_;
+  std::vector<int64_t> before_;  // of each word
 };
 
 // What the windows of a call live in, and what is needed to make them.
@@ -191,10 +269,10 @@ struct Storage {
   std::vector<Visit<Real>> visits;
   std::vector<int64_t> ends;
   std::vector<Band<Real>> bands;
-  std::vector<int64_t> first, last, untouched;  // groups
+  std::vector<Run> first, last, untouched;
 
   GroupSet touched, seen;
-  std::vector<int64_t> last_band;  // of each group, -1 for none
+  std::vector<int32_t> last_band;  // of each group, -1 for none
   std::vector<int64_t> in_band;
 };
 
@@ -257,6 +335,7 @@ class Builder {
                s_.keys[size_t(end)].image == image) {
           ++end;
         }
+        in_place_ = in_place(maps_[map].array, from, end);
         if (adjoint_) {
           visit(image, from, end);
           continue;
@@ -271,15 +350,14 @@ class Builder {
   // The vectors have stopped growing: points into them.
   Windows<Real> result() {
     const Band<Real>* bands = s_.bands.data();
-    const int64_t *first = s_.first.data(), *last = s_.last.data();
-    const int64_t* untouched = s_.untouched.data();
+    const Run *first = s_.first.data(), *last = s_.last.data(), *untouched = s_.untouched.data();
     for (Band<Real>& band : s_.bands) {
-      band.first.at = std::exchange(first, first + band.first.count);
-      band.last.at = std::exchange(last, last + band.last.count);
+      band.first.runs = std::exchange(first, first + band.first.count);
+      band.last.runs = std::exchange(last, last + band.last.count);
     }
     for (Visit<Real>& visit : s_.visits) {
       visit.bands = std::exchange(bands, bands + visit.count);
-      visit.untouched.at = std::exchange(untouched, untouched + visit.untouched.count);
+      visit.untouched.runs = std::exchange(untouched, untouched + visit.untouched.count);
     }
     Windows<Real> result{s_.visits.data(), s_.ends.data(), 0, 0};
     for (int64_t map = 0; adjoint_ && map < maps_.count; ++map) {  // it writes all pixels
@@ -297,6 +375,49 @@ class Builder {
   }
 
  private:
+  // Whether the windows [from, end) of an image are pooled in place: whichever way costs less.
+  bool in_place(const Tensor& map, int64_t from, int64_t end) const {
+    const bool narrow = size_of(map.dtype) < int64_t(sizeof(Real));
+    if (from == end || (adjoint_ && narrow)) return false;  // its sums are rounded once
+    if (const int forced = way.load(std::memory_order_relaxed)) return forced == kInPlace;
+    constexpr double lanes = kLineBytes / sizeof(Real);
+    const bool runs = map.stride[3] == 1;
+    const bool few = double(map.shape[1]) < lanes;  // channels: those of a pixel share a cache line
+    const bool dense = runs || (few && map.stride[1] == 1 && map.stride[3] == map.shape[1]);
+    const double pixels = double(map.shape[2] * map.shape[3]);
+    double groups = 0, taps = 0, combined = 0, lines = 0, singles = 0, tiles = 0, terms = 0;
+    for (int64_t i = from; i < end; ++i) {
+      const Window<Real>& window = s_.windows[size_t(i)];
+      for (int k = 0; k < window.term_count; ++k) {
+        const Term<Real>& term = window.term[k];
+        const Axis<Real>&y = term.y, &x = term.x;
+        if (!x.pixel_count || !y.pixel_count) continue;
+        const double entries = double(std::accumulate(y.entries, y.entries + bins_[0], int64_t{0}));
+        const double spanned = double(term.extent) / lanes + 1;
+        const bool run = runs && term.extent <= kSparse * x.pixel_count;
+        if (k == 0)
+          groups += double(y.pixel_count) * (double(term.extent) / kGroup + 1);  // of both
+        taps += entries * x.pixel_count;
+        combined += double(x.singles ? x.pixel_count : bins_[1]) * x.taps;
+        (run ? lines : singles) += entries * (run ? spanned : x.pixel_count);
+        tiles += run ? spanned : double(x.pixel_count) / lanes + 1;
+        terms += 1;
+      }
+    }
+    const double channels = double(map.shape[1]), blocks = std::ceil(channels / lanes);
+    const double rows = double(bins_[0]), touched = std::min(groups, pixels / kGroup);
+    const Costs& c = kCosts;
+    const double packed = blocks * ((touched > kMostGroups ? c.far_group : c.group) * touched +
+                                    c.tap * taps + rows * (c.combined * combined + c.row * terms) +
+                                    (adjoint_ ? c.unpacked * pixels / kGroup : 0));
+    const double in_place =
+        channels *
+        (c.line * lines + (runs || few ? c.single : c.strided) * singles +
+         rows * (c.tile * tiles + c.row_combined * combined) / lanes + rows * c.own_row * terms +
+         (adjoint_ ? (dense ? c.zero : c.strided_zero) * pixels / lanes : 0));
+    return in_place < packed;
+  }
+
   // x1, y1, x2, y2
   std::array<Real, 4> box(int64_t k) const {
     std::array<Real, 4> result;
@@ -354,32 +475,57 @@ class Builder {
     const int count = sloped ? 2 : 1;
     Term<Real>* term = arena.allocate<Term<Real>>(count);
     if (sloped) {
-      term[0] = {slopes(0), values(1)};
-      term[1] = {values(0), slopes(1)};
+      term[0] = {slopes(0), values(1), nullptr, 0, 0};
+      term[1] = {values(0), slopes(1), nullptr, 0, 0};
     } else {
-      term[0] = {values(0), values(1)};
+      term[0] = {values(0), values(1), nullptr, 0, 0};
+    }
+    for (int i = 0; i < count; ++i) {
+      const Axis<Real>& x = term[i].x;
+      const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
+      if (x.pixel_count) term[i].least = *ends.first;
+      if (x.pixel_count) term[i].extent = *ends.second - *ends.first + 1;
+      term[i].rows = arena.allocate<int32_t>(term[i].y.pixel_count);
     }
     return {key.roi, term, count};
   }
 
-  // A visit of the windows [from, end) of an image, in bands; moves `from` to the end.
+  // A visit of the windows [from, end) of an image, in bands; moves `from` to where it ends.
   void visit(int64_t image, int64_t& from, int64_t end) {
-    Visit<Real> visit{image, nullptr, 0, {nullptr, 0}};
+    Visit<Real> visit{image, in_place_, 0, nullptr, 0, {nullptr, 0}};
+    if (in_place_) {
+      s_.bands.push_back({s_.windows.data() + from, end - from, {nullptr, 0}, {nullptr, 0}});
+      from = end;
+      visit.count = 1;
+      s_.visits.push_back(visit);
+      return;
+    }
     s_.seen.clear();
     s_.last_band.assign(adjoint_ ? size_t(groups_) : 0, -1);
-    for (; from < end; ++visit.count) {
+    const int64_t whole = from;
+    const size_t listed = s_.first.size();
+    const auto has_room = [&] {  // the adjoint cannot leave off: its sums are in the scratch
+      return adjoint_ || visit.groups < kMostGroups;
+    };
+    for (; from < end && has_room(); ++visit.count) {
       const int64_t begin = from, band = s_.keys[size_t(from)].band;
       s_.touched.clear();
       for (; from < end && s_.keys[size_t(from)].band == band; ++from) {
         touch(s_.windows[size_t(from)], maps_[s_.keys[size_t(from)].map], visit.count);
       }
       const size_t known = s_.first.size();
-      s_.touched.append_new(s_.seen, s_.first);
+      visit.groups += s_.touched.append_new(s_.seen, s_.first);
       s_.bands.push_back({s_.windows.data() + begin,
                           from - begin,
                           {nullptr, int64_t(s_.first.size() - known)},
                           {nullptr, 0}});
     }
+    if (visit.groups > INT32_MAX / kGroup) throw std::bad_alloc();  // 128 GiB for each block
+    s_.seen.number();
+    for (size_t i = listed; i < s_.first.size(); ++i)
+      s_.first[i].place = s_.seen.place(s_.first[i].index);
+    for (int64_t i = whole; i < from; ++i)
+      place(s_.windows[size_t(i)], maps_[s_.keys[size_t(i)].map]);
     if (adjoint_) list_last_groups(visit);
     s_.visits.push_back(visit);
   }
@@ -387,23 +533,43 @@ class Builder {
   // Adds the groups of pixels that a window reads or writes.
   void touch(const Window<Real>& window, const Map& map, int64_t band) {
     for (int i = 0; i < window.term_count; ++i) {
-      const Axis<Real>&y = window.term[i].y, &x = window.term[i].x;
+      const Term<Real>& term = window.term[i];
+      const Axis<Real>&y = term.y, &x = term.x;
       if (!x.pixel_count) continue;
-      const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
       for (int64_t j = 0; j < y.pixel_count; ++j) {
-        const int64_t row = int64_t(y.pixels[j]) * map.array.shape[3];
-        const int64_t from = (row + *ends.first) / kGroup, to = (row + *ends.second) / kGroup + 1;
+        const int64_t first = int64_t(y.pixels[j]) * map.array.shape[3] + term.least;
+        const int64_t from = first / kGroup, to = (first + term.extent - 1) / kGroup + 1;
         s_.touched.insert(from, to);
         if (adjoint_)
-          std::fill(&s_.last_band[size_t(from)], &s_.last_band[size_t(to - 1)] + 1, band);
+          std::fill(&s_.last_band[size_t(from)], &s_.last_band[size_t(to - 1)] + 1, int32_t(band));
       }
     }
   }
 
-  // The groups by the band that touches them last: a counting sort.
+  // Says where the rows of a window are among the packed pixels.
+  void place(const Window<Real>& window, const Map& map) {
+    for (int i = 0; i < window.term_count; ++i) {
+      const Term<Real>& term = window.term[i];
+      const Axis<Real>&y = term.y, &x = term.x;
+      for (int64_t j = 0; x.pixel_count && j < y.pixel_count; ++j) {
+        const int64_t first = int64_t(y.pixels[j]) * map.array.shape[3] + term.least;
+        term.rows[j] =
+            int32_t(s_.seen.place(first / kGroup) * kGroup + first % kGroup - term.least);
+      }
+    }
+  }
+
+  // The groups by the band that touches them last, in runs: a counting sort.
   void list_last_groups(Visit<Real>& visit) {
+    const auto for_runs = [&](auto body) {  // body(band, first, end)
+      for (int64_t first = 0, end = 0; first < groups_; first = end) {
+        const int32_t band = s_.last_band[size_t(first)];
+        while (end < groups_ && s_.last_band[size_t(end)] == band) ++end;
+        body(band, first, end);
+      }
+    };
     s_.in_band.assign(size_t(visit.count) + 1, 0);
-    for (const int64_t band : s_.last_band) ++s_.in_band[size_t(band + 1)];
+    for_runs([&](int32_t band, int64_t, int64_t) { ++s_.in_band[size_t(band + 1)]; });
     visit.untouched.count = s_.in_band[0];
     for (int64_t b = 0; b < visit.count; ++b) {
       s_.bands[s_.bands.size() - size_t(visit.count - b)].last.count = s_.in_band[size_t(b + 1)];
@@ -412,13 +578,13 @@ class Builder {
     int64_t sum = -s_.in_band[0];
     for (int64_t& n : s_.in_band) sum += std::exchange(n, sum);
     s_.last.resize(known + size_t(sum));
-    for (int64_t group = 0; group < groups_; ++group) {
-      const int64_t band = s_.last_band[size_t(group)];
+    for_runs([&](int32_t band, int64_t first, int64_t end) {
       if (band < 0)
-        s_.untouched.push_back(group);
+        s_.untouched.push_back({first, 0, end - first});
       else
-        s_.last[known + size_t(s_.in_band[size_t(band + 1)]++)] = group;
-    }
+        s_.last[known + size_t(s_.in_band[size_t(band + 1)]++)] = {first, s_.seen.place(first),
+                                                                   end - first};
+    });
   }
 
   const Operation operation_;
@@ -430,9 +596,14 @@ class Builder {
   const int64_t* const bins_;
   Storage<Real>& s_;
   int64_t groups_ = 0;  // of the map at hand
+  bool in_place_ = false;
 };
 
 }  // namespace
+
+void force_way(int forced) {
+  way = forced;
+}
 
 template <class Real>
 Windows<Real> build_windows(Operation operation, Maps maps, const Rois& rois, const Real* tangent,

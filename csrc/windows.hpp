@@ -16,6 +16,10 @@ constexpr int kLineBytes = 64;
 // float32, and a square transposition.
 constexpr int64_t kGroup = 16;
 
+// In place a run of columns is read whole if it is at most so many times those with weight: a
+// vector of 16 costs about as much as two columns one by one.
+constexpr int64_t kSparse = 8;
+
 // The most taps of a bin in an axis that is called separate: 2 samples that share no pixel.
 constexpr int kSeparateTaps = 4;
 
@@ -40,6 +44,8 @@ struct Axis {
 template <class Real>
 struct Term {
   Axis<Real> y, x;
+  int32_t* rows;          // where the map is packed: the line of column 0 of each of y's pixels
+  int32_t least, extent;  // the columns are in [least, least + extent)
 };
 
 template <class Real>
@@ -51,10 +57,15 @@ struct Window {
 
 enum class Operation { forward, adjoint, box_gradient };
 
-// A list of groups of pixels, in the order of their addresses: memory is read and written in
-// streams.
+// Groups of pixels that follow each other: [index, index + count) of a map, of which pixel i is in
+// group i / kGroup, and from `place` on among the packed ones.
+struct Run {
+  int64_t index, place, count;
+};
+
+// Runs in the order of their addresses: memory is read and written in streams.
 struct Groups {
-  const int64_t* at;
+  const Run* runs;
   int64_t count;
 };
 
@@ -71,6 +82,8 @@ struct Band {
 template <class Real>
 struct Visit {
   int64_t image;
+  bool in_place;   // the map is not packed: there is one band, and no groups are listed
+  int64_t groups;  // that are touched
   const Band<Real>* bands;
   int64_t count;
   Groups untouched;  // adjoint only: touched by no band
@@ -83,6 +96,9 @@ struct Windows {
   int64_t max_columns;        // the most pixel columns of a term
   int64_t work;               // multiply-adds per channel
 };
+
+// For tests: all visits that can be are packed (1) or in place (2), or by their costs (0).
+void force_way(int forced);
 
 // How many tasks share a visit of a map: one for each slice of its channels.
 struct Slicing {

@@ -18,6 +18,7 @@ import numpy as np
 import oracle
 import roialign
 import tolerance
+from roialign import _core
 
 
 class Foreign(Exception):
@@ -167,6 +168,26 @@ def _mapped(function, values):
 class Numpy(Backend):
     name = "numpy"
     traits = frozenset({"values", "exact", "fast", "out", "strided", "bfloat16", "maps", "raises"})
+
+
+class Packed(Numpy):
+    """Every map packed into lines, which ever way would cost less."""
+
+    name = "numpy.packed"
+    forced = 1
+
+    def start(self, monkeypatch):
+        _core.force_way(self.forced)
+
+    def stop(self):
+        _core.force_way(0)
+
+
+class InPlace(Packed):
+    """Every map read and written in place, but for an adjoint in 16 bits."""
+
+    name = "numpy.in_place"
+    forced = 2
 
 
 class Torch(Backend):
@@ -469,8 +490,8 @@ class Cupy(Backend):
 BACKENDS = [
     kind()
     for kind in (
-        Numpy, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense, JaxGpu,
-        MindSpore, MindSporeGraph,
+        Numpy, Packed, InPlace, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense,
+        JaxGpu, MindSpore, MindSporeGraph,
     )
 ]  # fmt: skip
 

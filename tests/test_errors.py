@@ -340,7 +340,7 @@ def test_type_errors_come_before_value_errors_before_index_errors(
 @pytest.mark.backends("fast")
 def test_arrays_of_another_library(backend):
     features, rois = (backend.own(each) for each in (FEATURES, ROIS))
-    if backend.name != "numpy":
+    if backend.family != "numpy":
         given = rf"`rois` must be a {backend.family}\.\w+, got numpy.ndarray"
         with pytest.raises(TypeError, match=given):
             roialign.roi_align(features, ROIS, 2)

@@ -38,6 +38,18 @@ struct Slices {
   }
 };
 
+// Cuts scratch into arrays, each from a line on; without a base it only counts.
+struct Cut {
+  char* base = nullptr;
+  int64_t bytes = 0;
+
+  template <class T>
+  void operator()(T*& array, int64_t count) {
+    array = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
+    bytes += (count * int64_t(sizeof(T)) + kLineBytes - 1) / kLineBytes * kLineBytes;
+  }
+};
+
 template <class Real>
 int64_t blocks_of(int64_t channels) {
   return (channels + kLanes<Real> - 1) / kLanes<Real>;
@@ -103,6 +115,23 @@ inline bool same(const T*, const Real*) {
   return false;
 }
 
+// Writes zeros.
+template <class T>
+void clear(const Plane<T>& plane) {
+  for_runs(plane, 0, plane.pixels, [&](T* p, int64_t run, int64_t) {
+    if (plane.channel_stride == 1 && plane.pixel_stride == plane.channels) {
+      std::memset(p, 0, size_t(run * plane.channels) * sizeof(T));
+      return;
+    }
+    for (int64_t c = 0; c < plane.channels; ++c, p += plane.channel_stride) {
+      if (plane.pixel_stride == 1)
+        std::memset(p, 0, size_t(run) * sizeof(T));
+      else
+        for (int64_t i = 0; i < run; ++i) p[i * plane.pixel_stride] = T{};
+    }
+  });
+}
+
 // Pixels [first, first + count) of the plane as lines, block after block `block_step` apart; absent
 // channels are 0.
 template <class T, class Real>
@@ -117,11 +146,9 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
       Real* to = lines + b * block_step + done * lanes;
       if (c_step == 1) {
         for (int64_t i = 0; i < run; ++i) {
-          T line[lanes] = {};
           const T* from = p + i * i_step;
-          if (channels < lanes)
-            from = static_cast<T*>(std::memcpy(line, from, channels * sizeof(T)));
-          widen_line(from, to + i * lanes);
+          store(to + i * lanes,
+                channels < lanes ? load_part(from, channels, Real{}) : load_wide(from, Real{}));
         }
         continue;
       }

@@ -16,7 +16,7 @@
 
 #include "../memory.hpp"
 #include "../parallel.hpp"
-#include "arrays.hpp"
+#include "in_place.hpp"
 
 namespace roialign {
 namespace ROIALIGN_ISA {
@@ -30,34 +30,31 @@ constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations, so
 // What a task works in, cut from the thread's scratch. Every array starts on a line.
 template <class T, class Real>
 struct Workspace {
-  Real* map;     // [blocks][H * W] lines: packed features, or the sums of d_features
+  Real* map;     // [blocks] of the visit's groups: packed features, or the sums of d_features
   Real* strips;  // [kRows] for each column of a window
   Real* tile;    // [blocks][P][Q] lines
   T* stage;      // a finished tile, or pixels of the map, in the array's dtype and order
 
   int64_t map_step;  // from one block to the next
   int64_t tile_step;
-  int64_t row_step;  // from one row of the map to the next
 
-  Workspace(const Tensor& features, int64_t max_columns, const int64_t bins[2], int64_t blocks)
-      : map_step((features.shape[2] * features.shape[3] + kGroup) * kLanes<Real>),
-        tile_step(bins[0] * bins[1] * kLanes<Real>),
-        row_step(features.shape[3] * kLanes<Real>) {
+  Workspace(const Visit<Real>& visit, int64_t max_columns, const int64_t bins[2], int64_t blocks)
+      : map_step(most_of(visit.groups, kUnpacked) * kGroup * kLanes<Real>),
+        tile_step(bins[0] * bins[1] * kLanes<Real>) {
     const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
-    const int64_t sizes[] = {
-        blocks * map_step * int64_t(sizeof(Real)), kRows * max_columns * kLineBytes,
-        blocks * tile_step * int64_t(sizeof(Real)), staged * int64_t(sizeof(T))};
-    int64_t at[5] = {0};
-    for (int i = 0; i < 4; ++i)
-      at[i + 1] = at[i] + (sizes[i] + kLineBytes - 1) / kLineBytes * kLineBytes;
-    char* base = static_cast<char*>(thread_scratch(size_t(at[4])));
-    map = reinterpret_cast<Real*>(base);
-    strips = reinterpret_cast<Real*>(base + at[1]);
-    tile = reinterpret_cast<Real*>(base + at[2]);
-    stage = reinterpret_cast<T*>(base + at[3]);
+    const auto arrays = [&](Cut cut) {
+      cut(map, blocks * map_step);
+      cut(strips, kRows * max_columns * kLanes<Real>);
+      cut(tile, blocks * tile_step);
+      cut(stage, staged);
+      return cut.bytes;
+    };
+    arrays({static_cast<char*>(thread_scratch(size_t(arrays({}))))});
   }
   ~Workspace() { trim_thread_scratch(); }
-  Lines<Real> map_of(int64_t block) const { return {map + block * map_step, row_step}; }
+  Lines<Real> map_of(int64_t block, const Term<Real>& term) const {
+    return {map + block * map_step, term.rows};
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 };
@@ -68,11 +65,16 @@ struct Workspace {
 // Packs the pixels that the band is the first to touch.
 template <class T, class Real>
 void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, Real>& work) {
-  for (int64_t g = 0; g < groups.count; ++g) {
-    if (g + kAhead < groups.count) prefetch_pixels(plane, groups.at[g + kAhead] * kGroup, kGroup);
-    const int64_t first = groups.at[g] * kGroup;
-    load_lines(plane, first, least_of(kGroup, plane.pixels - first),
-               work.map + first * kLanes<Real>, work.map_step);
+  const Run *ahead = groups.runs, *end = ahead + groups.count;
+  int64_t asked = kAhead;  // of the run ahead
+  for (const Run* run = groups.runs; run < end; ++run) {
+    for (int64_t g = 0; g < run->count; ++g, ++asked) {
+      for (; ahead < end && asked >= ahead->count; ++ahead) asked -= ahead->count;
+      if (ahead < end) prefetch_pixels(plane, (ahead->index + asked) * kGroup, kGroup);
+      const int64_t first = (run->index + g) * kGroup;
+      load_lines(plane, first, least_of(kGroup, plane.pixels - first),
+                 work.map + (run->place + g) * kGroup * kLanes<Real>, work.map_step);
+    }
   }
 }
 
@@ -136,6 +138,12 @@ void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
   for_windows(visit, enter, body, [](const Band<Real>&) {});
 }
 
+template <class Real, class Body>
+void for_windows(const Visit<Real>& visit, Body body) {
+  for (int64_t b = 0; b < visit.count; ++b)
+    for (int64_t i = 0; i < visit.bands[b].count; ++i) body(visit.bands[b].windows[i]);
+}
+
 // Calls body(range) for runs of at most kRows bins of y, ranges_of(bins) times.
 inline int64_t ranges_of(int64_t bins) {
   return (bins + kRows - 1) / kRows;
@@ -149,6 +157,28 @@ int64_t count_of(const Tensor& t) {
   return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3];
 }
 
+template <class T, class Real>
+void forward_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
+                      const Tensor& output, bool streamed) {
+  const int64_t bins = output.shape[3];
+  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  for_windows(task.visit, [&](const Window<Real>& window) {
+    for_lanes<Real>(output, map.channels, [&](const Rows& rows) {
+      if (!window.term_count || !window.term[0].x.taps)
+        std::memset(work.tile, 0, size_t(bins * kLineBytes));
+      for (int s = 0; s < window.term_count; ++s) {
+        const Axis<Real>& x = window.term[s].x;
+        const Columns<Real> columns(window.term[s], map.pixel_stride, work.places);
+        pool_rows(window.term[s].y, rows, map, columns, work);
+        multiply(x, bins, 1, work.lines, 0, work.tile, 0, s > 0, columns.places(), InOrder{});
+      }
+      const Plane<T> out = plane_of<T>(output, window.roi, task.channels, rows);
+      store_lines(out, 0, bins, work.tile, 0, work.stage, streamed).finish();
+    });
+  });
+  if (streamed) stream_fence();
+}
+
 template <class T>
 void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
              const Tensor& output, int threads) {
@@ -160,7 +190,11 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
       windows_of<Real>(Operation::forward, features, rois, tangent, rule, bins, slices_of, threads);
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
     const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
-    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
+    if (task.visit.in_place) {
+      forward_in_place(task, plane, windows.max_columns, output, streamed);
+      return;
+    }
+    const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     Copy leaving;  // the tile before
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
@@ -173,7 +207,8 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
           Real* out = work.tile + b * work.tile_step + p.begin * bins[1] * kLanes<Real>;
           leaving.advance(piece);  // before the work: stores wait in line behind it
           for (int s = 0; s < window.term_count; ++s) {
-            pool_bins(window.term[s], p, bins[1], work.map_of(b), work.strips, out, s > 0);
+            pool_bins(window.term[s], p, bins[1], work.map_of(b, window.term[s]), work.strips, out,
+                      s > 0);
           }
         });
       }
@@ -193,6 +228,32 @@ void load_tile(const Tensor& d_output, const Window<Real>& window, Range channel
   load_lines(tile, 0, tile.pixels, work.tile, work.tile_step);
 }
 
+template <class T, class Real>
+void adjoint_in_place(const Task<Real>& task, const Plane<T>& map, int64_t max_columns,
+                      const Tensor& d_output) {
+  const int64_t bins = d_output.shape[3];
+  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  clear(map);
+  for_windows(task.visit, [&](const Window<Real>& window) {
+    for_lanes<Real>(d_output, map.channels, [&](const Rows& rows) {
+      if (!window.term_count) return;
+      const auto d_out = plane_of<const T>(d_output, window.roi, task.channels, rows);
+      load_lines(d_out, 0, bins, work.tile, 0);
+      for (int s = 0; s < window.term_count; ++s) {
+        const Axis<Real>& y = window.term[s].y;
+        const Columns<Real> columns(window.term[s], map.pixel_stride, work.places);
+        pull_rows(window.term[s].x, columns, work);
+        rows.each([&](int64_t i, int64_t c, int64_t p) {
+          for (int64_t t = p * y.taps; t < p * y.taps + y.entries[p]; ++t) {
+            columns.add(y.weight[0][t], work.strips + i * work.step,
+                        map.data + c * map.channel_stride + y.pixels[y.index[t]] * map.row_stride);
+          }
+        });
+      }
+    });
+  });
+}
+
 template <class T>
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
              Maps d_features, int threads) {
@@ -207,34 +268,41 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
   for_tasks(windows, d_features, slices_of, threads, [&](const Task<Real>& task) {
     const bool streamed = count_of(task.map) * int64_t(sizeof(T)) > kStreamBytes;
     const auto plane = plane_of<T>(task.map, task.visit.image, task.channels);
-    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
-    const auto zero = [&](int64_t group, int64_t count) {
+    if constexpr (sizeof(T) == sizeof(Real)) {
+      if (task.visit.in_place) {
+        adjoint_in_place(task, plane, windows.max_columns, d_output);
+        return;
+      }
+    }
+    const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
+    const auto zero = [&](int64_t place, int64_t count) {
       for (int64_t b = 0; b < plane.blocks(); ++b) {
-        std::memset(work.map + b * work.map_step + group * kGroup * line, 0,
+        std::memset(work.map + b * work.map_step + place * kGroup * line, 0,
                     size_t(count * kGroup * kLineBytes));
       }
     };
-    // Groups that follow each other leave together, where pixels do too cut between cache lines.
+    // Groups of a run leave together, where pixels do too cut between cache lines.
     // The lines of pixel i are at i * step.
     const bool runs = plane.even() && plane.pixel_stride == 1;
     const auto unpack = [&](const Groups& groups, int64_t step) {
-      for (int64_t g = 0; g < groups.count;) {
-        int64_t from = groups.at[g] * kGroup, end = from + kGroup;
-        while (++g < groups.count && groups.at[g] * kGroup == end) end += kGroup;
-        for (end = least_of(end, plane.pixels); from < end;) {
+      for (const Run* run = groups.runs; run < groups.runs + groups.count; ++run) {
+        int64_t from = run->index * kGroup;
+        const int64_t end = least_of(from + run->count * kGroup, plane.pixels);
+        const Real* lines = work.map + run->place * kGroup * step;
+        while (from < end) {
           int64_t to = least_of(from + kUnpacked * kGroup, end);
           if (runs && to < end) {
             to -= int64_t(reinterpret_cast<uintptr_t>(plane.data + to) % kLineBytes / sizeof(T));
           }
-          store_lines(plane, from, to - from, work.map + from * step, work.map_step, work.stage,
-                      streamed)
-              .finish();
+          store_lines(plane, from, to - from, lines, work.map_step, work.stage, streamed).finish();
+          lines += (to - from) * step;
           from = to;
         }
       }
     };
     const auto enter = [&](const Band<Real>& band) {
-      for (int64_t g = 0; g < band.first.count; ++g) zero(band.first.at[g], 1);
+      for (int64_t r = 0; r < band.first.count; ++r)
+        zero(band.first.runs[r].place, band.first.runs[r].count);
     };
     const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
     for_windows(
@@ -251,13 +319,13 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
                 upcoming.ask();
                 pull_columns(term.x, p.count(), d_out, bins[1], work.strips);
                 upcoming.ask();
-                spread_columns(term, p, work.strips, work.map_of(b));
+                spread_columns(term, p, work.strips, work.map_of(b, term));
               }
             });
           }
         },
         leave);
-    zero(0, least_of(kUnpacked, (plane.pixels + kGroup - 1) / kGroup));
+    zero(0, kUnpacked);
     unpack(task.visit.untouched, 0);
     if (streamed) stream_fence();
   });
@@ -269,6 +337,48 @@ Real sum_of(const Line<Real>& line) {
   store(lanes, line);
   for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
   return sum;
+}
+
+// d_boxes[roi * 4 ...]: sums over the channels of the task.
+template <class T, class Real>
+void box_gradient_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
+                           const Tensor& d_output, Real* d_boxes) {
+  const int64_t bins = d_output.shape[3];
+  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  for_windows(task.visit, [&](const Window<Real>& window) {
+    Real* d_box = d_boxes + window.roi * 4;
+    for (int i = 0; i < 4; ++i) d_box[i] = 0;
+    for_lanes<Real>(d_output, map.channels, [&](const Rows& rows) {
+      if (!window.term_count) return;
+      const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
+      const auto d_out = plane_of<const T>(d_output, window.roi, task.channels, rows);
+      load_lines(d_out, 0, bins, work.tile, 0);
+      Line<Real> d_x[2] = {}, d_y[2] = {};
+      const Columns<Real> pulled_columns(pulled, map.pixel_stride, work.places);
+      pull_rows(pulled.x, pulled_columns, work);
+      rows.each([&](int64_t i, int64_t c, int64_t p) {
+        const Axis<Real>& y = pulled.y;
+        for (int64_t t = p * y.taps; t < p * y.taps + y.entries[p]; ++t) {
+          const T* row = map.data + c * map.channel_stride + y.pixels[y.index[t]] * map.row_stride;
+          add_slopes(y, t, pulled_columns.dot(work.strips + i * work.step, row), d_y);
+        }
+      });
+      const Columns<Real> pooled_columns(pooled, map.pixel_stride, work.places);
+      pool_rows(pooled.y, rows, map, pooled_columns, work);
+      const int32_t one = 1;
+      dot_x_slopes(pooled.x, &one, Range{0, 1}, bins, work.lines, work.tile, d_x,
+                   pooled_columns.places());
+      for (int e = 0; e < 2; ++e) {
+        // Lanes are rows: there may be fewer, and one without samples has no part in it.
+        Real lanes[kLanes<Real>];
+        store(lanes, d_x[e]);
+        rows.each([&](int64_t i, int64_t, int64_t p) {
+          if (pooled.y.entries[p]) d_box[2 * e] += lanes[i];
+        });
+        d_box[2 * e + 1] += sum_of(d_y[e]);
+      }
+    });
+  });
 }
 
 template <class T>
@@ -290,7 +400,17 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
   } const owner{partial, bytes};
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
     const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
-    const Workspace<T, Real> work(task.map, windows.max_columns, bins, plane.blocks());
+    if (task.visit.in_place) {
+      Real* sums = partial + task.first_block * count;
+      box_gradient_in_place(task, plane, windows.max_columns, d_output, sums);
+      for (int64_t b = 1; b < plane.blocks(); ++b) {  // the first has those of all
+        for_windows(task.visit, [&](const Window<Real>& window) {
+          std::memset(sums + b * count + window.roi * 4, 0, 4 * sizeof(Real));
+        });
+      }
+      return;
+    }
+    const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Upcoming<T> upcoming(d_output, following, task.channels,
@@ -307,11 +427,11 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
             upcoming.ask();
             pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
             upcoming.ask();
-            dot_y_slopes(pulled, p, work.map_of(b), work.strips, d_y);
+            dot_y_slopes(pulled, p, work.map_of(b, pulled), work.strips, d_y);
             upcoming.ask();
-            pool_columns(pooled, p, work.map_of(b), work.strips);
+            pool_columns(pooled, p, work.map_of(b, pooled), work.strips);
             upcoming.ask();
-            dot_x_slopes(pooled, p, bins[1], work.strips, d_out, d_x);
+            dot_x_slopes(pooled.x, pooled.y.entries, p, bins[1], work.strips, d_out, d_x);
           });
         }
         Real* d_box = partial + (task.first_block + b) * count + window.roi * 4;

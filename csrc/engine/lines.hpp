@@ -11,7 +11,6 @@ namespace roialign {
 namespace ROIALIGN_ISA {
 namespace {
 
-#define ROIALIGN_INLINE inline __attribute__((always_inline))
 #define ROIALIGN_LAMBDA __attribute__((always_inline))
 #define ROIALIGN_NOINLINE __attribute__((noinline))
 constexpr int kTaps = 8;  // rows read or added to at a time: more weights leave the registers of v3
@@ -87,9 +86,9 @@ struct Range {
 template <class Real>
 struct Lines {
   Real* at;
-  int64_t row_step;
+  const int32_t* rows;
   Real* row(const Axis<Real>& y, int64_t entry) const {
-    return at + y.pixels[y.index[entry]] * row_step;
+    return at + int64_t(rows[y.index[entry]]) * kLanes<Real>;
   }
 };
 
@@ -150,11 +149,18 @@ ROIALIGN_NOINLINE void scatter(const Axis<Real>& y, Range p, int64_t first, Line
   }
 }
 
+// Where lines are that belong to the bins or pixels of an axis: in their order, or elsewhere.
+struct InOrder {
+  int64_t operator[](int64_t i) const { return i; }
+};
+using Places = const int32_t*;
+
 // out[k][i] (+)= sum over t of x[i][t] * in[k][index[i][t]], for rows i of x and `count` lines k,
 // which are `in_step` and `out_step` apart.
-template <int taps, bool accumulate, class Real>
+template <int taps, bool accumulate, class Real, class InPlaces, class OutPlaces>
 ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int64_t count,
-                               const Real* in, int64_t in_step, Real* out, int64_t out_step) {
+                               const Real* in, int64_t in_step, InPlaces in_places, Real* out,
+                               int64_t out_step, OutPlaces out_places) {
   for (; i.begin < i.end; ++i.begin) {
     const int64_t at = i.begin * x.taps + first;
     Vector<Real> w[taps];
@@ -162,9 +168,9 @@ ROIALIGN_NOINLINE void combine(const Axis<Real>& x, Range i, int64_t first, int6
 #pragma GCC unroll 8
     for (int t = 0; t < taps; ++t) {
       w[t] = broadcast(x.weight[0][at + t]);
-      from[t] = in + int64_t(x.index[at + t]) * kLanes<Real>;
+      from[t] = in + int64_t(in_places[x.index[at + t]]) * kLanes<Real>;
     }
-    Real* to = out + i.begin * kLanes<Real>;
+    Real* to = out + int64_t(out_places[i.begin]) * kLanes<Real>;
     if (!x.entries[i.begin]) {
       for (int64_t k = 0; !accumulate && k < count; ++k, to += out_step) store(to, Line<Real>{});
       continue;
@@ -235,13 +241,13 @@ ROIALIGN_NOINLINE void dot(const Axis<Real>& y, int64_t at, Lines<Real> map, con
 
 // sums[t] = sum over p of d_out[p] * strips[p][index[t]]: of one bin of x, entries from `at` on. A
 // bin of y without entries has no samples: its d_out is not read.
-template <int taps, class Real>
+template <int taps, class Real, class InPlaces>
 ROIALIGN_NOINLINE void dot_bins(const Axis<Real>& x, int64_t at, const int32_t* y_entries, Range p,
-                                const Real* strips, const Real* d_out, int64_t bins,
-                                Line<Real>* sums) {
+                                const Real* strips, InPlaces places, const Real* d_out,
+                                int64_t bins, Line<Real>* sums) {
   Line<Real> sum[taps] = {};
   const Real* in[taps];
-  for (int t = 0; t < taps; ++t) in[t] = strips + int64_t(x.index[at + t]) * kLanes<Real>;
+  for (int t = 0; t < taps; ++t) in[t] = strips + int64_t(places[x.index[at + t]]) * kLanes<Real>;
   const int64_t strip = x.pixel_count * kLanes<Real>;
   for (int64_t k = p.begin, step = 0; k < p.end; ++k, step += strip, d_out += bins * kLanes<Real>) {
     if (!y_entries[k]) continue;
@@ -267,24 +273,25 @@ void pool_columns(const Term<Real>& term, Range p, Lines<Real> map, Real* strips
 }
 
 // out (+)= in x^T for `count` lines, x with `rows` rows.
-template <class Real>
+template <class Real, class InPlaces = InOrder, class OutPlaces = InOrder>
 void multiply(const Axis<Real>& x, int64_t rows, int64_t count, const Real* in, int64_t in_step,
-              Real* out, int64_t out_step, bool accumulate) {
+              Real* out, int64_t out_step, bool accumulate, InPlaces in_places = {},
+              OutPlaces out_places = {}) {
   if (x.singles) {
     const Range all{0, x.singles};
     if (accumulate)
-      combine<1, true>(x, all, 0, count, in, in_step, out, out_step);
+      combine<1, true>(x, all, 0, count, in, in_step, in_places, out, out_step, out_places);
     else
-      combine<1, false>(x, all, 0, count, in, in_step, out, out_step);
+      combine<1, false>(x, all, 0, count, in, in_step, in_places, out, out_step, out_places);
   }
   if (x.singles == rows) return;
   for_taps(x.taps, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
     constexpr int n = decltype(taps)::value;
     const Range rest{x.singles, rows};
     if (accumulate || first)
-      combine<n, true>(x, rest, first, count, in, in_step, out, out_step);
+      combine<n, true>(x, rest, first, count, in, in_step, in_places, out, out_step, out_places);
     else
-      combine<n, false>(x, rest, first, count, in, in_step, out, out_step);
+      combine<n, false>(x, rest, first, count, in, in_step, in_places, out, out_step, out_places);
   });
 }
 
@@ -349,15 +356,14 @@ void dot_y_slopes(const Term<Real>& term, Range p, Lines<Real> map, const Real* 
 }
 
 // d[e] += <d_out, strips Ax_e^T>, Ax_e the slopes of x.
-template <class Real>
-void dot_x_slopes(const Term<Real>& term, Range p, int64_t bins, const Real* strips,
-                  const Real* d_out, Line<Real> d[2]) {
-  const Axis<Real>& x = term.x;
+template <class Real, class InPlaces = InOrder>
+void dot_x_slopes(const Axis<Real>& x, const int32_t* y_entries, Range p, int64_t bins,
+                  const Real* strips, const Real* d_out, Line<Real> d[2], InPlaces places = {}) {
   for (int64_t q = 0; q < bins; ++q, d_out += kLanes<Real>) {
     for_taps<kDots>(x.entries[q], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
       constexpr int n = decltype(taps)::value;
       Line<Real> sums[n];
-      dot_bins<n>(x, q * x.taps + first, term.y.entries, p, strips, d_out, bins, sums);
+      dot_bins<n>(x, q * x.taps + first, y_entries, p, strips, places, d_out, bins, sums);
       for (int t = 0; t < n; ++t) add_slopes(x, q * x.taps + first + t, sums[t], d);
     });
   }

@@ -27,6 +27,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kVectors = kLineBytes / kVectorBytes;  // vectors of a line
 
 #define ROIALIGN_UNROLL _Pragma("GCC unroll 4")
+#define ROIALIGN_INLINE inline __attribute__((always_inline))
 
 template <class Real>
 struct VectorOf {
@@ -114,13 +115,15 @@ inline void transpose_vectors(V (&v)[n]) {
 }
 
 // A square of as many elements as a line has, from rows `in_step` apart to columns `out_step`
-// apart. Vectors of at most 32 bytes: those are faster here than longer ones.
+// apart; its first `rows` rows, or some more. Vectors of at most 32 bytes: those are faster here
+// than longer ones.
 template <class Real>
-inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
+ROIALIGN_INLINE void transpose_rows(const Real* in, int64_t in_step, Real* out, int64_t out_step,
+                                    int rows) {
   constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
   typedef Real Square __attribute__((vector_size(bytes)));
   typedef Real Anywhere __attribute__((vector_size(bytes), aligned(sizeof(Real)), may_alias));
-  for (int y = 0; y < kLanes<Real>; y += n) {
+  for (int y = 0; y < rows; y += n) {
     for (int x = 0; x < kLanes<Real>; x += n) {
       Square v[n];
 #pragma GCC unroll 16
@@ -131,6 +134,10 @@ inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_st
       for (int i = 0; i < n; ++i) *reinterpret_cast<Anywhere*>(out + (x + i) * out_step + y) = v[i];
     }
   }
+}
+template <class Real>
+inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
+  transpose_rows(in, in_step, out, out_step, kLanes<Real>);
 }
 
 // --- 16-bit floats
@@ -252,6 +259,51 @@ inline void narrow_line(const float* from, half* to) {
   }
 }
 #endif
+
+// --- Parts of a line
+// -------------------------------------------------------------------------------
+
+// The first `count` elements of a line, 1 or more; none beyond them is read, and those are 0.
+template <class T, class Real>
+inline Line<Real> load_part(const T* p, int64_t count, Real) {
+  T part[kLanes<Real>] = {};
+  Real line[kLanes<Real>];
+  std::memcpy(part, p, size_t(count) * sizeof(T));
+  widen_line(part, line);
+  return load(line);
+}
+template <class Real>
+inline void store_part(Real* p, int64_t count, const Line<Real>& line) {
+  Real part[kLanes<Real>];
+  store(part, line);
+  std::memcpy(p, part, size_t(count) * sizeof(Real));
+}
+#if defined(__AVX512F__)
+inline Line<float> load_part(const float* p, int64_t count, float) {
+  return {Vector<float>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p))};
+}
+inline Line<double> load_part(const double* p, int64_t count, double) {
+  return {Vector<double>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p))};
+}
+inline void store_part(float* p, int64_t count, const Line<float>& line) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(line.vector[0]));
+}
+inline void store_part(double* p, int64_t count, const Line<double>& line) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), __m512d(line.vector[0]));
+}
+#endif
+
+// A whole line of an array's dtype.
+template <class T, class Real>
+inline Line<Real> load_wide(const T* p, Real) {
+  Real line[kLanes<Real>];
+  widen_line(p, line);
+  return load(line);
+}
+template <class Real>
+inline Line<Real> load_wide(const Real* p, Real) {
+  return load(p);
+}
 
 // --- Memory
 // ---------------------------------------------------------------------------------------

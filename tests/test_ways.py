@@ -1,0 +1,137 @@
+"""The two ways through the engine, packed and in place: which is taken is no matter of the results.
+
+Shared bodies run on both (`numpy.packed` and `numpy.in_place` in backends.py)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import roialign
+import tolerance
+from isolation import isolated
+from roialign import _core
+from test_memory import MIB, peak, reset_peak, resident, resident_set
+
+SHAPES = {  # of maps, and what is peculiar in reading them
+    (2, 5, 9, 11): "rows shorter than a vector",
+    (2, 3, 40, 83): "runs of columns, with a rest",
+    (1, 37, 20, 33): "channels beyond a block",
+    (1, 1, 30, 400): "columns far apart are read one by one",
+}
+
+
+CANONICAL = dict.fromkeys(roialign.conventions.values())
+
+
+@pytest.fixture
+def by_way():
+    """Both ways' results of a call."""
+
+    def call(operation, *args, **options):
+        results = []
+        for way in (1, 2):
+            _core.force_way(way)
+            results.append(operation(*args, **options))
+        _core.force_way(0)
+        return results
+
+    yield call
+    _core.force_way(0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("sampling", [0, 1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
+    """The forward bit for bit: it adds the same products in the same order."""
+    for seed, convention in enumerate(CANONICAL):
+        problem = make_problem(
+            seed, shape=shape, count=6, size=(5, 3), sampling=sampling, convention=convention,
+            dtype=dtype,
+        )  # fmt: skip
+        problem.boxes[3] = problem.boxes[3, [2, 3, 0, 1]]  # inverted
+        problem.boxes[4] = np.inf
+        g, rois = problem.draw_output(), problem.rois
+        for layout in ("contiguous", "channels_last", "transposed", "reversed", "sliced"):
+            x, dy = layouts[layout](problem.features), layouts[layout](g)
+            one, other = by_way(roialign.roi_align, x, rois, problem.size, **problem.options)
+            assert np.array_equal(one, other) and one.any()
+            one, other = by_way(roialign.roi_align_adjoint, dy, rois, shape, **problem.options)
+            bound = tolerance.adjoint(problem, g, one.astype(np.float64))
+            tolerance.check(other, one.astype(np.float64), 2 * bound)
+            assert one.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_box_gradients(shape, make_problem, by_way):
+    """Are sums in another order: the same within their bound."""
+    problem = make_problem(shape=shape, count=6, size=(5, 3))
+    g = problem.draw_output()
+    packed, in_place = by_way(
+        roialign.roi_align_box_gradient, g, problem.features, problem.rois, **problem.options
+    )
+    bound = tolerance.box_gradient(problem, g, packed.astype(np.float64))
+    tolerance.check(packed, in_place.astype(np.float64), 2 * bound)
+
+
+def test_the_way_is_a_matter_of_the_image_alone(make_problem):
+    """Many boxes on a small map are packed, few on a large one are not: one call has both, and any
+    number of threads gives the bits of single calls, in the box gradient too."""
+    few = make_problem(1, shape=(1, 4, 32, 40), count=1, size=(7, 7), sampling=1)
+    many = make_problem(2, shape=(1, 4, 32, 40), count=200, size=(7, 7), sampling=1)
+    together = replace(
+        few,
+        features=np.concatenate([few.features, many.features]),
+        boxes=np.concatenate([few.boxes, many.boxes]),
+        index=np.repeat([0, 1], [1, 200]),
+    )
+    g = together.draw_output()
+
+    def gradients(d_output, problem):
+        return roialign.roi_align_box_gradient(
+            d_output, problem.features, problem.rois, **problem.options
+        )
+
+    expected = np.concatenate([gradients(g[:1], few), gradients(g[1:], many)])
+    threads = roialign.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            roialign.set_num_threads(count)
+            assert np.array_equal(gradients(g, together), expected)
+    finally:
+        roialign.set_num_threads(threads)
+    _core.force_way(1)
+    packed = gradients(g[:1], few), gradients(g[1:], many)
+    _core.force_way(2)
+    in_place = gradients(g[:1], few), gradients(g[1:], many)
+    _core.force_way(0)
+    # The bits tell the ways apart, and which was taken.
+    assert not np.array_equal(packed[0], in_place[0])
+    assert np.array_equal(expected[:1], in_place[0]) and np.array_equal(expected[1:], packed[1])
+
+
+def check_scratch(operation, dtype):
+    features = np.zeros((1, 1, 4000, 5000), dtype)
+    rois = np.array([[0, 10, 10, 300, 200], [0, 4700, 3700, 4990, 3990]], np.float32)
+    g = np.ones((2, 1, 7, 7), dtype)
+    call = {
+        "forward": lambda: roialign.roi_align(features, rois, 7),
+        "adjoint": lambda: roialign.roi_align_adjoint(g, rois, features.shape, out=features),
+        "box_gradient": lambda: roialign.roi_align_box_gradient(g, features, rois),
+    }[operation]
+    roialign.roi_align(features[:, :, :8, :8], rois[:1], 1)  # what is loaded once
+    features[...] = 1
+    before = resident()
+    reset_peak()
+    call()
+    assert peak() - before < 32 * MIB
+
+
+@pytest.mark.serial
+@resident_set
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("operation", ["forward", "adjoint", "box_gradient"])
+def test_scratch_is_of_what_is_touched(operation, dtype):
+    """Two boxes on a map of 20 million pixels."""
+    isolated(check_scratch, operation, dtype)
