@@ -45,19 +45,25 @@ def pool(features, boxes, index):
     return roialign.roi_align(features, (boxes, index), PROBLEM.size, **PROBLEM.options)
 
 
-def differentiated(pool, features, boxes, index, d_output):
-    """Output, d_features and d_boxes."""
-    output, pull = jax.vjp(lambda f, b: pool(f, b, index), features, boxes)
-    return output, *pull(d_output)
+def differentiated(pool, maps, boxes, *others):
+    """Output, d_features (of each map) and d_boxes; last of the others is d_output."""
+    *others, d_output = others
+    output, pull = jax.vjp(lambda m, b: pool(m, b, *others), maps, boxes)
+    return jax.tree.leaves((output, pull(d_output)))
+
+
+def both(pool):
+    return jax.jit(functools.partial(differentiated, pool))
+
+
+def sends_nothing(function, *arrays):
+    return not re.search("all-|collective", jax.jit(function).lower(*arrays).compile().as_text())
 
 
 def arguments():
-    return (
-        jnp.asarray(PROBLEM.features),
-        jnp.asarray(PROBLEM.boxes),
-        jnp.asarray(PROBLEM.index, jnp.int32),
-        jnp.asarray(PROBLEM.draw_output()),
-    )
+    index = PROBLEM.index.astype(np.int32)
+    given = PROBLEM.features, PROBLEM.boxes, index, PROBLEM.draw_output()
+    return tuple(map(jnp.asarray, given))
 
 
 def mesh_of_eight():
@@ -69,7 +75,9 @@ def check(results, expected):
     """Equal; a sum over devices is one of a few numbers in another order."""
     for actual, right in zip(results, expected, strict=True):
         assert actual.shape == right.shape and actual.dtype == right.dtype
-        np.testing.assert_allclose(actual, right, rtol=0, atol=16 * 2.0**-24 * np.abs(right).max())
+        bound = 8 * float(jnp.finfo(right.dtype).eps) * float(abs(right).max())
+        actual, right = (np.asarray(a, np.float64) for a in (actual, right))
+        np.testing.assert_allclose(actual, right, rtol=0, atol=bound)
 
 
 def put(mesh, arrays, cut):
@@ -95,21 +103,15 @@ def check_jit(names):
         output = forward(features, boxes, index)
         np.testing.assert_array_equal(output, expected[0])
         assert name == "pixels and bins" or not moved_features(forward.as_text(), features), name
-        both = jax.jit(functools.partial(differentiated, pool))
-        check(both(features, boxes, index, d_output), expected)
+        check(both(pool)(features, boxes, index, d_output), expected)
         check(differentiated(pool, features, boxes, index, d_output), expected)  # eagerly
     # where RoIs or channels are cut nothing is sent at all, and the output stays cut
     for name in {"RoIs", "channels", "RoIs and channels"} & set(names):
         features, boxes, index, _ = put(mesh, arrays, CUT[name])
-        forward = jax.jit(pool).lower(features, boxes, index).compile()
-        assert not re.search("all-|collective", forward.as_text()), name
+        assert sends_nothing(pool, features, boxes, index), name
         wanted = NamedSharding(mesh, CUT[name][2])
-        assert forward(features, boxes, index).sharding.is_equivalent_to(wanted, 4), name
-
-
-@pytest.mark.parametrize("names", [list(CUT)[:6], list(CUT)[6:]], ids=["one way", "mixed"])
-def test_jit(names):
-    isolated(check_jit, names, env=DEVICES, timeout=300)
+        output = jax.jit(pool)(features, boxes, index)
+        assert output.sharding.is_equivalent_to(wanted, 4), name
 
 
 def check_other_numbers():
@@ -129,16 +131,9 @@ def check_other_numbers():
     for dtype in (jnp.bfloat16, jnp.float16):
         low = features.astype(dtype), boxes, index, d_output.astype(dtype)
         right = differentiated(pool, *low)
-        results = jax.jit(functools.partial(differentiated, pool))(
-            *put(mesh, low, CUT["RoIs and channels"])
-        )
+        results = both(pool)(*put(mesh, low, CUT["RoIs and channels"]))
         np.testing.assert_array_equal(results[0], right[0])
-        bound = 16 * float(jnp.finfo(dtype).eps)
-        for actual, wanted in zip(results[1:], right[1:], strict=True):
-            wanted = np.asarray(wanted, np.float32)
-            np.testing.assert_allclose(
-                np.asarray(actual, np.float32), wanted, rtol=bound, atol=bound
-            )
+        check(results, right)
 
     many = jnp.stack([features, 2 * features, -features, features])
     cut = jax.device_put(many, NamedSharding(mesh, P("y")))
@@ -148,14 +143,9 @@ def check_other_numbers():
     bad = index.at[3].set(8).at[4].set(-1)
     for name in ("images", "RoIs", "images and RoIs"):
         given = put(mesh, (features, boxes, bad, d_output), CUT[name])
-        results = jax.jit(functools.partial(differentiated, pool))(*given)
-        right = jax.jit(functools.partial(differentiated, pool))(features, boxes, bad, d_output)
-        check(results, right)
+        results = both(pool)(*given)
+        check(results, both(pool)(features, boxes, bad, d_output))
         assert not results[0][3:5].any() and not results[2][3:5].any()
-
-
-def test_other_numbers():
-    isolated(check_other_numbers, env=DEVICES, timeout=300)
 
 
 # Several maps
@@ -169,16 +159,9 @@ def pool_maps(maps, boxes, index, levels):
     return roialign.jax.forward(maps, rois, PROBLEM.size, (0.5, 0.4, 0.25, 0.3), rule)
 
 
-def differentiated_maps(pool, maps, boxes, index, levels, d_output):
-    """Output, the gradient in each map, and d_boxes."""
-    output, pull = jax.vjp(lambda m, b: pool(m, b, index, levels), maps, boxes)
-    d_maps, d_boxes = pull(d_output)
-    return output, *d_maps, d_boxes
-
-
 def check_maps():
     """In `jit`, where the arrays are cut, and in a shard_map."""
-    results = jax.jit(functools.partial(differentiated_maps, pool_maps))
+    results = both(pool_maps)
     mesh = mesh_of_eight()
     features, boxes, index, d_output = arguments()
     maps = features, jnp.cos(features[:, :, 1:, :7])
@@ -195,12 +178,7 @@ def check_maps():
     ins = (features, features), rois, rois, rois
     for shard_map in spellings():
         cut = mapped(shard_map, mesh, True, pool_maps, ins, pooled)
-        parallel = functools.partial(differentiated_maps, cut)
-        check(jax.jit(parallel)(maps, boxes, index, levels, d_output), expected)
-
-
-def test_maps():
-    isolated(check_maps, env=DEVICES, timeout=300)
+        check(both(cut)(maps, boxes, index, levels, d_output), expected)
 
 
 # shard_map, in each of its spellings
@@ -235,49 +213,28 @@ def check_shard_map(dense):
                 features, rois, d_output = CUT[name]
                 ins = features, rois, rois
                 cut = mapped(shard_map, mesh, checked, pool, ins, d_output)
-                check(jax.jit(functools.partial(differentiated, cut))(*arrays), expected)
-                assert not re.search(
-                    "all-|collective", jax.jit(cut).lower(*arrays[:3]).compile().as_text()
-                )
+                check(both(cut)(*arrays), expected)
+                assert sends_nothing(cut, *arrays[:3])
 
                 def inside(*arrays):
-                    output, d_features, d_boxes = differentiated(pool, *arrays)
-                    if checked and hasattr(jax, "typeof"):  # types tell what varies: summed already
-                        return output, d_features, d_boxes
-                    return output, jax.lax.psum(d_features, sums[0]), jax.lax.psum(d_boxes, sums[1])
+                    output, *gradients = differentiated(pool, *arrays)
+                    if not (checked and hasattr(jax, "typeof")):  # or types tell: summed already
+                        gradients = map(jax.lax.psum, gradients, sums)
+                    return output, *gradients
 
-                used = [
-                    [a for s in spec for a in (s if isinstance(s, tuple) else (s,)) if a]
-                    for spec in CUT[name]
-                ]
-                sums = tuple(a for a in used[1]), tuple(a for a in used[0])
-                inner = mapped(
-                    shard_map, mesh, checked, inside, (*ins, d_output), (d_output, features, rois)
-                )
+                sums = [tuple(filter(None, spec)) for spec in (rois, features)]
+                outs = d_output, features, rois
+                inner = mapped(shard_map, mesh, checked, inside, (*ins, d_output), outs)
                 check(jax.jit(inner)(*arrays), expected)
 
             # data parallel: each device has its images and their RoIs, and counts them from 0
-            own = jnp.arange(24, dtype=jnp.int32) // 3
-            local = mapped(
-                shard_map,
-                mesh,
-                checked,
-                lambda f, b, i: pool(f, b, i % 4),
-                (P("x"), P("x"), P("x")),
-                P("x"),
-            )
-            parallel = functools.partial(differentiated, local)
-            check(
-                jax.jit(parallel)(*arrays[:2], own, arrays[3]),
-                differentiated(pool, *arrays[:2], own, arrays[3]),
-            )
-            text = jax.jit(local).lower(*arrays[:2], own).compile().as_text()
-            assert not re.search("all-|collective", text)
+            def local(features, boxes, index):
+                return pool(features, boxes, index % 4)
 
-
-@pytest.mark.parametrize("dense", [False, True], ids=["core", "dense"])
-def test_shard_map(dense):
-    isolated(check_shard_map, dense, env=DEVICES, timeout=300)
+            own = *arrays[:2], jnp.arange(24, dtype=jnp.int32) // 3
+            local = mapped(shard_map, mesh, checked, local, (P("x"),) * 3, P("x"))
+            check(both(local)(*own, arrays[3]), differentiated(pool, *own, arrays[3]))
+            assert sends_nothing(local, *own)
 
 
 # Explicit axes: shardings are part of the types
@@ -294,13 +251,8 @@ def check_explicit():
     arrays = arguments()
     right = pool(*arrays[:3]), *jax.grad(loss, argnums=(0, 1))(*arrays)
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
-    for name in (
-        "RoIs",
-        "channels",
-        "RoIs and channels",
-        "images and RoIs",
-        "images and RoIs over one axis",
-    ):
+    names = "RoIs", "channels", "RoIs and channels", "images and RoIs"
+    for name in (*names, "images and RoIs over one axis"):
         with jax.set_mesh(mesh):
             cut = put(mesh, arrays, CUT[name])
             output = jax.jit(pool)(*cut[:3])
@@ -313,10 +265,6 @@ def check_explicit():
     # features alone are placed
     features = jax.device_put(arrays[0], NamedSharding(mesh, P(None, "y")))
     check((jax.jit(pool)(features, *arrays[1:3]),), right[:1])
-
-
-def test_explicit_axes():
-    isolated(check_explicit, env=DEVICES, timeout=300)
 
 
 # A head that learns
@@ -346,5 +294,18 @@ def check_training():
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
 
 
-def test_training():
-    isolated(check_training, env=DEVICES, timeout=300)
+@pytest.mark.parametrize(
+    "check, arguments",
+    [
+        pytest.param(check_jit, [list(CUT)[:6]], id="jit-one way"),
+        pytest.param(check_jit, [list(CUT)[6:]], id="jit-mixed"),
+        pytest.param(check_shard_map, [False], id="shard_map"),
+        pytest.param(check_shard_map, [True], id="shard_map-dense"),
+        *(
+            (check, [])
+            for check in (check_other_numbers, check_maps, check_explicit, check_training)
+        ),
+    ],
+)
+def test_over_devices(check, arguments):
+    isolated(check, *arguments, env=DEVICES, timeout=300)

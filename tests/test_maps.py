@@ -199,13 +199,13 @@ def test_second_order_in_boxes_and_another(backend, pyramid):
 
 
 @pytest.mark.backends("func", "maps", "-interprets")
-@pytest.mark.parametrize("mapped", ["fine coarse", "coarse", "boxes", "levels",
-                                    "fine coarse boxes index levels"])  # fmt: skip
+@pytest.mark.parametrize("mapped", ["fine coarse", "coarse d_output", "boxes", "levels",
+                                    "fine coarse boxes index levels d_output"])  # fmt: skip
 def test_vmap(backend, pyramid, mapped):
-    """What each call alone gives: the output, and the gradients in maps and boxes."""
+    """What each call alone gives: the three operations, and the gradients in maps and boxes."""
     p = pyramid()
-    names = "fine", "coarse", "boxes", "index", "levels"
-    given = dict(zip(names, (*p.maps, *p.rois), strict=True))
+    names = "fine", "coarse", "boxes", "index", "levels", "d_output"
+    given = dict(zip(names, (*p.maps, *p.rois, p.d_output), strict=True))
     others = {name: (1 - given[name]) % 2 for name in ("index", "levels")}
     calls = [given, {n: others.get(n, 0.9 * a) if n in mapped else a for n, a in given.items()}]
     axes = [1 if name in mapped and given[name].ndim > 1 else 0 for name in names]
@@ -214,11 +214,10 @@ def test_vmap(backend, pyramid, mapped):
         given[name] if axis is None else np.stack([call[name] for call in calls], axis)
         for name, axis in zip(names, axes, strict=True)
     ]
-    d_output = backend.array(p.d_output)
     gradients = backend.grad(p.loss, (0, 1, 2))
 
     def results(*arrays):
-        return p.forward(*arrays), *gradients(*arrays, d_output)
+        return *p.together(arrays[5], *arrays[:5]), *gradients(*arrays)
 
     batched = backend.numpy(backend.vmap(results, tuple(axes))(*backend.array(stacked)))
     for i, call in enumerate(calls):

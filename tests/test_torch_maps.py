@@ -2,83 +2,42 @@
 
 import io
 
-import numpy as np
 import pytest
 
-import roialign
-from roialign import _core, _rule
-from roialign._rois import Rois
+from roialign import _core
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
-from roialign import torch as in_torch  # noqa: E402
 from roialign.torch import kernels  # noqa: E402
-from test_torch import tensor  # noqa: E402
+from test_maps import pyramid  # noqa: E402
 
+__all__ = ["pyramid"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's
-
-SIZES = ((9, 11), (5, 7))
-SCALES = (0.5, 0.4, 0.25, 0.2)
-BINS = (3, 2)
 
 
 @pytest.fixture
-def given(make_problem):
-    """Float64 tensors: maps, RoIs on them and on none, d_output; the rule; `pool(maps, boxes)`."""
-    problem, coarse = (
-        make_problem(m, shape=(2, 3, *size), dtype=np.float64, count=5, size=BINS, inside=True)
-        for m, size in enumerate(SIZES)
-    )
-    maps = tensor(problem.features), tensor(coarse.features)
-    rois = Rois(*map(tensor, (*problem.rois, np.array([0, 1, -1, 1, 0]))))
-    rule = _rule.vector(roialign.conventions["half_pixel"], 2)
-
-    def pool(maps, boxes=rois.boxes):
-        return in_torch.forward(maps, rois._replace(boxes=boxes), BINS, SCALES, rule)
-
-    return maps, rois, tensor(problem.draw_output()), rule, pool
-
-
-def test_vmap_of_operators(given):
-    maps, rois, d_output, rule, _ = given
-    operators, rest = torch.ops.roialign, (SCALES, rule)
-    shapes = [n for m in maps for n in m.shape]
-
-    def calls(fine, coarse, boxes, d_output):
-        own = boxes, *rois[1:]
-        yield operators.forward.maps([fine, coarse], *own, None, BINS, *rest)
-        yield from operators.adjoint.maps(d_output, *own, None, shapes, *rest)
-        yield operators.box_gradient.maps(d_output, [fine, coarse], *own, *rest)
-
-    leaves = *maps, rois.boxes, d_output
-    for which in ((0,), (1, 3), (2,), (0, 1, 2, 3)):
-        batch = [torch.stack([t, 0.9 * t], 1) if i in which else t for i, t in enumerate(leaves)]
-        dims = tuple([1 if i in which else None for i in range(4)])
-        results = torch.func.vmap(lambda *t: tuple(calls(*t)), dims)(*batch)
-        for i in range(2):
-            one = [t if d is None else t.select(d, i) for t, d in zip(batch, dims, strict=True)]
-            for actual, expected in zip(results, calls(*one), strict=True):
-                torch.testing.assert_close(actual[i], expected, rtol=0, atol=1e-12)
+def given(pyramid):
+    """The pyramid, and its maps, boxes, image index and levels as tensors."""
+    p = pyramid()
+    return p, *map(torch.from_numpy, (*p.maps, *p.rois))
 
 
 class Pool(torch.nn.Module):
-    def __init__(self, rule):
+    def __init__(self, pyramid):
         super().__init__()
-        self.rule = rule
+        self.pool = pyramid.forward
 
     def forward(self, fine, coarse, boxes, index, levels):
-        rois = Rois(boxes, index, levels)
-        return in_torch.forward((fine * 2, coarse), rois, BINS, SCALES, self.rule)
+        return self.pool(fine * 2, coarse, boxes, index, levels)
 
 
 def test_exported(given, tmp_path):
-    maps, rois, _, rule, _ = given
-    pool, inputs = Pool(rule), (*maps, *rois)
+    pool, inputs = Pool(given[0]), given[1:]
     count = torch.export.Dim("count", min=2, max=64)
     program = torch.export.export(pool, inputs, dynamic_shapes=({}, {}, *[{0: count}] * 3))
     stored = io.BytesIO()
     torch.export.save(program, stored)
     stored.seek(0)
-    more = *maps, *[t.repeat(3, *[1] * (t.dim() - 1)) for t in rois]
+    more = *inputs[:2], *[torch.cat([t, t, t]) for t in inputs[2:]]
     assert torch.equal(torch.export.load(stored).module()(*more), pool(*more))
     program = torch.export.export(pool, inputs)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "p.pt2"))
@@ -87,9 +46,8 @@ def test_exported(given, tmp_path):
 
 def test_onnx_has_one_map(given):
     pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
-    maps, rois, _, rule, _ = given
     with pytest.raises(torch.onnx.OnnxExporterError) as error:
-        torch.onnx.export(Pool(rule).eval(), (*maps, *rois), dynamo=True, verbose=False)
+        torch.onnx.export(Pool(given[0]).eval(), given[1:], dynamo=True, verbose=False)
     assert type(error.value.__cause__) is NotImplementedError
     assert "one map, got 2" in str(error.value.__cause__)
 
@@ -121,19 +79,20 @@ def made(monkeypatch):
 
 def test_a_batch_of_features_is_more_channels(given, made):
     """So taps are built once."""
-    maps, rois, d_output, rule, pool = given
-    torch.func.vmap(pool)(tuple([torch.stack([m] * 4) for m in maps]))
-    torch.func.vmap(lambda m: pool((maps[0], m)))(torch.stack([maps[1]] * 4))
-    torch.func.vmap(lambda g: in_torch.adjoint(g, rois, [m.shape for m in maps], SCALES, rule))(
-        torch.stack([d_output] * 4)
-    )
-    assert made == [("forward", 2, 12, 5)] * 2 + [("adjoint", 2, 12, 5)]
+    p, *maps, boxes, index, levels = given
+    pool = lambda *maps: p.forward(*maps, boxes, index, levels)  # noqa: E731
+    fine, coarse, d_output = (torch.stack([t] * 4) for t in (*maps, torch.from_numpy(p.d_output)))
+    torch.func.vmap(pool)(fine, coarse)
+    torch.func.vmap(pool, (None, 0))(maps[0], coarse)
+    torch.func.vmap(lambda g: p.adjoint(g, boxes, index, levels))(d_output)
+    assert made == [("forward", 2, 12, 7)] * 2 + [("adjoint", 2, 12, 7)]
 
 
 def test_a_batch_of_boxes_is_more_rois(given, made):
     """On the images that there are; on more where features differ too."""
-    maps, rois, _, _, pool = given
-    boxes = torch.stack([rois.boxes] * 4)
-    torch.func.vmap(lambda b: pool(maps, b))(boxes)
-    torch.func.vmap(pool)(tuple([torch.stack([m] * 4) for m in maps]), boxes)
-    assert made == [("forward", 2, 3, 20), ("forward", 8, 3, 20)]
+    p, fine, coarse, boxes, *others = given
+    pool = lambda fine, coarse, boxes: p.forward(fine, coarse, boxes, *others)  # noqa: E731
+    batch = [torch.stack([t] * 4) for t in (fine, coarse, boxes)]
+    torch.func.vmap(pool, (None, None, 0))(fine, coarse, batch[2])
+    torch.func.vmap(pool)(*batch)
+    assert made == [("forward", 2, 3, 28), ("forward", 8, 3, 28)]
