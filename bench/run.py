@@ -336,15 +336,8 @@ def run(settings, pythons, say=print, start=Worker):
         if budget is not None:
             wanted = [*ORDER, *EVERY]
             workloads.sort(key=lambda workload: wanted.index(workload.name))
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        record = {
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "commit": commit or None,
-            "machine": base.ask("machine"),
-            "settings": {n: v for n, v in vars(settings).items() if n not in ("peer", "results")},
+        record = heading(settings, versions, base) | {
             "bandwidth": base.ask("bandwidth", threads=settings.threads),
-            "versions": versions,
             "workloads": {workload.name: workload.title for workload in workloads},
             "rows": [],
             "left_out": [],
@@ -355,6 +348,19 @@ def run(settings, pythons, say=print, start=Worker):
         if here and settings.extras:
             record["import"] = import_seconds(pythons["ours"])
     return record
+
+
+def heading(settings, versions, worker):
+    """What every record says first."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "machine": worker.ask("machine"),
+        "settings": {n: v for n, v in vars(settings).items() if n not in ("peer", "results")},
+        "versions": versions,
+    }
 
 
 def write(record, folder):

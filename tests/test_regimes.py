@@ -1,0 +1,85 @@
+"""`python -m bench.regimes`: what it draws, that it checks results, and what it calls slower."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("bench", reason="the benchmark is in the repository, not in the package")
+from bench import regimes, run
+
+
+def test_three_thirds_are_the_grid():
+    thirds = [{w.name for w, _ in regimes.regimes(seed)} for seed in range(3)]
+    every = set.union(*thirds)
+    assert sum(map(len, thirds)) == len(every) > 1000
+    assert max(map(len, thirds)) - min(map(len, thirds)) <= 1
+    for seed in range(3):
+        for workload, layout in regimes.regimes(seed):
+            assert 4 * math.prod(workload.shape) <= 80e6 and layout in ("nchw", "nhwc")
+            assert 4 * math.prod(workload.output_shape) <= 120e6
+            rois = workload.rois()
+            height, width = workload.shape[2:]
+            assert (rois[:, 1:] >= 0).all() and (rois[:, [3, 4]] <= [width, height]).all()
+
+
+SLICE = SimpleNamespace(slice=0.03, device="cpu", overhead=False)  # as by default
+
+
+class Player:
+    """Answers as a worker does; `wrong` and `slow` are names of who is."""
+
+    wrong = slow = ()
+
+    def __init__(self, process, device, threads, python):
+        self.name = process
+
+    def ask(self, command, key="", save=None, samples=1, **asked):
+        if command == "prepare":
+            np.save(save, np.ones(3, np.float32) * (1 + (self.name in self.wrong)))
+            return {"seconds": 0.001, "same": True}
+        if command == "time":
+            return [0.002 if self.name in self.slow else 0.001] * samples
+        return {"machine": {"cpu": "a cpu"}}.get(command, {})
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def swept(tmp_path, capsys):
+    """The exit status, what is printed and the record of a sweep of three regimes."""
+
+    def sweep(**players):
+        start = type("One", (Player,), players)
+        peers = ["--peer", "torchvision=a", "--peer", "onnxruntime=b", "--peer", "ours=c"]
+        given = ["--seed", "1", "--most", "3", "--rounds", "2", "--results", str(tmp_path), *peers]
+        status = regimes.main(given, start)
+        (file,) = tmp_path.glob("*.jsonl")
+        return status, capsys.readouterr().out, json.loads(file.read_text())
+
+    return sweep
+
+
+def test_nobody_is_slower(swept):
+    status, printed, record = swept()
+    assert status == 0 and "takes" not in printed
+    assert {row["by"] for row in record["rows"]} == {"ours", "torchvision", "onnxruntime"}
+    assert len(record["rows"]) == 3 * 5  # ONNX Runtime has no adjoint
+    samples = {len(row["samples"]) for row in record["rows"]}
+    assert samples == {2 * run.turn(0.001, SLICE)["samples"]}
+
+
+def test_who_is_slower_is_measured_again_and_told(swept):
+    status, printed, record = swept(slow=("ours",))
+    assert status == 1 and printed.count("takes 0.50 of our 2000.0 us") == 3 * 3
+    samples = {len(row["samples"]) for row in record["rows"]}
+    assert samples == {regimes.AGAIN * run.turn(0.001, SLICE)["samples"]}
+    assert "| 3 | 3 | 0.50, 0.5 |" in printed or "| 1 | 1 | 0.50, 0.5 |" in printed
+
+
+def test_a_wrong_result_is_not_timed(swept):
+    with pytest.raises(run.PeerError, match="differs from ours"):
+        swept(wrong=("torchvision",))
