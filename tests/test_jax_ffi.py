@@ -116,40 +116,33 @@ def test_metadata():
     assert "older interface" in call.call("forward_maps")[0][1]
 
 
-SPOILT = {
-    "no maps": lambda n: n.pop("maps"),
-    "zero maps": lambda n: n.update(maps=0),
-    "too many maps": lambda n: n.update(maps=1e18),
-    "maps that are not a number": lambda n: n.update(maps=np.nan),
-    "no scale": lambda n: n.pop("scale_x_0"),
-    "another scale": lambda n: n.update(scale_y_1=1.0),
-    "a number of a later version": lambda n: n.update(of_tomorrow=0.0),
-    "no numbers": lambda n: n.clear(),
+SPOILT = {  # arrays and numbers
+    "no maps": lambda a, n: n.pop("maps"),
+    "zero maps": lambda a, n: n.update(maps=0),
+    "too many maps": lambda a, n: n.update(maps=1e18),
+    "maps that are not a number": lambda a, n: n.update(maps=np.nan),
+    "no scale": lambda a, n: n.pop("scale_x_0"),
+    "another scale": lambda a, n: n.update(scale_y_1=1.0),
+    "a number of a later version": lambda a, n: n.update(of_tomorrow=0.0),
+    "no numbers": lambda a, n: n.clear(),
+    "an index of int64": lambda a, n: a.update(index=a["index"].astype(np.int64)),
 }
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_numbers_that_do_not_fit(operation, arrays, numbers, name):
-    SPOILT[name](numbers)
+def test_numbers_and_arrays_that_do_not_fit(operation, arrays, numbers, name):
+    SPOILT[name](arrays, numbers)
     refused(operation, arrays, frame(operation, arrays, numbers))
 
 
-def test_an_index_is_no_int64(operation, arrays, numbers):
-    arrays["index"] = arrays["index"].astype(np.int64)
-    refused(operation, arrays, frame(operation, arrays, numbers))
-
-
-def shrunk(part):
-    def spoil(call):
-        whole = getattr(call.frame, part) if part else call.frame
-        whole.size -= 8
-
-    return spoil
+def shrink(structure):
+    structure.size -= 8
 
 
 STRUCTURES = [  # what is spoilt, the error
-    *((shrunk(part), "XLA has an older interface")
-      for part in (None, "arguments", "results", "attributes")),
+    *((lambda call, part=part: shrink(getattr(call.frame, part)), "XLA has an older interface")
+      for part in ("arguments", "results", "attributes")),
+    (lambda call: shrink(call.frame), "XLA has an older interface"),
     (lambda call: setattr(call.frame, "stage", 0), "not a call"),
     (lambda call: call.frame.attributes.types.__setitem__(0, 1), "a number is not a float64"),
     (lambda call: setattr(call.names[1], "begin", b"scale_z_0"), "a number is missing"),

@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import roialign
-from isolation import isolated
+from isolation import isolated, printed
 
 torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch need torch")
 import torch.distributed as dist  # noqa: E402
@@ -51,8 +50,7 @@ def spawn(body, processes, tmp_path):
             assert time.monotonic() < end, f"not done after {TIMEOUT} s"
     finally:
         for process in context.processes:
-            if process.is_alive():
-                process.kill()
+            process.kill()
             process.join()
 
 
@@ -86,15 +84,11 @@ def pool(features, rois):
 
 def differentiated(pool, form, features, boxes, image_index, d_output):
     """Output, d_features and d_boxes, with rois in one of their forms."""
-    features = features.detach().requires_grad_()
-    boxes = boxes.detach()
+    features, moving = features.detach().requires_grad_(), boxes.detach()
     if form == "array":
-        moving = torch.cat([image_index[:, None].to(boxes.dtype), boxes], 1).requires_grad_()
-        rois = moving
-    else:
-        moving = boxes.requires_grad_()
-        rois = moving, image_index
-    output = pool(features, rois)
+        moving = torch.cat([image_index[:, None].to(boxes.dtype), moving], 1)
+    moving.requires_grad_()
+    output = pool(features, moving if form == "array" else (moving, image_index))
     return output.detach(), *torch.autograd.grad(output, [features, moving], d_output)
 
 
@@ -118,12 +112,8 @@ def check_results(results, expected, placements=None):
 
 
 KINDS = (
-    {"count": 1},
-    {"count": 0},
-    {"channels": 5},
-    {"dtype": torch.float64},
-    {"dtype": torch.float16},
-    {"dtype": torch.bfloat16},
+    *({"count": 1}, {"count": 0}, {"channels": 5}),
+    *({"dtype": dtype} for dtype in (torch.float64, torch.float16, torch.bfloat16)),
 )
 
 
@@ -166,17 +156,19 @@ def check_dtensors(compiled=("replicated", "RoIs", "channels", "images"), kinds=
     # sizes are no part of what DTensor remembers, if it is not told
     features, boxes, image_index, _ = draw()
     d_features, d_boxes, d_index = shards(mesh, (features, boxes, image_index), (whole, rows, rows))
+    rois, d_rois = (boxes, image_index), (d_boxes, d_index)
     for size in (3, (2, 4), (4, 2), 3):
-        right = roialign.roi_align(features, (boxes, image_index), size, **OPTIONS)
-        output = roialign.roi_align(d_features, (d_boxes, d_index), size, **OPTIONS)
+        right = roialign.roi_align(features, rois, size, **OPTIONS)
+        output = roialign.roi_align(d_features, d_rois, size, **OPTIONS)
         check_results([output], [right], [rows])
         for height in (12, 20):
-            shape = (4, 8, height, 10)
-            result = roialign.roi_align_adjoint(output, (d_boxes, d_index), shape, **OPTIONS)
-            right_too = roialign.roi_align_adjoint(right, (boxes, image_index), shape, **OPTIONS)
-            check_results([result], [right_too], [terms])
-    d_boxes = roialign.roi_align_box_gradient(output, d_features, (d_boxes, d_index), **OPTIONS)
-    right = roialign.roi_align_box_gradient(right, features, (boxes, image_index), **OPTIONS)
+            d_maps = [
+                roialign.roi_align_adjoint(g, own, (4, 8, height, 10), **OPTIONS)
+                for g, own in ((output, d_rois), (right, rois))
+            ]
+            check_results(d_maps[:1], d_maps[1:], [terms])
+    d_boxes = roialign.roi_align_box_gradient(output, d_features, d_rois, **OPTIONS)
+    right = roialign.roi_align_box_gradient(right, features, rois, **OPTIONS)
     check_results([d_boxes], [right], [rows])
 
     check_second_derivatives(mesh, table)
@@ -235,14 +227,6 @@ def check_mesh_of_two_axes():
 def check_dtensors_of_four():
     check_dtensors(compiled=["RoIs"], kinds=KINDS[:2])
     check_mesh_of_two_axes()
-
-
-def test_dtensors(tmp_path):
-    spawn(check_dtensors, 2, tmp_path)
-
-
-def test_dtensors_of_four(tmp_path):
-    spawn(check_dtensors_of_four, 4, tmp_path)
 
 
 def check_import():
@@ -328,28 +312,24 @@ def check_data_parallel():
         torch.testing.assert_close(b.full_tensor(), right, rtol=1e-4, atol=1e-6)
 
 
-def test_data_parallel(tmp_path):
-    spawn(check_data_parallel, 2, tmp_path)
+@pytest.mark.parametrize(
+    "check, processes",
+    [(check_dtensors, 2), (check_dtensors_of_four, 4), (check_data_parallel, 2)],
+)
+def test_over_processes(check, processes, tmp_path):
+    spawn(check, processes, tmp_path)
 
 
 # The example
 
 
 def test_example(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    local = ["--local-addr", "localhost"]
-    ran = subprocess.run(
-        [*torchrun, *local, "--log-dir", tmp_path, EXAMPLE],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert ran.returncode == 0, ran.stderr
+    torchrun = "-m", "torch.distributed.run", "--nproc-per-node", 2, "--log-dir", tmp_path
+    local = "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"
+    shown = printed(*torchrun, *local, EXAMPLE, timeout=TIMEOUT)
     for line in (
         r"RoIs sharded: \(6, 8, 7, 7\) of \(12, 8, 7, 7\) here",
         r"channels sharded: \(12, 4, 7, 7\) of \(12, 8, 7, 7\) here",
         r"data parallel: the gradients are those of the whole batch",
     ):
-        assert re.search(line, ran.stdout), ran.stdout
+        assert re.search(line, shown), shown
