@@ -112,9 +112,9 @@ def check_results(results, expected, placements=None):
 
 
 KINDS = (
-    *({"count": 1}, {"count": 0}, {"channels": 5}),
+    {"count": 1}, {"count": 0}, {"channels": 5},
     *({"dtype": dtype} for dtype in (torch.float64, torch.float16, torch.bfloat16)),
-)
+)  # fmt: skip
 
 
 def check_dtensors(compiled=("replicated", "RoIs", "channels", "images"), kinds=KINDS):

@@ -18,27 +18,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWar
 DYNAMIC = torch.export.Dim.DYNAMIC
 MAP = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
 ROWS = {0: DYNAMIC}
-CONVENTIONS = {  # name: (convention, values of sampling_ratio)
-    "half_pixel": ("half_pixel", (0, 2)),
-    "asymmetric": ("asymmetric", (0, 3)),
-    "openvino_half_pixel": ("openvino_half_pixel", (0, 2)),
-    "mindspore": ("mindspore", (1, 2)),
-    "mindspore_legacy": ("mindspore_legacy", (2,)),
-    "unclamped": (
-        roialign.Convention(pixel_offset=0.25, input_offset=0.375, end_offset=0.625),
-        (2,),
-    ),
-    "clamped": (roialign.Convention(pixel_offset=0.5, end_offset=1, min_size=1), (2,)),
-    "longer": (roialign.Convention(pixel_offset=0.5, input_offset=-0.5, end_offset=1), (0,)),
-    "longer_clamped": (roialign.Convention(end_offset=1, min_size=1), (0,)),
+OWN = {
+    "unclamped": {"pixel_offset": 0.25, "input_offset": 0.375, "end_offset": 0.625},
+    "clamped": {"pixel_offset": 0.5, "end_offset": 1, "min_size": 1},
+    "longer": {"pixel_offset": 0.5, "input_offset": -0.5, "end_offset": 1},
+    "longer_clamped": {"end_offset": 1, "min_size": 1},
 }
+RATIOS = {  # convention: values of sampling_ratio
+    "half_pixel": (0, 2), "asymmetric": (0, 3), "openvino_half_pixel": (0, 2),
+    "mindspore": (1, 2), "mindspore_legacy": (2,),
+    "unclamped": (2,), "clamped": (2,), "longer": (0,), "longer_clamped": (0,),
+}  # fmt: skip
 CASES = {
     f"{name}-{ratio}-{scale}": {
-        "convention": convention,
+        "convention": roialign.Convention(**OWN[name]) if name in OWN else name,
         "sampling_ratio": ratio,
         "spatial_scale": scale,
     }
-    for name, (convention, ratios) in CONVENTIONS.items()
+    for name, ratios in RATIOS.items()
     for ratio in ratios
     for scale in (0.25, 0.3)
 }
@@ -124,8 +121,12 @@ def exported():
 
 
 def test_nodes(exported):
+    """And the number of RoIs stays open."""
     for cases, model in exported:
         nodes = check_standard(model, len(cases))
+        rois = model.graph.input[1]
+        for value in (rois, *model.graph.output):
+            assert value.type.tensor_type.shape.dim[0].dim_param
         for node, options in zip(nodes, cases.values(), strict=True):
             each = {a.name: a for a in node.attribute}
             c = roialign.conventions.get(options["convention"], options["convention"])
@@ -135,15 +136,6 @@ def test_nodes(exported):
             assert each["sampling_ratio"].i == options["sampling_ratio"]
             assert each["spatial_scale"].f == np.float32(options["spatial_scale"])
             assert (each["output_height"].i, each["output_width"].i) == (3, 2)
-
-
-def test_sizes_stay_open(exported):
-    for _, model in exported:
-        features, rois = (value.type.tensor_type.shape.dim for value in model.graph.input)
-        assert all(features[axis].dim_param for axis in MAP)
-        assert rois[0].dim_param
-        for value in model.graph.output:
-            assert value.type.tensor_type.shape.dim[0].dim_param
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +166,15 @@ def test_values(results, name):
         check(output, *inputs, **CASES[name])
 
 
-def test_the_boxes_tell_the_least_size():
-    # output_half_pixel has it, half_pixel not
+def test_the_boxes_tell_the_least_size(exported):
+    """output_half_pixel has it, half_pixel not."""
     features, rois = draw(0)
-    options = {"spatial_scale": 0.25, "sampling_ratio": 2}
-    rules = [roialign.Convention(min_size=size) for size in (None, 1)]
-    a, b = (
-        roialign.roi_align(features, rois[30:45], (3, 2), convention=rule, **options)
-        for rule in rules
-    )
-    assert np.abs(a - b).max() > 0.1
+    name = "clamped-2-0.25"
+    cases, model = exported[True]
+    output = run(model, features, rois)[list(cases).index(name)]
+    other = roialign.Convention(**OWN["clamped"] | {"min_size": None})
+    with pytest.raises(AssertionError):
+        check(output, features, rois, **CASES[name] | {"convention": other})
 
 
 # Forms and types
@@ -211,20 +202,17 @@ def test_types(features_dtype, boxes_dtype):
     check_exported(FIXED, *calls)
 
 
-@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8])
-def test_pair(index_dtype):
+@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint8, None])
+def test_pair_and_list(index_dtype):
     features, rois = draw(0)
-    pair = rois[:, 1:].copy(), rois[:, 0].astype(index_dtype)
-    fewer = pair[0][5:], pair[1][5:]
-    check_exported(FIXED, (features, pair), (features, fewer), shapes=(MAP, (ROWS, ROWS)))
-
-
-def test_list():
-    features, rois = draw(0)
-    boxes = rois[:, 1:].copy()
-    lists = [boxes[:7], boxes[7:]], [boxes[:20], boxes[30:35]]
-    shapes = {2: DYNAMIC, 3: DYNAMIC}, [ROWS, ROWS]
-    check_exported(ADAPTIVE, *((features, each) for each in lists), shapes=shapes)
+    boxes, index = rois[:, 1:].copy(), rois[:, 0]
+    if index_dtype is None:
+        calls = [boxes[:7], boxes[7:]], [boxes[:20], boxes[30:35]]
+        shapes, options = ({2: DYNAMIC, 3: DYNAMIC}, [ROWS, ROWS]), ADAPTIVE
+    else:
+        calls = [(boxes[start:], index[start:].astype(index_dtype)) for start in (0, 5)]
+        shapes, options = (MAP, (ROWS, ROWS)), FIXED
+    check_exported(options, *((features, each) for each in calls), shapes=shapes)
 
 
 @pytest.mark.parametrize("opset", [16, 18, 21])  # ONNX Runtime 1.32 has no RoiAlign of 22

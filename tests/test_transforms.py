@@ -1,7 +1,5 @@
 """vmap: what each call alone gives, over any argument and axis, of results and of derivatives."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -17,8 +15,8 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
-def squares(pool, index):
-    def loss(features, boxes):
+def squares(pool):
+    def loss(features, boxes, index):
         output = pool(features, boxes, index)
         return (output * output).sum()
 
@@ -26,20 +24,22 @@ def squares(pool, index):
 
 
 @pytest.mark.backends("func")
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (1, 1)])
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0),
+                                  (2, None, 1), (1, 1, None)])  # fmt: skip
 def test_vmap(backend, problem, axes):
     """Of the output and of its gradients."""
     pool = pooling(problem)
-    given = [problem.features, problem.boxes]
+    index = np.array([0, 1, 1])
+    calls = (problem.features, problem.boxes), (0.9 * problem.features, 0.9 * problem.boxes)
+    calls = [(*call, each) for call, each in zip(calls, (index, 1 - index), strict=True)]
     stacked = [
-        array if axis is None else np.stack([array, 0.9 * array], axis)
-        for array, axis in zip(given, axes, strict=True)
+        pair[0] if axis is None else np.stack(pair, axis)
+        for pair, axis in zip(zip(*calls, strict=True), axes, strict=True)
     ]
-    index = backend.array(problem.index)
-    gradients = backend.grad(squares(pool, index), (0, 1))
+    gradients = backend.grad(squares(pool), (0, 1))
 
-    def all_of(features, boxes):
-        return pool(features, boxes, index), *gradients(features, boxes)
+    def all_of(*given):
+        return pool(*given), *gradients(*given)
 
     batched = backend.numpy(backend.vmap(all_of, axes)(*backend.array(stacked)))
     for i in range(2):
@@ -64,20 +64,6 @@ def test_over_features_alone(backend, problem):
         if "exact" in backend.traits:
             np.testing.assert_array_equal(actual, right)
         close(actual, right)
-
-
-@pytest.mark.backends("func")
-def test_over_image_indices(backend, problem):
-    problem = replace(problem, index=np.array([0, 1, 1]))
-    pool, (features, boxes) = pooling(problem), backend.array((problem.features, problem.boxes))
-
-    def of_index(index):
-        return pool(features, boxes, index)
-
-    index = np.stack([problem.index, 1 - problem.index])
-    outputs = backend.numpy(backend.vmap(of_index)(backend.array(index)))
-    for output, each in zip(outputs, index, strict=True):
-        close(output, backend.run(of_index, each))
 
 
 @pytest.mark.backends("func")
@@ -129,10 +115,10 @@ def test_of_vmap(backend, problem):
 def test_over_nothing(backend, problem):
     """Of the output and of the box gradient."""
     pool, (boxes, index) = pooling(problem), backend.array(problem.rois)
-    gradient = backend.grad(squares(pool, index), 1)
+    gradient = backend.grad(squares(pool), 1)
 
     def both(features):
-        return pool(features, boxes, index), gradient(features, boxes)
+        return pool(features, boxes, index), gradient(features, boxes, index)
 
     nothing = backend.array(np.zeros((0, *problem.features.shape)))
     empty = backend.numpy(backend.vmap(both)(nothing))
