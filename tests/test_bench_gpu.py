@@ -260,13 +260,6 @@ def test_a_flush_leaves_the_buffer_written():
     assert device.buffer.nbytes == devices.FLUSHED and not device.buffer.any()
 
 
-def test_a_machine_without_a_driver_is_none(measured, monkeypatch):
-    monkeypatch.setattr(devices, "smi", lambda *names: {})
-    monkeypatch.setattr(devices, "text_of", lambda path: None)
-    with pytest.raises(SystemExit, match="driver's version is not known"):
-        measured()
-
-
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -287,8 +280,13 @@ def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     assert names == {"axis_taps", "touched", "sum_blocks", *MAIN}
 
 
-def test_without_a_gpu_nothing_is_measured(measured, cuda, tmp_path):
-    cuda.is_available.return_value = False
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
+@pytest.mark.parametrize(
+    ("there", "error"), [(False, "torch sees no GPU"), (True, "driver's version is not known")]
+)
+def test_without_a_gpu_nothing_is_measured(measured, cuda, tmp_path, monkeypatch, there, error):
+    cuda.is_available.return_value = there
+    monkeypatch.setattr(devices, "smi", lambda *names: {})
+    monkeypatch.setattr(devices, "text_of", lambda path: None)
+    with pytest.raises(SystemExit, match=error):
         measured()
     assert not list(tmp_path.iterdir())

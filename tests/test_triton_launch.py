@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import torch
 
 from roialign._triton import geometry, launch
-from triton_offline import DTYPES, OPERATIONS, Problem, memory
+from triton_offline import OPERATIONS, Problem, memory
 
 CONVENTION = roialign.conventions["half_pixel"]
 SCALES = 0.25, 0.5
@@ -55,66 +55,6 @@ def test_grids():
         ("box_gradient", 70 * blocks(250, 16)),
         ("sum_blocks", 1),
     }
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
-def test_arguments(last):
-    problem = Problem(last=last, boxes="float32")
-    features, output, *_ = problem.arrays()
-
-    def strides(prefix, array, axes):
-        return {f"{prefix}_{axis}": step for axis, step in zip(axes, array.stride(), strict=True)}
-
-    sizes = {"count": 20, "channels": 256, "bins_y": 7, "bins_x": 7}
-    room = 50 + 76 + 2 * 7 * 3
-    map_ = {"height": 50, "width": 76, "spread_y": 3, "spread_x": 3}
-    expected = {
-        "axis_taps": {
-            **map_, "map": 0, "maps": 1, "count": 20, "images": 2, "bins_y": 7, "bins_x": 7,
-            "scale_y": 0.25, "scale_x": 0.5, "boxes_stride": 5, "boxes_step": 1, "index_stride": 5,
-            "levels_stride": 5,
-        },
-        "touched": {"count": 20, "height": 50, "width": 76, "words": 1},
-        "forward": {
-            **sizes, "room": room,
-            **strides("features", features, "nchw"), **strides("output", output, "kcpq"),
-        },
-        "adjoint": {
-            **sizes, **map_, "words": 1,
-            **strides("d_output", output, "kcpq"), **strides("d_features", features, "nchw"),
-        },
-        "box_gradient": {
-            **sizes, "room": room,
-            **strides("d_output", output, "kcpq"), **strides("features", features, "nchw"),
-        },
-        "sum_blocks": {"count": 20, "blocks": 256 // (64 if last else 16)},
-    }  # fmt: skip
-    for one in problem.launches():
-        numbers = {
-            name: value
-            for name, value in one.arguments.items()
-            if name.islower() and not isinstance(value, torch.Tensor)
-        }
-        assert numbers == expected[one.kernel], one.kernel
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_types_of_arrays(dtype):
-    coordinate = "float64" if dtype == "float64" else "float32"
-    expected = {
-        **dict.fromkeys(["features", "output", "d_output", "d_features"], dtype),
-        **dict.fromkeys(["boxes", "tangent", "weights", "partial", "d_boxes"], coordinate),
-        **dict.fromkeys(["image_index", "levels", "image_of", "rows", "bits"], "int64"),
-        **dict.fromkeys(["extents", "columns", "pixels"], "int32"),
-    }
-    for one in Problem(dtype).launches():
-        columns = one.constants.get("COLUMNS")
-        for name, value in one.arguments.items():
-            if isinstance(value, torch.Tensor):
-                ranges = "int32" if columns else "int64"
-                before = coordinate if one.kernel == "sum_blocks" else dtype
-                wanted = {"ranges": ranges, "before": before}.get(name) or expected[name]
-                assert value.dtype == getattr(torch, wanted), (one.kernel, name)
 
 
 @each_operation

@@ -147,58 +147,56 @@ def test_any_box(convention, dtype, sampling, axis):
         check_values(rows, of_oracle(problem, axis))
 
 
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("length", [1, 2])
-def test_short_side(length, columns):
-    spans = [(-1, 1), (0, 0.5), (-3, 5), (5, -3), (1, 2), (-1, 0), (length, 4), (-1e9, 1e9)]
-    problem = problem_of(spans, length, 2, sampling=3)
-    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
+def short_side(length):
+    return [(-1, 1), (0, 0.5), (-3, 5), (5, -3), (1, 2), (-1, 0), (length, 4), (-1e9, 1e9)]
 
 
-@pytest.mark.parametrize("columns", [False, True])
-def test_many_bins(columns):
-    """More than a block of lanes, from one pixel to all of them; ranks run both ways."""
-    spans = [(4.2, 4.201), (-2, 13), (13, -2), (0, 130), (-1e6, 1e6), (3, -1e4)]
-    problem = problem_of(spans, LENGTH, 130, sampling=2)
-    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
-
-
-@pytest.mark.parametrize("dtype, columns", [(np.float64, False), (np.float32, True)])
-def test_huge_adaptive_grid(dtype, columns):
-    spans = []
-    for samples in (2**22, 2**22 + 1, 2**31 - 2**8, 2**31, 2**31 + 2**9):
-        extent = 3.0 * samples
-        spans += [(-extent / 2, extent / 2), (-extent / 3, extent * 2 / 3), (-extent, 9)]
-    problem = problem_of(spans, LENGTH, 3, dtype=dtype)
-    check_values(entries_of(problem, 1, columns=columns), of_core(problem, 1))
-
-
-@pytest.mark.parametrize("columns", [False, True])
-def test_bins_that_overlap(columns):
+def overlapping(bins, length, count=12):
     """In float32 the ends of the bins of a huge box are off by pixels."""
-    bins, length, count = 128, 90, 12
     rng = np.random.default_rng(bins)
     extent = bins * rng.uniform(3e6, 4.1e6, count)
     start = rng.uniform(-1, length, count) - rng.integers(1, bins, count) / bins * extent
-    spans = np.stack([start, start + extent], 1)
-    problem = problem_of(spans, length, bins)
-    overlaps = [
-        a.samples[k].lo.max(initial=-1) - a.samples[k + 1].lo.min(initial=length)
-        for _, a in problem.axes
-        for k in range(bins - 1)
-    ]
-    assert max(overlaps) > 3
-    check_values(entries_of(problem, 1, columns=columns), of_oracle(problem, 1))
+    return np.stack([start, start + extent], 1)
+
+
+# more than a block of lanes, from one pixel to all of them; ranks run both ways
+MANY = [(4.2, 4.201), (-2, 13), (13, -2), (0, 130), (-1e6, 1e6), (3, -1e4)]
+HUGE = [
+    (3.0 * samples * start, 3.0 * samples * end)
+    for samples in (2**22, 2**22 + 1, 2**31 - 2**8, 2**31, 2**31 + 2**9)
+    for start, end in ((-1 / 2, 1 / 2), (-1 / 3, 2 / 3), (-1, 9 / (3.0 * samples)))
+]
+# many bins between two positions, where float32 has a quarter of a pixel
+FAR = [(2e6 + 0.5, 2e6 + 1), (2e6 + 3, 2e6 + 2.25), (2**21 - 1.5, 2**21 + 1)]
 
 
 @pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_far_out(sampling, columns):
-    """Many bins between two positions, where float32 has a quarter of a pixel."""
-    length = 2**21
-    spans = [(2e6 + 0.5, 2e6 + 1), (2e6 + 3, 2e6 + 2.25), (length - 1.5, length + 1)]
-    problem = problem_of(spans, length, 5, sampling=sampling)
-    check_values(entries_of(problem, 1, columns=columns), of_oracle(problem, 1))
+@pytest.mark.parametrize(
+    "spans, length, bins, options, right",
+    [
+        (short_side(1), 1, 2, {"sampling": 3}, of_core),
+        (short_side(2), 2, 2, {"sampling": 3}, of_core),
+        (MANY, LENGTH, 130, {"sampling": 2}, of_core),
+        (HUGE, LENGTH, 3, {"dtype": np.float32}, of_core),
+        (HUGE, LENGTH, 3, {"dtype": np.float64}, of_core),
+        (overlapping(128, 90), 90, 128, {}, of_oracle),
+        (FAR, 2**21, 5, {"sampling": 0}, of_oracle),
+        (FAR, 2**21, 5, {"sampling": 2}, of_oracle),
+    ],
+    ids=["1 pixel", "2 pixels", "many", "huge", "huge64", "overlapping", "far", "far of 2"],
+)
+def test_rare_boxes(spans, length, bins, options, right, columns):
+    problem = problem_of(spans, length, bins, **options)
+    check_values(entries_of(problem, 1, columns=columns), right(problem, 1))
+
+
+def test_bins_overlap_by_pixels():
+    overlaps = [
+        a.samples[k].lo.max(initial=-1) - a.samples[k + 1].lo.min(initial=90)
+        for _, a in problem_of(overlapping(128, 90), 90, 128).axes
+        for k in range(127)
+    ]
+    assert max(overlaps) > 3
 
 
 @pytest.mark.parametrize("columns", [False, True])
