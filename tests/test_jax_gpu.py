@@ -151,11 +151,6 @@ def check_kernels():
         assert sorted(names) == sorted(FORWARD + ADJOINT + BOX_GRADIENT)
 
 
-@compiled
-def test_kernels():
-    isolated(check_kernels, env=COMPILER, timeout=300)
-
-
 def check_platforms():
     """In a program for several platforms each has its own way."""
     pretend_gpu()
@@ -174,11 +169,6 @@ def check_platforms():
         assert ("dot_general" in text) == ("tpu" in platforms)
         if "cpu" in platforms:
             np.testing.assert_array_equal(exported.call(*leaves(problem)), f(*leaves(problem)))
-
-
-@compiled
-def test_platforms():
-    isolated(check_platforms, env=COMPILER, timeout=300)
 
 
 def check_devices():
@@ -214,11 +204,6 @@ def check_devices():
     assert names == FORWARD and "dot_general" not in text
 
 
-@compiled
-def test_devices():
-    isolated(check_devices, env=COMPILER | FOUR, timeout=300)
-
-
 def check_dense():
     """Without a GPU, or where sizes are not known or nothing is there to do: plain JAX."""
     problem = draw_problem()
@@ -241,8 +226,9 @@ def check_dense():
 
 
 @compiled
-def test_dense():
-    isolated(check_dense, env=COMPILER, timeout=300)
+@pytest.mark.parametrize("check", [check_kernels, check_platforms, check_devices, check_dense])
+def test_programs(check):
+    isolated(check, env=COMPILER | (FOUR if check is check_devices else {}), timeout=300)
 
 
 @pytest.mark.parametrize("version", [None, (0, 2, 0), (0, 4, 1)], ids=["missing", "older", "newer"])
