@@ -50,25 +50,14 @@ def compiled(request, cache):
 
 
 @each_target
-def test_every_kernel_is_compiled(compiled, target):
-    kinds = {(v.kernel, v.constants.get("TABLES")) for v in compiled[target]}
-    assert kinds == {
-        *(("axis_taps", tables) for tables in (1, 2, 3)),
-        *((name, tables) for name in ("forward", "adjoint") for tables in (1, 2)),
-        ("touched", None),
-        ("box_gradient", None),
-        ("sum_blocks", None),
-    }
-
-
-@each_gated
-def test_every_dtype_and_layout_is_compiled(compiled, target):
-    for kernel in ("forward", "adjoint", "box_gradient"):
-        variants = [v for v in compiled[target] if v.kernel == kernel]
-        kinds = {(v.dtype, v.constants["INNERMOST"], v.constants["ALIGNED"]) for v in variants}
-        layouts = [(False, False), (True, False), (True, True)]
-        dtypes = ("fp16", "bf16", "fp32", "fp64")
-        assert kinds == {(dtype, *layout) for dtype in dtypes for layout in layouts}
+def test_the_recorded_table_has_every_row(compiled, target):
+    lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines()]
+    rows = {tuple(line[:4]): line[4:] for line in lines if len(line) == 4 + len(GATED)}
+    titles = rows.pop(("kernel", "dtype", "tables", "layout"))
+    assert titles == list(GATED)
+    assert all(re.fullmatch(r"\d+ / \d+", cell) for cells in rows.values() for cell in cells)
+    dtypes = {"fp16", "bf16", "fp32", "fp64", "-"} if target in GATED else {"fp32", "-"}
+    assert {row for row in rows if row[1] in dtypes} == {v.row for v in compiled[target]}
 
 
 @each_gated
@@ -104,16 +93,6 @@ def test_aligned_channels_are_read_16_bytes_at_once(compiled, target):
         enough = target.startswith("sm_") or v.dtype in ("fp32", "fp64")
         if v.kernel == "forward" and v.constants["INNERMOST"] and enough:
             assert bool(wide.search(v.code)) == v.constants["ALIGNED"], v.row
-
-
-@each_gated
-def test_the_recorded_table_has_every_row(compiled, target):
-    lines = [line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines()]
-    rows = {tuple(line[:4]): line[4:] for line in lines if len(line) == 4 + len(GATED)}
-    titles = rows.pop(("kernel", "dtype", "tables", "layout"))
-    assert titles == list(GATED)
-    assert set(rows) == {v.row for v in compiled[target]}
-    assert all(re.fullmatch(r"\d+ / \d+", cell) for cells in rows.values() for cell in cells)
 
 
 # What a call compiles
