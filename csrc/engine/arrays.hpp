@@ -2,6 +2,7 @@
 // packed into lines and leave them again.
 #pragma once
 
+#include "../memory.hpp"
 #include "lines.hpp"
 
 namespace roialign {
@@ -38,16 +39,32 @@ struct Slices {
   }
 };
 
-// Cuts scratch into arrays, each from a line on; without a base it only counts.
+// Cuts memory into arrays, each from a line on; without memory it only counts.
 struct Cut {
-  char* base = nullptr;
+  char* memory = nullptr;
   int64_t bytes = 0;
 
   template <class T>
   void operator()(T*& array, int64_t count) {
-    array = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
+    array = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
     bytes += (count * int64_t(sizeof(T)) + kLineBytes - 1) / kLineBytes * kLineBytes;
   }
+};
+
+// The thread's scratch as long as a task works in it.
+struct Scratch {
+  // arrays(cut) cuts all of them.
+  template <class Arrays>
+  void take(const Arrays& arrays) {
+    Cut sizes;
+    arrays(sizes);
+    Cut cut{static_cast<char*>(thread_scratch(size_t(sizes.bytes)))};
+    arrays(cut);
+  }
+  Scratch() = default;
+  ~Scratch() { trim_thread_scratch(); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 };
 
 template <class Real>

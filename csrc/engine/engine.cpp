@@ -29,7 +29,7 @@ constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations, so
 
 // What a task works in, cut from the thread's scratch. Every array starts on a line.
 template <class T, class Real>
-struct Workspace {
+struct Workspace : Scratch {
   Real* map;     // [blocks] of the visit's groups: packed features, or the sums of d_features
   Real* strips;  // [kRows] for each column of a window
   Real* tile;    // [blocks][P][Q] lines
@@ -42,21 +42,16 @@ struct Workspace {
       : map_step(most_of(visit.groups, kUnpacked) * kGroup * kLanes<Real>),
         tile_step(bins[0] * bins[1] * kLanes<Real>) {
     const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
-    const auto arrays = [&](Cut cut) {
+    take([&](Cut& cut) {
       cut(map, blocks * map_step);
       cut(strips, kRows * max_columns * kLanes<Real>);
       cut(tile, blocks * tile_step);
       cut(stage, staged);
-      return cut.bytes;
-    };
-    arrays({static_cast<char*>(thread_scratch(size_t(arrays({}))))});
+    });
   }
-  ~Workspace() { trim_thread_scratch(); }
   Lines<Real> map_of(int64_t block, const Term<Real>& term) const {
     return {map + block * map_step, term.rows};
   }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
 };
 
 // --- The operations

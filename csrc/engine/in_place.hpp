@@ -119,7 +119,7 @@ class Columns {
 
 // What a task works in.
 template <class T, class Real>
-struct RowWorkspace {
+struct RowWorkspace : Scratch {
   Real* strips;     // [lanes] of `step` columns
   Real* lines;      // [step] lines of rows
   Real* tile;       // [Q] lines of rows: of the output or of d_output
@@ -131,15 +131,13 @@ struct RowWorkspace {
     constexpr int64_t lanes = kLanes<Real>;
     const int64_t longest = least_of(width, Columns<Real>::longest(max_columns));
     step = (longest + lanes - 1) / lanes * lanes;
-    const auto arrays = [&](Cut cut) {
+    take([&](Cut& cut) {
       cut(strips, step * lanes);
       cut(lines, step * lanes);
       cut(tile, bins * lanes);
       cut(stage, bins * lanes);
       cut(places, max_columns);
-      return cut.bytes;
-    };
-    arrays({static_cast<char*>(thread_scratch(size_t(arrays({}))))});
+    });
   }
 };
 
