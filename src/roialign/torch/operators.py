@@ -45,16 +45,15 @@ _LEAST = -sys.float_info.max  # stands for -infinity
 
 
 def run(call: Call, tensors: Tensors) -> Result:
-    sizes: list = []
+    d_output, boxes, image_index, levels, tangent, *maps = tensors
+    rois, rule = (boxes, image_index, levels), [max(number, _LEAST) for number in call.rule]
+    operator = OPERATORS[call.operation]
     if call.operation == "forward":
-        sizes = [call.bins]
-    elif call.operation == "adjoint":
-        sizes = [[n for shape in calls.result_shapes(call, tensors) for n in shape]]
-    arrays = calls.named(tensors)
-    given = [arrays.get(name) for name in ORDER[call.operation]]
-    rule = [max(number, _LEAST) for number in call.rule]
-    result = OPERATORS[call.operation](*given, *sizes, call.scales, rule)
-    return tuple(result) if call.operation == "adjoint" else result
+        return operator(maps, *rois, tangent, call.bins, call.scales, rule)
+    if call.operation == "adjoint":
+        sizes = [n for shape in calls.result_shapes(call, tensors) for n in shape]
+        return tuple(operator(d_output, *rois, tangent, sizes, call.scales, rule))
+    return operator(d_output, maps, *rois, call.scales, rule)
 
 
 def _flat(operation: str, args: Sequence) -> tuple:
