@@ -162,11 +162,10 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
       const int channels = int(least_of<int64_t>(lanes, plane.channels - b * lanes));
       Real* to = lines + b * block_step + done * lanes;
       if (c_step == 1) {
-        for (int64_t i = 0; i < run; ++i) {
-          const T* from = p + i * i_step;
-          store(to + i * lanes,
-                channels < lanes ? load_part(from, channels, Real{}) : load_wide(from, Real{}));
-        }
+        for (int64_t i = 0; i < run && channels == lanes; ++i)
+          widen_line(p + i * i_step, to + i * lanes);
+        for (int64_t i = 0; i < run && channels < lanes; ++i)
+          store(to + i * lanes, load_part(p + i * i_step, channels, Real{}));
         continue;
       }
       for_tiles<lanes>(run, [&](int64_t at, int pixels) {

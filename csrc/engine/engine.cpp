@@ -2,12 +2,14 @@
 // or 8 doubles, per pixel. One task is one visit (a run of RoIs on one image) for one or a few
 // blocks.
 //
-//   forward       pack the pixels that a band of RoIs is the first to touch into lines [H * W];
-//                 for every row p of bins: strip = Ay[p] F, a line per column of the window; then
+//   forward       pack the pixels that a band of RoIs is the first to touch into lines; for every
+//                 row p of bins: strip = Ay[p] F, a line per column of the window; then
 //                 tile[p] = strip Ax^T. The finished tile leaves while the next one is made.
 //   adjoint       load d_output's tile; for every p: strip = tile[p] Ax; add Ay[p]^T strip to the
 //                 lines; unpack the pixels that the band was the last to touch.
 //   box_gradient  for every p the same strips, and dot products with the slopes.
+//
+// Visits that are marked so take the other way, without packing: in_place.hpp.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
 // instantiate anything with external linkage that another file instantiates too (no std::
