@@ -18,6 +18,7 @@ REQUIREMENTS = {
     "mindspore": ("mindspore==2.10.0", "numpy==1.26.4"),
     "torchvision": (*TORCH, "torchvision==0.28.0"),
 }
+MENDS = {"torchvision": ROOT / ".ci" / "torchvision"}  # takes the Python, where there is a fault
 
 
 def find(names, given):
@@ -42,6 +43,8 @@ def set_up(names):
             venv.create(ENVIRONMENTS / name, with_pip=True, clear=True)
             pip = [python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]]
             reason = error_of(pip) or fault(name)
+            if reason and name in MENDS:
+                reason = error_of([MENDS[name], python]) or fault(name)
         print(f"{name}: {reason or 'ready'}", flush=True)
         if reason:
             failed.append(name)

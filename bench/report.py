@@ -11,6 +11,7 @@ from bench.environments import ROOT
 from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, TITLES, VARIED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+USUAL = "torchvision"  # has a column of its own in the README
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
 PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
 RESULTS = {"samples", "memory", "refused"}
@@ -102,6 +103,11 @@ def ratio(row, other):
     return middle(row) / middle(other)
 
 
+def faster(row, other):
+    value = ratio(row, other)
+    return f"{value:.1f}x" if value < 9.95 else f"{value:.0f}x"
+
+
 def times_floor(row, kind="dram_and_cache"):
     """How many times the floor a row takes; "-" where all of it fits a cache."""
     floor = row.get("floor", {})
@@ -171,12 +177,16 @@ def asked(rows, row):
 
 
 def main_table(rows):
-    """A line for each contestant; no column that would be empty."""
+    """A line for each contestant."""
     there = [row for row in rows.rows if not row["build"] and row.keys() & RESULTS]
     lines = [cells(rows, row) for row in there if row.get("samples") != []]
-    lines = [line + ["-"] * (len(COLUMNS) - len(line)) for line in lines]
-    kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
-    return markdown([COLUMNS[i] for i in kept], [[line[i] for i in kept] for line in lines])
+    return filled(COLUMNS, [line + ["-"] * (len(COLUMNS) - len(line)) for line in lines])
+
+
+def filled(header, lines):
+    """A table of the columns that are not empty."""
+    kept = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
+    return markdown([header[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def machine_line(record):
@@ -223,16 +233,18 @@ def short_tables(runs, image):
         lines = []
         for workload, ours, fastest, beside in rows.compared(operation):
             seconds, theirs = (milliseconds(middle(row)) for row in (ours, fastest))
-            cells = [seconds, f"{theirs} ({TITLES[fastest['by']]})"]
-            times = f"{ratio(fastest, beside):.0f}x"
-            lines.append([rows.title(workload), *cells, times, times_floor(ours)])
-        header = [OPERATIONS[operation][0], "roialign, ms", "fastest other, ms", "faster"]
-        parts.append(markdown([*header, "roialign / memory floor"], lines))
+            usual = rows.find(by=USUAL, workload=workload, operation=operation)
+            cells = [f"{milliseconds(middle(usual))} ({faster(usual, ours)})" if usual else "-"]
+            cells += [f"{theirs} ({TITLES[fastest['by']]})", faster(fastest, beside)]
+            lines.append([rows.title(workload), seconds, *cells, times_floor(ours)])
+        header = [OPERATIONS[operation][0], "roialign, ms", f"{TITLES[USUAL]}, ms"]
+        header += ["fastest other, ms", "faster", "roialign / memory floor"]
+        parts.append(filled(header, lines))
     by_threads = {run["settings"]["threads"]: run for run in runs}  # the last of each
     for threads, run in sorted(by_threads.items()):
         if threads != record["settings"]["threads"]:
             found = ", ".join(
-                f"{workload} {milliseconds(middle(ours))} ms ({ratio(fastest, beside):.0f}x)"
+                f"{workload} {milliseconds(middle(ours))} ms ({faster(fastest, beside)})"
                 for workload, ours, fastest, beside in Rows(run).compared("forward")
             )
             parts.append(f"Forward with {threads} threads: {found}.")
@@ -278,7 +290,7 @@ def chart(record, path):
                 ax.plot([floor, floor], [place - 0.4, place - 0.4 + height], color="black")
             if fastest:
                 x, y = 1000 * max(flat(ours)) * 1.15, place + 0.5 * height - 0.4
-                ax.text(x, y, f"{ratio(*fastest):.0f}x", va="center", fontsize=8)
+                ax.text(x, y, faster(*fastest), va="center", fontsize=8)
         ax.set(xscale="log", title=OPERATIONS[operation][0], axisbelow=True)
         ax.set_xlabel("ms per call (the lower, the better)")
         ax.grid(axis="x", alpha=0.3)

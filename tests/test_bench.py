@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command, devices, floor, reference, report, run, worker
-from bench.peers import MAIN, PEERS
+from bench.peers import LAYOUTS, MAIN, PEERS
 from cases import WORKLOADS, Workload
 
 TINY = Workload(
@@ -113,6 +113,15 @@ def test_one_box_memory_and_import(tiny, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| huge roialign, forward |" in printed and "roialign, forward, memory" in printed
     assert "`import roialign` beyond NumPy" in printed
+
+
+def test_torchvision_is_right_and_takes_turns(tiny, tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    record = ran([*tiny, "--peers", "torchvision", "--no-extras"], tmp_path)
+    rows = [row for row in record["rows"] if row["by"] == "torchvision"]
+    found = [(row["operation"], row["layout"]) for row in rows if len(row["samples"]) == 2]
+    assert sorted(found) == sorted(itertools.product(("forward", "adjoint"), LAYOUTS))
+    assert "| torchvision, ms | fastest other, ms |" in report.short_tables([record], "")
 
 
 def test_what_a_call_costs(tiny, tmp_path, capsys):

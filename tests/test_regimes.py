@@ -1,5 +1,6 @@
 """`python -m bench.regimes`: what it draws, that it checks results, and what it calls slower."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("bench", reason="the benchmark is in the repository, not in the package")
 from bench import regimes, run
+from test_bench import Here
 
 
 def test_three_thirds_are_the_grid():
@@ -83,3 +85,13 @@ def test_who_is_slower_is_measured_again_and_told(swept):
 def test_a_wrong_result_is_not_timed(swept):
     with pytest.raises(run.PeerError, match="differs from ours"):
         swept(wrong=("torchvision",))
+
+
+def test_torchvision_is_a_peer(tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    given = ["--peers", "torchvision", "--rounds", "1", "--slice", "0.001", "--most", "1"]
+    regimes.main([*given, "--seed", "0", "--results", str(tmp_path)], start=Here)
+    (file,) = tmp_path.glob("*.jsonl")
+    rows = json.loads(file.read_text())["rows"]
+    found = [(row["by"], row["operation"]) for row in rows if min(row["samples"]) > 0]
+    assert found == [*itertools.product(("ours", "torchvision"), ("forward", "adjoint"))]
