@@ -92,11 +92,12 @@ def count(lanes_y, lanes_x, row, itemsize):
     Each lane [L, most], -1 for none, has its rows and columns of an array with rows of that length.
     """
     lanes = len(lanes_y)
+    warp = min(WARP, lanes)
     there = (lanes_y >= 0)[:, :, None] & (lanes_x >= 0)[:, None]
     most_y, most_x = ((of_lanes >= 0).sum(1).max() for of_lanes in (lanes_y, lanes_x))
     at = lanes_y[:, :, None] * row + lanes_x[:, None]  # [L, most of y, most of x]
     sectors = np.where(there, at * itemsize // SECTOR, -1)
-    sectors = np.sort(sectors.reshape(-1, min(WARP, lanes), *at.shape[1:]), axis=1)
+    sectors = np.sort(sectors.reshape(lanes // warp, warp, *at.shape[1:]), axis=1)
     new = sectors >= 0
     new[:, 1:] &= sectors[:, 1:] != sectors[:, :-1]
     return len(np.unique(at[there])), new.sum(), lanes * most_y * most_x, lanes * most_y

@@ -60,6 +60,9 @@ BIG = ((14.0, 34.5, 76.0, 0.5), (15, 37, 75))
 ASSIGNED = ((13.5, 18.6, 27.5, 0.5), (14, 20, 28))
 MASK = ((14.0, 30.5, 73.0, 0.5), (15, 36, 75))
 SMALL = ((0.5, 7.6, 35.5, 0.9), (2, 13, 37))
+MASKS = ((100, 1, 800, 1333), 1.0, 1, (28, 28))
+TARGET = ((56.0, 138.0, 304.0, 0.5), (57, 162, 301))
+CROPS = ((1, 3, 2160, 3840), 1.0, 64, (224, 224))
 
 WORKLOADS = {
     workload.name: workload
@@ -79,6 +82,12 @@ WORKLOADS = {
         Workload(
             "W6", "call overhead", (1, 64, 32, 32), 1 / 16, 8, (7, 7), 2,
             (4.0, 8.0, 16.0, 0.5), (5, 9, 17),
+        ),
+        Workload("W9", "mask targets, a box each", *MASKS, 1, *TARGET),
+        Workload("W9a", "mask targets, adaptive", *MASKS, 0, *TARGET),
+        Workload(
+            "W10", "crops of an RGB image, adaptive", *CROPS, 0,
+            (100.0, 500.0, 2000.0, 0.5), (179, 622, 1947),
         ),
     )
 }  # fmt: skip

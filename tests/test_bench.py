@@ -182,13 +182,13 @@ class Spoiling(Here):
         return reply
 
 
-def checked(spoil, operation, folder):
+def checked(spoil, operation, folder, ours=True):
     answers = run.Answers(TINY, folder, Here("ours", "cpu"), 1)
     worker = Spoiling("ours", "cpu")
     worker.spoil = spoil
     worker.ask("load", **answers.files)
     (row,) = run.contestants(TINY, settings(operations=[operation], peers=[]))
-    return answers.check(row, worker, ours=True)
+    return answers.check(row, worker, ours)
 
 
 def added(value, at):
@@ -208,6 +208,14 @@ def test_refuses_wrong_code(operation, tmp_path):
 def test_refuses_a_peer_that_differs_from_ours_outside_the_checked_channels(tmp_path):
     with pytest.raises(run.PeerError, match="differs from ours"):
         checked(added(0.1, np.s_[:, 1]), "forward", tmp_path)  # the reference has 0, 2 and 4
+
+
+def test_a_peer_may_round_coordinates_otherwise(tmp_path):
+    """Which on this map counts 0.033 of the tolerance."""
+    spoil = added(1.02 * run.TOLERANCE * np.abs(TINY.features()).max(), np.s_[-1:])
+    assert checked(spoil, "forward", tmp_path, ours=False) > 0
+    with pytest.raises(run.PeerError, match="differs from the reference"):
+        checked(spoil, "forward", tmp_path)
 
 
 def test_a_worker_that_dies_or_raises_is_a_peer_error():

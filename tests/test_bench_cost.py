@@ -1,5 +1,6 @@
 """The expected cost of the GPU kernels: counts of one box by hand, and of others lane by lane."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ ONE = SimpleNamespace(
     sampling=1,
     rois=lambda: np.array([[0, 2, 2, 4, 4]], np.float32),
 )
+# of whose boxes some tiles have no tap
+SPARSE = replace(WORKLOADS["W1"], name="sparse", sampling=1, output_size=(2, 2))
 TABLE = 4 * ((8 + 3 * 2) + (16 + 3 * 2))  # bytes of one part of the weights
 
 
@@ -91,10 +94,11 @@ def lanes_of_pixels(y, x):
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("name", ["W1", "W2", "W4"])
+@pytest.mark.parametrize(
+    "workload", [*(WORKLOADS[name] for name in ("W1", "W2", "W4")), SPARSE], ids=lambda w: w.name
+)
 @pytest.mark.parametrize("programs", [(cost.bins, lanes_of_bins), (cost.tiles, lanes_of_pixels)])
-def test_lane_by_lane(name, programs, itemsize):
-    workload = WORKLOADS[name]
+def test_lane_by_lane(workload, programs, itemsize):
     counted, by_lane = programs
     constants = {"BLOCK_B": 64, "TILE_Y": 8, "TILE_X": 16}
     row = 37
