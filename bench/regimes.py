@@ -1,11 +1,13 @@
 """`python -m bench.regimes`: in which regimes is a peer faster? See bench/README.md.
 
 A third of a grid of maps, channels, boxes, bins, samples and layouts, drawn at run time. A result
-is checked before it is timed; where a peer seems faster, all of that regime is timed again.
+is checked before it is timed; where a peer seems faster, all of that regime is timed again. A map
+of ratios is drawn beside the record.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import math
 import random
@@ -19,11 +21,11 @@ import numpy as np
 
 from bench import run
 from bench.environments import ROOT, find
-from bench.peers import LAYOUTS, PEERS
+from bench.peers import LAYOUTS, PEERS, TITLES
 
 from cases import Workload  # isort: skip (found by bench.reference)
 
-MAPS = ((16, 16), (50, 76), (200, 304), (800, 1333), (2000, 3000))
+MAPS = ("16x16", "50x76", "200x304", "800x1333", "2000x3000")
 GRID = (MAPS, (1, 3, 16, 64, 256), (1, 8, 100, 1000), (1, 7, 28), (1, 2, 0), LAYOUTS)
 MOST_MAP, MOST_OUTPUT = 80e6, 120e6  # bytes
 THIRDS = 3
@@ -35,9 +37,11 @@ ALLOWED = {False: 0.95, True: 0.8}  # a peer's time in ours; of a call that is m
 def regimes(seed):
     """(A workload, a layout) for each point of a third of the grid."""
     points = []
-    for (height, width), channels, count, bins, samples, layout in itertools.product(*GRID):
+    for point in itertools.product(*GRID):
+        map_, channels, count, bins, samples, layout = point
+        height, width = map(int, map_.split("x"))
         shape, side = (1, channels, height, width), min(height, width)
-        name = f"{height}x{width} {channels} {count} {bins} {samples} {layout}"
+        name = " ".join(map(str, point))
         bytes_ = 4 * math.prod(shape), 4 * count * channels * bins**2
         if bytes_[0] <= MOST_MAP and bytes_[1] <= MOST_OUTPUT:
             sides, size = (1.0, side / 4, side - 1.0, 0.5), (bins, bins)
@@ -79,7 +83,8 @@ def measure(workload, layout, workers, settings):
             reply = worker.ask("prepare", key=run.key_of(row), save=path, **asked)
             result = np.load(path)
             expected = right.setdefault(row["operation"], result)  # ours comes first
-            run.agree(result, expected, run.TOLERANCE * np.abs(expected).max(initial=1), "ours")
+            allowed = run.tolerance(workload) * np.abs(expected).max(initial=1)
+            run.agree(result, expected, allowed, "ours")
             rows.append((row, worker, run.turn(reply["seconds"], settings)))
 
     def rounds(count):
@@ -123,6 +128,31 @@ def table(by_regime):
         yield f"| {' | '.join(map(str, cells))} |"
 
 
+def panels(by_regime):
+    """Of each peer and operation the least ratio, by map, channels, boxes and bins."""
+    found = defaultdict(dict)
+    for name, rows in by_regime.items():
+        place = tuple(name.split()[:4])
+        for row, ratio, _ in ratios(rows):
+            panel = found[f"{TITLES[row['by']]}, {row['operation']}"]
+            panel[place] = min(ratio, panel.get(place, ratio))
+    return found
+
+
+def draw(record, by_regime, path):
+    from bench import heatmap
+
+    threads = record["settings"]["threads"]
+    about = f"{record['machine']['cpu']}, {threads} thread(s), {record['date'][:10]}"
+    title = (
+        f"Time of a peer divided by that of roialign: {about}.\n"
+        "A cell is the least of both layouts and of 1, 2 and adaptive samples, in a third of the "
+        "grid. Blank: not drawn, or too large."
+    )
+    axes = ([*map(str, values)] for values in GRID[:4])
+    heatmap.draw(panels(by_regime), *axes, title, path)
+
+
 def main(arguments=None, start=run.Worker):
     parser = argparse.ArgumentParser("python -m bench.regimes", description=__doc__)
     add = parser.add_argument
@@ -152,8 +182,12 @@ def main(arguments=None, start=run.Worker):
                       f"{1e6 * seconds:.1f} us", flush=True)  # fmt: skip
         record = run.heading(settings, versions, workers["ours"])
     record["rows"] = [row for rows in by_regime.values() for row in rows]
-    print(run.write(record, given.results))
-    print(*table(by_regime), sep="\n")
+    path = run.write(record, given.results)
+    print(path, *table(by_regime), sep="\n")
+    if importlib.util.find_spec("matplotlib"):
+        image = path.with_name(f"{path.stem}-{given.seed}.png")
+        draw(record, by_regime, image)
+        print(image)
     return int(any(slower(rows) for rows in by_regime.values()))
 
 

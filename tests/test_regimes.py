@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("bench", reason="the benchmark is in the repository, not in the package")
 from bench import regimes, run
@@ -80,6 +81,23 @@ def test_who_is_slower_is_measured_again_and_told(swept):
     samples = {len(row["samples"]) for row in record["rows"]}
     assert samples == {regimes.AGAIN * run.turn(0.001, SLICE)["samples"]}
     assert "| 3 | 3 | 0.50, 0.5 |" in printed or "| 1 | 1 | 0.50, 0.5 |" in printed
+
+
+@pytest.mark.parametrize("slow, least", [((), 1.0), (("ours",), 0.5)])
+def test_a_map_of_ratios_is_drawn(swept, tmp_path, slow, least):
+    """Most of it is in the colour of the ratio; its legend has as much of each."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from bench import heatmap  # which imports matplotlib
+
+    swept(slow=slow)
+    (image,) = tmp_path.glob("*.png")
+    pixels = np.asarray(Image.open(image).convert("RGB"))
+    areas = {
+        ratio: (pixels == tuple(bytes.fromhex(colour[1:]))).all(2).sum()
+        for ratio, colour in heatmap.COLOURS.items()
+    }
+    most = areas.pop(least)
+    assert most > 5 * max(areas.values()) > 0
 
 
 def test_a_wrong_result_is_not_timed(swept):
