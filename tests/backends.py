@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +42,7 @@ class Backend:
     # "raises"  on a bad image index; the others make that row zero: "zeroes"
     # "grad"    has derivatives; "twice": of them too, "mixed": of the boxes' too; "jvp"; "vmap";
     #           "func": all of JAX's names
+    # "ways"    to run a function, other than its own
 
     @property
     def family(self):
@@ -128,6 +129,10 @@ class Backend:
         """`ROIAlign`, and the framework's own."""
         return [roialign.ROIAlign]
 
+    def backward(self, function, argnums):
+        """`grad`, but as most users have it."""
+        return self.grad(function, argnums)
+
     def layers(self, *arguments):
         return [kind(*arguments) for kind in self.layer_kinds]
 
@@ -192,7 +197,7 @@ class InPlace(Packed):
 
 class Torch(Backend):
     name, needs = "torch", ("torch",)
-    traits = Numpy.traits | {"grad", "twice", "jvp"}
+    traits = Numpy.traits | {"grad", "twice", "jvp", "ways"}
     device = "cpu"
     integers = Numpy.integers[:5]
 
@@ -261,6 +266,28 @@ class Torch(Backend):
             duals = map(forward_ad.make_dual, primals, tangents)
             return tuple(forward_ad.unpack_dual(function(*duals)))
 
+    def ways(self, pool, given):
+        """Functions that pool features and any number of RoIs, and where they are called."""
+
+        class Module(self.torch.nn.Module):
+            def forward(self, *given):
+                return pool(*given)
+
+        @contextmanager
+        def deterministic():
+            self.torch.use_deterministic_algorithms(True)
+            yield
+            self.torch.use_deterministic_algorithms(False)
+
+        checkpoint = self.torch.utils.checkpoint.checkpoint
+        yield lambda *given: checkpoint(pool, *given, use_reentrant=False), nullcontext
+        yield pool, deterministic
+        yield self.torch.compile(pool, fullgraph=True, dynamic=True), nullcontext
+        yield self.torch.jit.trace(pool, given), nullcontext
+        dynamic = None, *[{0: self.torch.export.Dim.DYNAMIC}] * (len(given) - 1)
+        exported = self.torch.export.export(Module(), given, dynamic_shapes=(dynamic,))
+        yield exported.module(), nullcontext
+
 
 class TorchFunc(Torch):
     name = "torch.func"
@@ -282,7 +309,7 @@ class TorchFunc(Torch):
 
 class TorchCompile(Torch):
     name = "torch.compile"
-    traits = Torch.traits - {"fast", "out", "strided", "twice", "jvp"} | {"slow"}
+    traits = Torch.traits - {"fast", "out", "strided", "twice", "jvp", "ways"} | {"slow"}
 
     def way(self, function):
         self.torch.compiler.reset()
@@ -299,6 +326,7 @@ class Triton(TorchFunc):
     name, needs = "triton", ("torch", "triton")
     traits = Torch.traits - {"exact", "fast", "raises"} | TorchFunc.traits
     traits |= {"slow", "interprets", "zeroes"}
+    backward = Torch.grad
     interpreted = os.environ.get("TRITON_INTERPRET", "1") == "1"
     device = "cpu" if interpreted else "cuda"
 
@@ -318,7 +346,7 @@ class Triton(TorchFunc):
 
 class Jax(Backend):
     name, needs = "jax", ("jax",)
-    traits = Numpy.traits - {"out", "strided"} | TorchFunc.traits
+    traits = Numpy.traits - {"out", "strided"} | TorchFunc.traits | {"ways"}
 
     def start(self, monkeypatch):
         import jax
@@ -351,10 +379,23 @@ class Jax(Backend):
     def vmap(self, function, in_axes=0):
         return self.way(self.jax.vmap(function, in_axes))
 
+    def ways(self, pool, given):
+        jit, cond = self.jax.jit, self.jax.lax.cond
+        other = lambda *given: 2 * pool(*given)  # noqa: E731
+        yield pool, self.jax.disable_jit
+        for function in (
+            self.jax.checkpoint(pool),
+            jit(lambda features, *rois: cond(features.sum() < 1e9, pool, other, features, *rois)),
+            lambda features, *rois: jit(lambda features: pool(features, *rois))(features),
+            lambda features, *rois: jit(lambda *rois: pool(features, *rois))(*rois),
+            lambda *given: jit(lambda: pool(*given))(),
+        ):
+            yield function, nullcontext
+
 
 class JaxJit(Jax):
     name = "jax.jit"
-    traits = Jax.traits - {"fast", "raises"} | {"zeroes"}
+    traits = Jax.traits - {"fast", "raises", "ways"} | {"zeroes"}
 
     def way(self, function):
         return self.jax.jit(function)
@@ -457,10 +498,14 @@ class MindSpore(Backend):
     def vmap(self, function, in_axes=0):
         return self.mindspore.vmap(function, in_axes)
 
+    def ways(self, pool, given):
+        for mode in ("ast", "bytecode"):
+            yield self.mindspore.jit(pool, capture_mode=mode), nullcontext
+
 
 class MindSporeGraph(MindSpore):
     name = "mindspore.graph"
-    traits = MindSpore.traits - {"fast", "raises"} | {"zeroes", "mixed"}
+    traits = MindSpore.traits - {"fast", "raises", "ways"} | {"zeroes", "mixed"}
 
     def start(self, monkeypatch):
         super().start(monkeypatch)

@@ -4,7 +4,6 @@ The kernels run in Triton's interpreter, on tensors of the CPU that pass for a G
 TRITON_INTERPRET=0 on the GPU that is there.
 """
 
-import contextlib
 import subprocess
 import sys
 
@@ -45,14 +44,6 @@ def launched(monkeypatch):
     GPU.start(monkeypatch)
     monkeypatch.setattr(kernels_of_torch, "launch", spy)
     return names
-
-
-@contextlib.contextmanager
-def core():
-    """On tensors of the CPU the core again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_of_torch, "home", lambda t: "_triton" if t.is_cuda else None)
-        yield
 
 
 @pytest.fixture
@@ -96,49 +87,6 @@ def test_overlap_with_out_is_refused():
 
 
 # Derivatives and transforms, by value
-
-
-def compiled(function, given):
-    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-
-
-def exported(function, given):
-    class Model(torch.nn.Module):
-        def forward(self, *given):
-            return function(*given)
-
-    program = torch.export.export(Model(), given)
-    assert "torch.ops.roialign.forward" in program.graph_module.code
-    return program.module()
-
-
-def deterministic(function, given):
-    def pool(*given):
-        torch.use_deterministic_algorithms(True)
-        try:
-            return function(*given)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    return pool
-
-
-@pytest.mark.parametrize("way", [compiled, exported, deterministic])
-def test_ways_to_run(problem, way):
-    """The output and its gradients are the core's, but for rounding of float64."""
-
-    def results(*given):
-        leaves = [each.requires_grad_() for each in given[:2]]
-        output = way(pooling(problem), given)(*given)
-        return output, *torch.autograd.grad(output.square().sum(), leaves)
-
-    given = tuple(arguments(problem))
-    found = results(*given)
-    with core():
-        expected = results(*[each.detach().cpu() for each in given])
-    for actual, right in zip(found, expected, strict=True):
-        assert actual.device.type == DEVICE
-        torch.testing.assert_close(actual.cpu(), right, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck(problem):

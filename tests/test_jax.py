@@ -12,17 +12,14 @@ import pytest
 import oracle
 import roialign
 import tolerance
-from roialign import _rule
 
 jax = pytest.importorskip("jax", reason="the JAX adapter's tests need jax")
 import jax.numpy as jnp  # noqa: E402
 
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
-from backends import named, three  # noqa: E402
-from roialign import _dense  # noqa: E402
+from backends import named, pooling, three  # noqa: E402
 
-OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
 
 
@@ -107,17 +104,6 @@ def test_held_boxes_have_no_second_order(problem):
     close(held(boxes), jax.grad(loss)(boxes))
 
 
-def test_checkpoint(problem):
-    def loss(f, b):
-        return (pool(problem, f, b) ** 2).sum()
-
-    kept = jax.grad(jax.checkpoint(loss), argnums=(0, 1))(*leaves(problem))
-    for actual, expected in zip(
-        kept, jax.grad(loss, argnums=(0, 1))(*leaves(problem)), strict=True
-    ):
-        same(actual, expected)
-
-
 def test_scan(problem):
     """Boxes that move through the pooling, and what reaches the first ones."""
 
@@ -134,23 +120,6 @@ def test_scan(problem):
 
     boxes = jnp.asarray(problem.boxes)
     close(jax.jit(jax.grad(scanned))(boxes), jax.grad(unrolled)(boxes))
-
-
-def test_control_flow(problem):
-    features, _ = leaves(problem)
-    chosen = jax.jit(
-        lambda c, f: jax.lax.cond(c, lambda f: pool(problem, f), lambda f: pool(problem, 2 * f), f)
-    )
-    close(chosen(True, features), pool(problem))
-    close(chosen(False, features), 2 * pool(problem))
-
-
-def test_partly_traced(problem):
-    features, boxes = leaves(problem)
-    expected = pool(problem)
-    same(jax.jit(lambda f: pool(problem, f))(features), expected)
-    same(jax.jit(lambda b: pool(problem, boxes=b))(boxes), expected)
-    same(jax.jit(lambda: pool(problem))(), expected)
 
 
 def test_donated_buffers(make_problem):
@@ -170,40 +139,28 @@ def test_shapes_without_computing():
     assert (result.shape, result.dtype) == ((7, 3, 3, 2), jnp.bfloat16)
 
 
-def exported(f, *args, **options):
-    checks = [jax.export.DisabledSafetyCheck.custom_call(f"roialign_{name}_maps") for name in
-              ("forward", "adjoint", "box_gradient")]  # fmt: skip
-    return jax.export.export(jax.jit(f), disabled_checks=checks, **options)(*args)
-
-
 def test_export(make_problem):
+    """Stored, with derivatives; of any number of RoIs, and any map."""
     pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    index = jnp.asarray(problem.index)
-
-    def f(features, boxes, index):
-        return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-
     pytest.importorskip("flatbuffers", reason="jax.export stores with flatbuffers")
-    stored = exported(f, features, boxes, index).serialize(vjp_order=1)
-    loaded = jax.export.deserialize(stored)
-    same(loaded.call(features, boxes, index), f(features, boxes, index))
-    gradient = jax.grad(lambda b: loaded.call(features, b, index).sum())(boxes)
-    same(gradient, jax.grad(lambda b: f(features, b, index).sum())(boxes))
-
-    (k,) = jax.export.symbolic_shape("k")
-    any_number = exported(
-        f,
-        features,
-        jax.ShapeDtypeStruct((k, 4), boxes.dtype),
-        jax.ShapeDtypeStruct((k,), index.dtype),
-    )
+    problem = make_problem()
+    features, boxes, index = JAX.array((problem.features, *problem.rois))
+    k, h, w = jax.export.symbolic_shape("k, h, w")
+    shapes = (*features.shape[:2], h, w), (k, 4), (k,)
+    dtypes = features.dtype, boxes.dtype, index.dtype
+    shaped = map(jax.ShapeDtypeStruct, shapes, dtypes)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in make_jax.CALLS]
+    made = jax.export.export(jax.jit(pooling(problem)), disabled_checks=checks)(*shaped)
+    loaded = jax.export.deserialize(made.serialize(vjp_order=1))
     for count in (1, 4):
-        same(
-            any_number.call(features, boxes[:count], index[:count]),
-            f(features, boxes[:count], index[:count]),
-        )
+
+        def results(function):
+            some = boxes[:count], index[:count]
+            output, pull = jax.vjp(lambda f, b: function(f, b, some[1]), features, some[0])
+            return output, *pull(jnp.sin(output))
+
+        for actual, right in zip(*map(results, (loaded.call, pooling(problem))), strict=True):
+            same(actual, right)
 
 
 def stored(name):
@@ -255,16 +212,6 @@ def test_without_64_bits(make_problem):
             jnp.ones_like(output), features, rois, **problem.options
         )
         same(d_boxes, explicit)
-
-
-def test_calls_from_many_threads(make_problem):
-    from concurrent.futures import ThreadPoolExecutor
-
-    problem = make_problem(shape=(1, 32, 20, 20), count=20)
-    f, expected = jax.jit(lambda *x: pool(problem, *x)), pool(problem)
-    with ThreadPoolExecutor(4) as pool_of_threads:
-        for output in pool_of_threads.map(lambda _: f(*leaves(problem)), range(32)):
-            same(output, expected)
 
 
 @pytest.mark.parametrize("mapped", ["features", "d_output"])
@@ -324,19 +271,6 @@ def test_dense_gigantic_boxes(dense, make_problem, side):
     assert np.isfinite(d_features).all() and np.isfinite(d_boxes).all()
 
 
-def test_axis_taps_are_the_cores(make_problem):
-    """The row matrices themselves, through maps of one column."""
-    problem = make_problem(shape=(1, 1, 30, 1), count=50, sampling=0, size=(4, 1), scale=(1.0, 1.0))
-    units = np.eye(30, dtype=np.float32).reshape(1, 30, 30, 1)
-    boxes = problem.boxes.copy()
-    boxes[:, 0], boxes[:, 2] = -0.5, 0.5
-    rows = roialign.roi_align(units, (boxes, problem.index * 0), (4, 1), convention="asymmetric")
-    rule = _rule.vector(roialign.conventions["asymmetric"], 0)
-    taps = jax.vmap(lambda lo, hi: _dense.axis_taps(lo, hi, rule, 4, 30, 1.0)[0])
-    values = taps(*jnp.asarray(boxes[:, [1, 3]]).T)  # [K, P, L]
-    close(values, rows[..., 0].transpose(0, 2, 1), atol=4 * 32 * 2.0**-23)
-
-
 def test_dense_is_jax_alone(dense, make_problem):
     problem = make_problem()
     text = jax.jit(lambda *x: pool(problem, *x)).lower(*leaves(problem)).as_text()
@@ -354,26 +288,6 @@ def test_an_older_jax_is_refused():
         "else:\n    raise AssertionError('it was imported')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_disable_jit(make_problem):
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    expected = pool(problem, features, boxes)
-    with jax.disable_jit():
-        same(pool(problem, features, boxes), expected)
-        gradient = jax.grad(lambda b: pool(problem, features, b).sum())(boxes)
-    same(gradient, jax.grad(lambda b: pool(problem, features, b).sum())(boxes))
-
-
-def test_symbolic_sides(make_problem):
-    pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    h, w = jax.export.symbolic_shape("h, w")
-    shape = jax.ShapeDtypeStruct((*features.shape[:2], h, w), features.dtype)
-    program = exported(lambda f, b: pool(problem, f, b), shape, boxes)
-    same(program.call(features, boxes), pool(problem, features, boxes))
 
 
 PUBLIC = """

@@ -180,22 +180,6 @@ def test_no_box_gradient_where_it_is_stopped(problem, monkeypatch):
 # Graph mode's own
 
 
-@pytest.mark.parametrize("capture_mode", ["ast", "bytecode"])
-def test_jit(problem, capture_mode):
-    pool, (features, boxes, index) = pooling(problem), arguments(problem)
-    jitted = mindspore.jit(pool, capture_mode=capture_mode)
-    assert same(jitted(features, boxes, index), pooling_in_numpy(problem))
-
-    def loss(features):
-        return jitted(features, boxes, index).sum()
-
-    ones = np.ones(problem.output_shape)
-    expected = roialign.roi_align_adjoint(
-        ones, problem.rois, problem.features.shape, **problem.options
-    )
-    assert same(mindspore.grad(loss)(features), expected)
-
-
 def test_calls_of_one_graph_are_kept_apart(mode):
     """Calls with equal inputs, and other bins, samples or conventions."""
     random = np.random.default_rng(0)

@@ -112,12 +112,19 @@ def count_threads(problem, threads):
     return before, len(os.listdir("/proc/self/task"))
 
 
-def test_concurrent_calls(make_problem):
+@pytest.mark.backends("exact", "maps", "-slow")
+def test_concurrent_calls(backend, make_problem):
     problems = [shared_problem(make_problem, seed=seed, count=40) for seed in range(4)]
-    roialign.set_num_threads(3)
-    expected = [results(problem) for problem in problems]
-    with ThreadPoolExecutor(8) as executor:
-        assert list(executor.map(results, problems * 6)) == expected * 6
+    functions = [backend.way(three(problem)) for problem in problems]
+
+    def bits(i):
+        given = problems[i].features, problems[i].draw_output(), *problems[i].rois
+        found = backend.numpy(functions[i](*backend.array(given)))
+        return [array.tobytes() for array in found]
+
+    with backend.threads(3), ThreadPoolExecutor(8) as executor:
+        expected = list(map(bits, range(4)))
+        assert list(executor.map(bits, list(range(4)) * 6)) == expected * 6
 
 
 def child_agrees(problem, expected, generations=0):

@@ -1,6 +1,5 @@
 """PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
 
-import io
 import subprocess
 import sys
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
 )  # torch's own
 
-OPTIONS = {"spatial_scale": (0.5, 0.4), "sampling_ratio": 2}
 RULE = _rule.vector(roialign.conventions["half_pixel"], 2)
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
@@ -142,15 +140,6 @@ def test_unaligned(make_problem):
     assert torch.equal(out, expected)
 
 
-def test_checkpoint(problem, differentiable):
-    from torch.utils.checkpoint import checkpoint
-
-    expected = torch.autograd.grad(pool(problem, *differentiable).pow(2).sum(), differentiable)
-    output = checkpoint(lambda *x: pool(problem, *x), *differentiable, use_reentrant=False)
-    actual = torch.autograd.grad(output.pow(2).sum(), differentiable)
-    assert all(map(torch.equal, actual, expected))
-
-
 def test_memory_of_the_graph(problem):
     """Without a gradient in the boxes the features are not kept for the backward."""
     features, (boxes, _) = tensor(problem.features).requires_grad_(), torch_rois(problem)
@@ -189,66 +178,6 @@ def test_opcheck(dtype, layout, maps):
     assert_operator("box_gradient", g, features, fixed, index, levels, *rest)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(make_problem, compiler):
-    def f(features, boxes, index):
-        output = roialign.roi_align(features * 2, (boxes, index), (3, 2), **OPTIONS)
-        return output.pow(2).sum() + output[:, 0].sum()
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=compiler)
-    for count in (7, 3, 1):
-        problem = make_problem(count=count, dtype=np.float64)
-        boxes, index = torch_rois(problem)
-        results = []
-        for function in (f, compiled):
-            leaves = tensor(problem.features).requires_grad_(), boxes.clone().requires_grad_()
-            loss = function(*leaves, index)
-            results.append([loss, *torch.autograd.grad(loss, leaves)])
-        for expected, actual in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    torch._dynamo.reset()
-
-
-class Head(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.pool = roialign.torch.ROIAlign(3, 3, 0.5)
-
-    def forward(self, features, rois):
-        return self.pool(features, rois) * 2
-
-
-def test_export():
-    count = torch.export.Dim("count", min=2, max=64)
-    features, rois = torch.rand(2, 3, 8, 9), ROIS
-    exported = torch.export.export(Head(), (features, rois), dynamic_shapes=({}, {0: count}))
-    stored = io.BytesIO()
-    torch.export.save(exported, stored)
-    stored.seek(0)
-    loaded = torch.export.load(stored).module()
-    more = rois.repeat(3, 1)
-    assert torch.equal(loaded(features, more), Head()(features, more))
-
-
-def test_aot_inductor(tmp_path):
-    features = torch.rand(2, 3, 8, 9)
-    exported = torch.export.export(Head(), (features, ROIS))
-    path = torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(tmp_path / "head.pt2")
-    )
-    assert torch.equal(
-        torch._inductor.aoti_load_package(path)(features, ROIS), Head()(features, ROIS)
-    )
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_trace():
-    traced = torch.jit.trace(Head(), (torch.rand(2, 3, 8, 9), ROIS))
-    features, rois = torch.rand(2, 3, 8, 9), ROIS.repeat(3, 1)
-    assert torch.equal(traced(features, rois), Head()(features, rois))
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_meta_and_fake_tensors(layout):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -281,15 +210,6 @@ def test_autocast(make_problem):
     assert (features.grad.dtype, boxes.grad.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # float32 stays float32
         assert pool(make_problem()).dtype is torch.float32
-
-
-def test_deterministic_algorithms(problem, differentiable):
-    torch.use_deterministic_algorithms(True)
-    try:
-        pool(problem, *differentiable).sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(t.grad.any() for t in differentiable)
 
 
 def test_inference_mode(problem, differentiable):

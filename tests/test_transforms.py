@@ -1,4 +1,4 @@
-"""vmap: what each call alone gives, over any argument and axis, of results and of derivatives."""
+"""vmap, and other ways to run a function: what a call alone gives, of results and derivatives."""
 
 import numpy as np
 import pytest
@@ -124,3 +124,28 @@ def test_over_nothing(backend, problem):
     empty = backend.numpy(backend.vmap(both)(nothing))
     for none, one in zip(empty, backend.run(both, problem.features), strict=True):
         assert none.shape == (0, *one.shape)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:Warning")  # torch.jit.trace's
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
+@pytest.mark.backends("ways")
+def test_ways_to_run(backend, problem):
+    """The output and its gradients, of another number of RoIs too."""
+    pool, rois = pooling(problem), problem.rois
+    calls = [backend.array((problem.features, *(each[:k] for each in rois))) for k in (3, 2)]
+
+    def results(pool, features, boxes, index):
+        def loss(features, boxes):
+            return (pool(features, boxes, index) ** 2).sum()
+
+        gradients = backend.backward(loss, (0, 1))(features, boxes)
+        return backend.numpy((pool(features, boxes, index), *gradients))
+
+    for function, context in backend.ways(pool, calls[0]):
+        for given in calls:
+            expected = results(pool, *given)
+            with context():
+                found = results(function, *given)
+            for actual, right in zip(found, expected, strict=True):
+                close(actual, right)
+                assert right.any()
