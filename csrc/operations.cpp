@@ -41,14 +41,16 @@ int64_t require_fit(Maps maps, const Rois& rois, const Tensor& pooled) {
   require(maps.count > 0, "roialign: there is no map");
   require(maps.count == 1 || rois.level.data || rois.count == 0,
           "roialign: several maps need a level for each RoI");
-  require(is_float(maps.first().dtype) && is_float(rois.boxes_dtype),
+  const DType dtype = maps.first().dtype;
+  require(is_float(pooled.dtype) && is_float(rois.boxes_dtype),
           "roialign: maps and boxes must be of a float type");
   int64_t size = 0;
   for (int64_t m = 0; m < maps.count; ++m) {
     const Tensor& map = maps[m].array;
     size = size_of(map) ? 1 : size;
-    require(map.dtype == pooled.dtype && map.shape[0] == maps.first().shape[0] &&
-                map.shape[1] == pooled.shape[1] && pooled.shape[0] == rois.count,
+    require(map.dtype == dtype && pooled_type(dtype) == pooled.dtype &&
+                map.shape[0] == maps.first().shape[0] && map.shape[1] == pooled.shape[1] &&
+                pooled.shape[0] == rois.count,
             "roialign: the maps, the boxes and the pooled array do not fit");
   }
   size_of(pooled);
@@ -89,6 +91,7 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
              Maps d_features, int threads) {
   const int64_t size = require_fit(d_features, rois, d_output);
+  require(is_float(d_features.first().dtype), "roialign: bytes have no gradient");
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (size == 0) return;
   if (rois.count) require_pixels(d_features, d_output);

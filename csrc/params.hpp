@@ -33,6 +33,11 @@ constexpr int64_t size_of(DType dtype) {
   return kDTypeBytes[int(dtype)];
 }
 
+// What a map of this dtype is pooled to: bytes are read as they are, and have no gradient.
+constexpr DType pooled_type(DType map) {
+  return map == DType::uint8 ? DType::float32 : map;
+}
+
 // Coordinates, box tangents and box gradients of a map of this dtype.
 constexpr DType coordinate_type(DType map) {
   return map == DType::float64 ? DType::float64 : DType::float32;

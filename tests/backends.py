@@ -37,7 +37,7 @@ class Backend:
     #           many RoIs not those that "interprets"
     # "out"     takes `out`
     # "strided" an array keeps its strides
-    # "bfloat16"
+    # "bfloat16"; "bytes"  takes features of bytes
     # "maps"    takes several maps
     # "raises"  on a bad image index; the others make that row zero: "zeroes"
     # "grad"    has derivatives; "twice": of them too, "mixed": of the boxes' too; "jvp"; "vmap";
@@ -172,7 +172,9 @@ def _mapped(function, values):
 
 class Numpy(Backend):
     name = "numpy"
-    traits = frozenset({"values", "exact", "fast", "out", "strided", "bfloat16", "maps", "raises"})
+    traits = frozenset(
+        {"values", "exact", "fast", "out", "strided", "bfloat16", "bytes", "maps", "raises"}
+    )
 
 
 class Packed(Numpy):
@@ -291,7 +293,7 @@ class Torch(Backend):
 
 class TorchFunc(Torch):
     name = "torch.func"
-    traits = frozenset({"maps", "grad", "twice", "mixed", "jvp", "vmap", "func"})
+    traits = frozenset({"bytes", "maps", "grad", "twice", "mixed", "jvp", "vmap", "func"})
 
     @property
     def func(self):
@@ -346,7 +348,7 @@ class Triton(TorchFunc):
 
 class Jax(Backend):
     name, needs = "jax", ("jax",)
-    traits = Numpy.traits - {"out", "strided"} | TorchFunc.traits | {"ways"}
+    traits = (Numpy.traits | TorchFunc.traits) - {"out", "strided", "bytes"} | {"ways"}
 
     def start(self, monkeypatch):
         import jax

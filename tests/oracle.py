@@ -62,7 +62,7 @@ class Problem:
     def draw_output(self, seed=1):
         """A random d_output."""
         values = np.random.default_rng(seed).standard_normal(self.output_shape)
-        return values.astype(self.features.dtype)
+        return values.astype(np.float32 if self.features.itemsize == 1 else self.features.dtype)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_boxes_are_read_as_float64_only_for_float64_features():
         assert (dx[0] != dx[1]).any() == differ
 
 
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", tolerance.DTYPES + tolerance.BYTES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 9, 11), (1, 40, 16, 12)])
 def test_layouts(make_problem, layouts, dtype, shape):
     """Of every input; they are read and not written."""

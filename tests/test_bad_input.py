@@ -47,12 +47,14 @@ def hostile(convention, dtype):
 
 @pytest.mark.backends("values", "-interprets")
 @pytest.mark.parametrize(
-    "dtype, sampling", [(np.float32, 0), (np.float32, 2), (np.float64, 0), (np.float64, 4096)]
+    "dtype, sampling",
+    [(np.float32, 0), (np.float32, 2), (np.float64, 0), (np.float64, 4096), (np.uint8, 2)],
 )
 def test_boxes(backend, make_problem, convention, dtype, sampling):
     """As the rule says: 0 for what is not finite, empty or outside. Of a box of 2e38 pixels those
     samples are computed that are on the map."""
-    boxes = np.array(list(hostile(convention, dtype)), dtype)
+    coordinate = np.float32 if dtype == np.uint8 else dtype
+    boxes = np.array(list(hostile(convention, coordinate)), coordinate)
     boxes = np.concatenate([boxes, boxes[:1]])
     options = {"convention": convention, "dtype": dtype, "sampling": sampling, "scale": (1, 1)}
     problem = make_problem(shape=(2, 17, 9, 10), **options)

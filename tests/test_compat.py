@@ -296,14 +296,17 @@ def test_maps_by_name():
     assert torch.equal(one, torchvision.roi_align(x["p2"], boxes, 2, 1 / 16, 2))
 
 
-def test_the_first_map_has_the_dtype():
+@pytest.mark.parametrize(
+    "first, pooled", [(torch.bfloat16, torch.bfloat16), (torch.uint8, torch.float32)]
+)
+def test_the_first_map_has_the_dtype(first, pooled):
     x, boxes = pyramid(0, 2, (256, 256)), mixed_boxes(1)
-    x["p0"] = x["p0"].to(torch.bfloat16)
+    x["p0"] = (9 + 2 * x["p0"]).to(first)
     pool = torchvision.MultiScaleRoIAlign(list(x), 2, 2)
     output = pool(x, boxes, [(256, 256)] * 2)
-    assert output.dtype is torch.bfloat16
+    assert output.dtype is pooled
     exact = pool({k: v.float() for k, v in x.items()}, boxes, [(256, 256)] * 2)
-    assert torch.equal(output, exact.to(torch.bfloat16))
+    assert torch.equal(output, exact.to(pooled))
 
 
 def test_pyramid_with_few_boxes():

@@ -118,9 +118,12 @@ ROIS_FORMS = [
     *wrong("rois", IndexError, 2.0, -1.0, 0.5, np.nan, np.inf, within=rows, **OF_ROI_1),
     *wrong("rois", IndexError, 7, -3, within=lambda i: (BOXES, np.array([0, i])), **OF_ROI_1),
 ]
+CAST = "{}: cast it to float32 or float64"
+BYTES = wrong("features", TypeError, *of_dtypes(FEATURES, "u1", bool), received=CAST)
 FEATURE_ARRAYS = [
     *wrong("features", TypeError, *no_arrays(FEATURES), np.float32(1), FEATURES.view("V4")),
-    *wrong("features", TypeError, *of_dtypes(FEATURES, "i4", "u1", bool, "c8", object, ">f4")),
+    *wrong("features", TypeError, *of_dtypes(FEATURES, "i4", "i1", "c8", object), received=CAST),
+    *wrong("features", TypeError, FEATURES.astype(">f4")),
     *wrong("features", TypeError, FEATURES[0].astype(int)),  # dtype before rank
     *wrong("features", ValueError, FEATURES[0], FEATURES[None], np.zeros((), np.float32)),
     *wrong("features", ValueError, FEATURES[:0], FEATURES[:, :, :0], FEATURES[..., :0]),
@@ -132,7 +135,7 @@ OUTPUT_SIZE = [
     *wrong("output_size", ValueError, (2, 2, 2), (2,)),
 ]
 D_OUTPUTS = [
-    *wrong("d_output", TypeError, *no_arrays(D_OUTPUT), *of_dtypes(D_OUTPUT, "i8", ">f4")),
+    *wrong("d_output", TypeError, *no_arrays(D_OUTPUT), *of_dtypes(D_OUTPUT, "i8", "u1", ">f4")),
     *wrong("d_output", ValueError, D_OUTPUT[0], D_OUTPUT[None], D_OUTPUT[:1], D_OUTPUT[:, :2]),
     *wrong("d_output", ValueError, D_OUTPUT[:, :, :0], D_OUTPUT[..., :0], D_OUTPUT.repeat(2, 0)),
 ]
@@ -151,7 +154,7 @@ UNREAD = [  # by the mean; what is given must fit all the same
 ]
 TABLES = {
     "forward": OPTIONS + ROIS_FORMS + FEATURE_ARRAYS + OUTPUT_SIZE,
-    "adjoint": OPTIONS + ROIS_FORMS + D_OUTPUTS + FEATURE_SHAPES + UNLIKE + UNREAD,
+    "adjoint": OPTIONS + ROIS_FORMS + D_OUTPUTS + FEATURE_SHAPES + UNLIKE + UNREAD + BYTES,
     "box_gradient": OPTIONS + ROIS_FORMS + FEATURE_ARRAYS + D_OUTPUTS + UNLIKE + FITTING,
 }
 
@@ -181,8 +184,8 @@ def attempt(backend, operation, **changed):
 
 def entries(backend, operation):
     """Of arrays that the library has; where calls are compiled, one of each argument and error."""
-    shown = set()
-    for changed, error, name, received in TABLES[operation]:
+    shown, table = set(), TABLES[operation]
+    for changed, error, name, received in table if "bytes" in backend.traits else table + BYTES:
         key = *changed, error, name
         if error is IndexError and "raises" not in backend.traits:
             continue

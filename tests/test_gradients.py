@@ -252,6 +252,32 @@ def test_hessian_in_boxes_raises(backend, problem):
             backend.way(twice(lambda boxes: loss(features, boxes)))(boxes)
 
 
+@pytest.mark.backends("grad", "bytes")
+@pytest.mark.parametrize("dtype", tolerance.BYTES, ids=str)
+def test_features_of_bytes_are_constants(backend, make_problem, dtype):
+    """The boxes have derivatives, those of the same numbers as floats; so have batches of bytes."""
+    problem = make_problem(dtype=dtype, inside=True)
+    pool, floats = pooling(problem), problem.features.astype(np.float32)
+    v = np.random.default_rng(2).standard_normal(problem.boxes.shape).astype(np.float32)
+    given = problem.features, floats, *problem.rois, problem.draw_output(), v
+    features, floats, boxes, index, d_output, v = backend.array(given)
+    results = []
+    for each in (features, floats):
+
+        def loss(boxes, each=each):
+            return (pool(each, boxes, index) * d_output).sum()
+
+        results.append([backend.grad(loss)(boxes)])
+        if "jvp" in backend.traits:
+            results[-1] += backend.jvp(lambda b, each=each: pool(each, b, index), (boxes,), (v,))
+        if "vmap" in backend.traits:
+            several = backend.vmap(lambda each: pool(each, boxes, index))
+            results[-1].append(several(each.expand(2, *each.shape)))
+    for actual, expected in zip(*map(backend.numpy, results), strict=True):
+        assert actual.dtype == np.float32 and expected.any()
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+
+
 @pytest.mark.backends("grad")
 @pytest.mark.parametrize("boxes_dtype", tolerance.DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)

@@ -127,6 +127,7 @@ REFUSED = [  # by a call, which takes floats, and no form of rois but rows
     *errors.wrong("rois", TypeError, [ROIS[:, 1:]] * 2, (ROIS[:, 1:], np.zeros(3, int))),
     *errors.wrong("rois", TypeError, *errors.of_dtypes(ROIS, "i4", "i8", "u1")),
     *errors.FEATURE_ARRAYS,
+    *errors.BYTES,
 ]
 
 

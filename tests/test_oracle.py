@@ -15,7 +15,7 @@ STEP = 1e-4
 
 @pytest.mark.backends("values", "bfloat16")
 @pytest.mark.parametrize("sampling", [0, 2])
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", tolerance.DTYPES + tolerance.BYTES, ids=str)
 def test_three_operations(backend, make_problem, convention, dtype, sampling):
     """And they have the bits of NumPy's, where they come from the same kernels."""
     options = {"convention": convention, "dtype": dtype, "sampling": sampling}
@@ -23,7 +23,7 @@ def test_three_operations(backend, make_problem, convention, dtype, sampling):
     g = problem.draw_output()
     given = problem.features, g, *problem.rois
     results = backend.run(three(problem), *given)
-    assert [r.dtype for r in results] == [dtype, dtype, problem.boxes.dtype]
+    assert [r.dtype for r in results] == [g.dtype, g.dtype, problem.boxes.dtype]
     backend.check(problem, g, *results)
     if "exact" in backend.traits:
         for actual, expected in zip(results, three(problem)(*given), strict=True):

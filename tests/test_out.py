@@ -77,6 +77,20 @@ def test_it_is_returned(backend, layouts, operation):
         assert np.array_equal(backend.numpy(out), expected)
 
 
+@pytest.mark.backends("out", "bytes")
+def test_of_features_of_bytes(backend):
+    """It is of floats, as what they are pooled to."""
+    function, arguments = OPERATIONS["forward"]
+    given = {name: backend.own(value) for name, value in arguments.items()}
+    given["features"] = backend.array(arguments["features"].astype(np.uint8))
+    out = backend.array(backend.numpy(function(**given)) + 1)
+    assert function(**given, out=out) is out
+    assert np.array_equal(backend.numpy(out), backend.numpy(function(**given)))
+    out = backend.array(backend.numpy(out).astype(np.uint8))
+    with pytest.raises(TypeError, match="`out` must have dtype .*float32, got .*uint8"):
+        function(**given, out=out)
+
+
 def bytes_outside(out, base):
     """The bytes of `base`, the buffer, that belong to no element of `out`."""
     raw = base.view(np.ndarray).reshape(-1).view(np.uint8)

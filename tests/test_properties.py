@@ -10,6 +10,7 @@ import oracle
 import roialign
 import tolerance
 from backends import named, three
+from conftest import draw_features
 
 NUMPY = named("numpy")
 LAYOUTS = ["contiguous", "channels_last", "transposed", "reversed", "sliced", "unaligned"]
@@ -39,14 +40,14 @@ def problems(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     images, channels = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     shape = images, channels, draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    dtype = draw(st.sampled_from(tolerance.DTYPES))
+    dtype = draw(st.sampled_from(tolerance.DTYPES + tolerance.BYTES))
     drawn = np.array(draw(st.lists(boxes, max_size=6)), np.float64).reshape(-1, 4)
     boxes_dtype = draw(st.sampled_from(tolerance.DTYPES))
     with np.errstate(over="ignore"):
         drawn = drawn.astype(boxes_dtype)
     scales = st.sampled_from([1.0, 0.0625, 0.7, 2.0]) | st.floats(0.01, 4)
     return oracle.Problem(
-        features=rng.standard_normal(shape).astype(dtype),
+        features=draw_features(rng, shape, dtype),
         boxes=drawn,
         index=rng.integers(images, size=len(drawn)),
         size=(draw(st.integers(1, 4)), draw(st.integers(1, 4))),

@@ -43,7 +43,7 @@ PLACES = {
     "torch/transforms": "calls _operations",
     "torch/operators": "calls kernels transforms _core _operations",
     "torch/sharding": "operators _operations",
-    "torch/onnx": "calls _core _rule",
+    "torch/onnx": "calls kernels _core _rule",
     "torch/routes": "calls kernels onnx operators sharding transforms",
     "torch/adapter": "calls kernels routes _checks _core _rois numpy",
     "torch/layer": "adapter _checks",

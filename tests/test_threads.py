@@ -41,7 +41,7 @@ def shared_problem(make_problem, **options):
     "options",
     [
         {},
-        *({"dtype": dtype} for dtype in tolerance.DTYPES if dtype != np.float32),
+        *({"dtype": dtype} for dtype in (*tolerance.DTYPES, np.uint8) if dtype != np.float32),
         {"shape": (1, 16, 100, 120), "count": 600},  # one task, if cut by channels alone
         {"shape": (1, 3, 50, 60), "count": 200, "sampling": 2},
         {"shape": (1, 256, 30, 40), "count": 3, "size": (14, 14)},

@@ -195,10 +195,12 @@ def check_exported(options, *calls, shapes=(MAP, ROWS), **how):
     return model
 
 
-@pytest.mark.parametrize("features_dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("features_dtype", [np.float16, np.float32, np.float64, np.uint8])
 @pytest.mark.parametrize("boxes_dtype", [np.float32, np.float64, np.int64])
 def test_types(features_dtype, boxes_dtype):
-    calls = [(f.astype(features_dtype), r.astype(boxes_dtype)) for f, r in map(draw, range(2))]
+    calls = [
+        (np.abs(f).astype(features_dtype), r.astype(boxes_dtype)) for f, r in map(draw, (0, 1))
+    ]
     check_exported(FIXED, *calls)
 
 

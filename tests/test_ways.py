@@ -40,7 +40,7 @@ def by_way():
     _core.force_way(0)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
 @pytest.mark.parametrize("sampling", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
@@ -63,10 +63,11 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
             assert one.any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_box_gradients(shape, make_problem, by_way):
+def test_box_gradients(shape, dtype, make_problem, by_way):
     """Are sums in another order: the same within their bound."""
-    problem = make_problem(shape=shape, count=6, size=(5, 3))
+    problem = make_problem(shape=shape, count=6, size=(5, 3), dtype=dtype)
     g = problem.draw_output()
     packed, in_place = by_way(
         roialign.roi_align_box_gradient, g, problem.features, problem.rois, **problem.options

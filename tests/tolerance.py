@@ -23,6 +23,8 @@ TABLE = {
     np.dtype(np.float64): (np.dtype(np.float64), 2.0**-53, 2.0**-1074),
 }
 DTYPES = list(TABLE)
+BYTES = [np.dtype(np.uint8), np.dtype(bool)]  # of features alone: what they are pooled to
+TABLE |= dict.fromkeys(BYTES, TABLE[np.dtype(np.float32)])
 WEIGHTS = 8
 NARROW = 6  # more, for weights in float32: those of a mean, a slope and a tangent
 

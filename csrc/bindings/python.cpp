@@ -81,6 +81,7 @@ bool take_dtype(const nb::dlpack::dtype& t, bool stands, Array& array) {
       {Code::Int, 16, DType::int16},     {Code::Int, 8, DType::int8},
       {Code::UInt, 8, DType::uint8},     {Code::UInt, 16, DType::uint16},
       {Code::UInt, 32, DType::uint32},   {Code::UInt, 64, DType::uint64},
+      {Code::Bool, 8, DType::uint8},
   };
   const nb::dlpack::dtype bfloat16{uint8_t(Code::Bfloat), 16, 1};
   const bool is_stand_in = stands && t.code == uint8_t(Code::UInt) && t.bits == 16 && t.lanes == 1;

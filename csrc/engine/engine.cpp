@@ -61,7 +61,8 @@ struct Workspace : Scratch {
 
 // Packs the pixels that the band is the first to touch.
 template <class T, class Real>
-void pack(const Plane<const T>& plane, const Groups& groups, const Workspace<T, Real>& work) {
+void pack(const Plane<const T>& plane, const Groups& groups,
+          const Workspace<Pooled<T>, Real>& work) {
   const Run *ahead = groups.runs, *end = ahead + groups.count;
   int64_t asked = kAhead;  // of the run ahead
   for (const Run* run = groups.runs; run < end; ++run) {
@@ -158,7 +159,7 @@ template <class T, class Real>
 void forward_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
                       const Tensor& output, bool streamed) {
   const int64_t bins = output.shape[3];
-  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
     for_lanes<Real>(output, map.channels, [&](const Rows& rows) {
       if (!window.term_count || !window.term[0].x.taps)
@@ -169,7 +170,7 @@ void forward_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t
         pool_rows(window.term[s].y, rows, map, columns, work);
         multiply(x, bins, 1, work.lines, 0, work.tile, 0, s > 0, columns.places(), InOrder{});
       }
-      const Plane<T> out = plane_of<T>(output, window.roi, task.channels, rows);
+      const auto out = plane_of<Pooled<T>>(output, window.roi, task.channels, rows);
       store_lines(out, 0, bins, work.tile, 0, work.stage, streamed).finish();
     });
   });
@@ -181,8 +182,10 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = output.shape + 2;
-  const auto slices_of = [&](int64_t m) { return Slices::of(features[m].array, &output, T{}); };
-  const bool streamed = count_of(output) * int64_t(sizeof(T)) > kStreamBytes;
+  const auto slices_of = [&](int64_t m) {
+    return Slices::of(features[m].array, &output, Pooled<T>{});
+  };
+  const bool streamed = count_of(output) * int64_t(sizeof(Pooled<T>)) > kStreamBytes;
   const Windows<Real> windows =
       windows_of<Real>(Operation::forward, features, rois, tangent, rule, bins, slices_of, threads);
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
@@ -191,7 +194,7 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
       forward_in_place(task, plane, windows.max_columns, output, streamed);
       return;
     }
-    const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
+    const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     Copy leaving;  // the tile before
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
@@ -210,8 +213,8 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
         });
       }
       leaving.finish();
-      leaving = store_lines(plane_of<T>(output, window.roi, task.channels), 0, bins[0] * bins[1],
-                            work.tile, work.tile_step, work.stage, streamed);
+      leaving = store_lines(plane_of<Pooled<T>>(output, window.roi, task.channels), 0,
+                            bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
     });
     leaving.finish();
     if (streamed) stream_fence();
@@ -341,14 +344,14 @@ template <class T, class Real>
 void box_gradient_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
                            const Tensor& d_output, Real* d_boxes) {
   const int64_t bins = d_output.shape[3];
-  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
     Real* d_box = d_boxes + window.roi * 4;
     for (int i = 0; i < 4; ++i) d_box[i] = 0;
     for_lanes<Real>(d_output, map.channels, [&](const Rows& rows) {
       if (!window.term_count) return;
       const Term<Real>&pulled = window.term[0], &pooled = window.term[1];
-      const auto d_out = plane_of<const T>(d_output, window.roi, task.channels, rows);
+      const auto d_out = plane_of<const Pooled<T>>(d_output, window.roi, task.channels, rows);
       load_lines(d_out, 0, bins, work.tile, 0);
       Line<Real> d_x[2] = {}, d_y[2] = {};
       const Columns<Real> pulled_columns(pulled, map.pixel_stride, work.places);
@@ -383,7 +386,9 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
                   void* d_boxes, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = d_output.shape + 2;
-  const auto slices_of = [&](int64_t m) { return Slices::of(features[m].array, nullptr, T{}); };
+  const auto slices_of = [&](int64_t m) {
+    return Slices::of(features[m].array, nullptr, Pooled<T>{});
+  };
   const Windows<Real> windows = windows_of<Real>(Operation::box_gradient, features, rois, nullptr,
                                                  rule, bins, slices_of, threads);
   // A row of sums per block of channels, added in order: the same bits for any threads and layout.
@@ -407,11 +412,11 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
       }
       return;
     }
-    const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
+    const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
-      Upcoming<T> upcoming(d_output, following, task.channels,
-                           4 * plane.blocks() * ranges_of(bins[0]));
+      Upcoming<Pooled<T>> upcoming(d_output, following, task.channels,
+                                   4 * plane.blocks() * ranges_of(bins[0]));
       if (window.term_count) load_tile(d_output, window, task.channels, work);
       for (int64_t b = 0; b < plane.blocks(); ++b) {
         Line<Real> d_x[2] = {}, d_y[2] = {};
@@ -461,6 +466,12 @@ void by_dtype(Maps maps, Run run) {
       return run(double{});
   }
 }
+// Of maps that are read: of bytes too.
+template <class Run>
+void by_any_dtype(Maps maps, Run run) {
+  if (maps.first().dtype == DType::uint8) return run(uint8_t{});
+  by_dtype(maps, run);
+}
 
 }  // namespace
 
@@ -471,7 +482,7 @@ extern const Engine engine;
 const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA),
                     [](Maps features, const Rois& rois, const void* tangent, const Rule& rule,
                        const Tensor& output, int threads) {
-                      by_dtype(features, [&](auto t) {
+                      by_any_dtype(features, [&](auto t) {
                         forward<decltype(t)>(features, rois, tangent, rule, output, threads);
                       });
                     },
@@ -483,7 +494,7 @@ const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA),
                     },
                     [](const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
                        void* d_boxes, int threads) {
-                      by_dtype(features, [&](auto t) {
+                      by_any_dtype(features, [&](auto t) {
                         box_gradient<decltype(t)>(d_output, features, rois, rule, d_boxes, threads);
                       });
                     }};

@@ -31,6 +31,18 @@ struct AccumulatorOf<const T> : AccumulatorOf<T> {};
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
+// The elements of d_output and of the output, for maps of T.
+template <class T>
+struct PooledOf {
+  using type = T;
+};
+template <>
+struct PooledOf<uint8_t> {
+  using type = float;
+};
+template <class T>
+using Pooled = typename PooledOf<T>::type;
+
 template <class T>
 constexpr T least_of(T a, T b) {
   return b < a ? b : a;

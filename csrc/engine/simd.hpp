@@ -164,6 +164,9 @@ inline float float_of(uint32_t bits) {
 inline float widen(bfloat16 x) {
   return float_of(uint32_t(x.bits) << 16);
 }
+inline float widen(uint8_t x) {
+  return float(x);
+}
 inline float widen(float x) {
   return x;
 }
@@ -225,6 +228,10 @@ inline void narrow_line(const float* from, float* to) {
   store(to, load(from));
 }
 #if defined(__AVX512F__)
+inline void widen_line(const uint8_t* from, float* to) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+}
 inline void widen_line(const half* from, float* to) {
   _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 }
@@ -246,6 +253,12 @@ inline void narrow_line(const float* from, bfloat16* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
 }
 #elif defined(__F16C__)
+inline void widen_line(const uint8_t* from, float* to) {
+  for (int i = 0; i < 16; i += 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+  }
+}
 inline void widen_line(const half* from, float* to) {
   for (int i = 0; i < 16; i += 8) {
     _mm256_storeu_ps(to + i,

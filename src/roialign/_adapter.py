@@ -23,6 +23,7 @@ class Adapter(Protocol):
     """
 
     float32: Any  # the dtype
+    byte_types: Any  # the dtypes of features beside floats: they are pooled to float32
 
     def check_array(self, name: str, value: object) -> None:
         """Raises TypeError if it is no array that the operations can take."""

@@ -78,7 +78,8 @@ def roi_align(
     it has derivatives (docs/pytorch.md, docs/jax.md, docs/mindspore.md). For GPUs see docs/gpu.md.
 
     Args:
-        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides; with NumPy,
+            PyTorch and CuPy also uint8 or bool, which have no gradient.
         rois: an array (K, 5) of rows ``(image_index, x1, y1, x2, y2)``; or a tuple
             ``(boxes (K, 4), image_index (K,))`` with an integer index; or a list of N arrays
             (K_i, 4). Boxes are in image pixels, of any float or integer dtype, read as float32
@@ -93,8 +94,9 @@ def roi_align(
             input. JAX and MindSpore do not take it, nor PyTorch where a gradient is needed.
 
     Returns:
-        (K, C, P, Q) in the features' dtype. Sums are float32 (float64 for float64 features) and are
-        rounded once. If the features are channels_last in memory, so is the result.
+        (K, C, P, Q) in the features' dtype, float32 for uint8 and bool. Sums are float32 (float64
+        for float64 features) and are rounded once. If the features are channels_last in memory, so
+        is the result.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -119,12 +121,12 @@ def roi_align(
         given = spatial_scale, sampling_ratio, convention, reduction
         return adapter.roi_align_in_graph(features, rois, output_size, given, out)
     rows = adapter.takes_rows(features, rois)
+    dtype = features.dtype if rows else _checks.pooled_dtype(adapter, features)
     if not rows:
-        _checks.features(adapter, "features", features)
         _rois.check(adapter, rois)
     bins = _checks.integers("output_size", output_size)
     if out is not None:
-        adapter.check_out("out", out, features.dtype)
+        adapter.check_out("out", out, dtype)
     scales, rule = _rule_of(rows, spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
     return _forward(adapter, features, rois, rows, bins, scales, rule, out)
@@ -183,7 +185,7 @@ def roi_align_adjoint(
         feature_shape: (N, C, H, W) of the features.
         spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
         features: for reductions other than "mean". "mean" checks its shape and dtype and does not
-            read it.
+            read it. Those of uint8 and bool have no gradient: a TypeError.
         out: an array for the result, as in :func:`roi_align`.
 
     Returns:
@@ -209,7 +211,7 @@ def roi_align_adjoint(
         )
     _checks.features(adapter, "d_output", d_output)
     if features is not None:
-        _checks.features(adapter, "features", features)
+        _checks.features(adapter, "features", features, f"{_checks.FLOATS} to have a gradient")
         _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
     _rois.check(adapter, rois)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
@@ -252,8 +254,8 @@ def roi_align_box_gradient(
     gradient 0.
 
     Args:
-        d_output: (K, C, P, Q), of the features' dtype.
-        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        d_output: (K, C, P, Q), of the features' dtype, float32 for uint8 and bool.
+        features: as in :func:`roi_align`.
         rois, spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
         out: an array for the result, as in :func:`roi_align`. Not if ``rois`` is a list.
 
@@ -277,8 +279,8 @@ def roi_align_box_gradient(
         given = spatial_scale, sampling_ratio, convention, reduction
         return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, given, out)
     _checks.features(adapter, "d_output", d_output)
-    _checks.features(adapter, "features", features)
-    _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
+    dtype = _checks.pooled_dtype(adapter, features)
+    _checks.same_dtype("d_output", d_output.dtype, "features", dtype)
     _rois.check(adapter, rois)
     if out is not None:
         if isinstance(rois, list):

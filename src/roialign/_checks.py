@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from roialign._adapter import Adapter
 
 REDUCTIONS = ("mean",)
+FLOATS = "float16, bfloat16, float32 or float64"
+FLOATS_AND_BYTES = "float16, bfloat16, float32, float64, uint8 or bool"
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
 MAX_BINS = 2**31 - 1  # of one RoI
 MAX_SAMPLES = 4096  # per bin and axis, where their number is fixed: it bounds the time of a call
@@ -80,17 +82,26 @@ def reals(name: str, value: object) -> tuple[float, ...]:
     return (real(name, value, "a number or a pair (scale_y, scale_x)"),) * 2
 
 
-def features(adapter: Adapter, name: str, value: Any) -> None:
+def features(adapter: Adapter, name: str, value: Any, accepted: str = FLOATS) -> None:
     adapter.check_array(name, value)
     if adapter.kind(value.dtype) != "float":
         raise TypeError(
-            f"`{name}` must be float16, bfloat16, float32 or float64, got {value.dtype}"
+            f"`{name}` must be {accepted}, got {value.dtype}: cast it to float32 or float64"
         )
+
+
+def pooled_dtype(adapter: Adapter, value: Any) -> Any:
+    """Checks features that are only read, so may be bytes; gives the dtype of their pooled ones."""
+    adapter.check_array("features", value)
+    if value.dtype in adapter.byte_types:
+        return adapter.float32
+    features(adapter, "features", value, FLOATS_AND_BYTES if adapter.byte_types else FLOATS)
+    return value.dtype
 
 
 def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
     if dtype != expected:
-        raise TypeError(f"`{name}` must have the dtype of `{other}`, {expected}, got {dtype}")
+        raise TypeError(f"`{name}` must be {expected} to fit `{other}`, got {dtype}")
 
 
 def exactly(name: str, value: object, kind: type) -> None:

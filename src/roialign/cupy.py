@@ -24,6 +24,7 @@ except ImportError as error:
 __all__: list[str] = []
 
 float32 = np.dtype(np.float32)
+byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
 
 
 def kind(dtype: np.dtype) -> str:

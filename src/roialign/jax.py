@@ -48,6 +48,7 @@ _FLOATS = frozenset(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.f
 # Arrays
 
 float32 = np.dtype(np.float32)
+byte_types = ()
 
 
 def kind(dtype: Any) -> str:

@@ -41,6 +41,7 @@ def _is_traced() -> bool:
 # Types
 
 float32 = mindspore.float32
+byte_types = ()
 
 
 def kind(dtype: Any) -> str:

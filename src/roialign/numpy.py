@@ -23,6 +23,7 @@ def is_array(value: object) -> bool:
 # Types
 
 float32 = np.dtype(np.float32)
+byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
 
 
 def _is_bfloat16(dtype: np.dtype) -> bool:
@@ -231,7 +232,8 @@ def forward(maps, rois, output_size, scales, rule, *, tangent=None, out=None) ->
 
 def _empty_output(features, boxes, output_size) -> np.ndarray:
     shape = (boxes.shape[0], features.shape[1], *output_size)
-    return empty(shape, features.dtype, is_channels_last(features))
+    dtype = float32 if features.dtype in byte_types else features.dtype
+    return empty(shape, dtype, is_channels_last(features))
 
 
 def adjoint(

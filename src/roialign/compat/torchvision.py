@@ -26,7 +26,7 @@ def roi_align(
     """``torchvision.ops.roi_align``: :func:`roialign.roi_align` with torchvision's arguments.
 
     Args:
-        input: (N, C, H, W), float16, bfloat16, float32 or float64.
+        input: (N, C, H, W), as ``features`` of :func:`roialign.roi_align`.
         boxes: (K, 5), rows ``(image_index, x1, y1, x2, y2)``, or one (K_i, 4) for each image; in
             image pixels, of any float or integer dtype, not only of ``input``'s.
         output_size: bins (P, Q), or an int for both.
@@ -36,7 +36,7 @@ def roi_align(
             "torchvision:aligned=True", else "torchvision:aligned=False".
 
     Returns:
-        (K, C, P, Q) in the dtype of ``input``.
+        (K, C, P, Q) in the dtype of ``input``, float32 for uint8 and bool.
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`roialign.roi_align`, whose messages call
@@ -134,10 +134,11 @@ class MultiScaleRoIAlign(nn.Module):
     - ``boxes``: one (K_i, 4) for each image, ``x1, y1, x2, y2`` in image pixels, of any dtype;
     - ``image_shapes``: (height, width) of each image, in pixels,
 
-    it gives (K, C, P, Q) in the dtype of the first map, in the order of the boxes. The scale of a
-    map is the power of 2 nearest to its height divided by the greatest height of an image. A box of
-    area A has the level ``floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6)``. Levels
-    finer than the finest map, or coarser than the coarsest, count as that map's level. The
+    it gives (K, C, P, Q) in the dtype of the first map (float32 for uint8 and bool), in the order
+    of the boxes. The scale of a map is the power of 2 nearest to its height divided by the greatest
+    height of an image. A box of area A has the level
+    ``floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6)``. Levels finer than the
+    finest map, or coarser than the coarsest, count as that map's level. The
     convention is "torchvision:aligned=False".
 
     Gradients reach the maps and the boxes. The choice of a map has no gradient.
@@ -213,12 +214,12 @@ class MultiScaleRoIAlign(nn.Module):
                 spatial_scale=2.0**-level,
                 sampling_ratio=self.sampling_ratio,
                 convention="torchvision:aligned=False",
-            ).to(maps[0].dtype)
+            )
             for features, level, row in zip(maps, levels, rows)
         ]
         if len(maps) == 1:
             return pooled[0]
-        output = torch.cat(pooled)
+        output = torch.cat([each.to(pooled[0].dtype) for each in pooled])
         return torch.empty_like(output).index_copy_(0, torch.cat(rows), output)
 
     def _choose(self, boxes: Tensor, levels: list[int]) -> Tensor:

@@ -10,6 +10,7 @@ from . import former as former
 from .adapter import (
     adjoint as adjoint,
     box_gradient as box_gradient,
+    byte_types as byte_types,
     cast as cast,
     check_array as check_array,
     check_out as check_out,

@@ -17,6 +17,7 @@ from . import calls, kernels, routes
 from .calls import Call, Result, columns, with_index_column as with_index_column
 
 float32 = torch.float32
+byte_types = kernels.BYTES
 
 
 # Types

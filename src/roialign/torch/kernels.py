@@ -20,6 +20,7 @@ from . import calls
 from .calls import Call, Result, Tensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BYTES = (torch.uint8, torch.bool)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
@@ -73,8 +74,8 @@ def check_memory(name: str, tensor: Tensor) -> None:
 # Results
 
 
-def results(call: Call, tensors: Tensors, empty: Callable[[Tensor, tuple], Tensor]) -> Result:
-    """Of "forward" and "adjoint", not written yet; `empty(like, shape)` makes a tensor."""
+def results(call: Call, tensors: Tensors, empty: Callable[..., Tensor]) -> Result:
+    """Of "forward" and "adjoint", not written yet; `empty(like, shape, dtype=)` makes a tensor."""
     like = calls.source(tensors)
     shapes = calls.result_shapes(call, tensors)
     if call.operation == "adjoint":
@@ -82,22 +83,28 @@ def results(call: Call, tensors: Tensors, empty: Callable[[Tensor, tuple], Tenso
     return laid_out(like, *shapes, empty)
 
 
+def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what features of ``dtype`` are pooled to."""
+    return torch.float32 if dtype in BYTES else dtype
+
+
 def laid_out(like: Tensor, shape: tuple[int, ...], empty: Callable) -> Tensor:
     """One, with channels innermost in memory if they are so in `like` and that means something."""
+    dtype = pooled_dtype(like.dtype)
     if not like.is_contiguous():
         _, channels, height, width = like.shape
         if channels > 1 and height * width > 1 and like.stride(1) == 1:
             n, c, h, w = shape
-            return empty(like, (n, h, w, c)).permute(0, 3, 1, 2)
-    return empty(like, shape)
+            return empty(like, (n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return empty(like, shape, dtype=dtype)
 
 
-def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    size = math.prod(shape) * like.itemsize
+def empty(like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
     if like.is_cpu and size >= _LARGE:
         _checks.size("output", shape)
-        return torch.from_numpy(_core.allocate(size)).view(like.dtype).view(shape)
-    return like.new_empty(shape)
+        return torch.from_numpy(_core.allocate(size)).view(dtype).view(shape)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,6 +132,8 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
     elif out is None:
         out = results(call, tensors, empty)
 
+    if home(like) is not None:  # whose kernels read floats
+        maps = [features.to(pooled_dtype(features.dtype)) for features in maps]
     given = [array for array in (d_output, maps or None) if array is not None]
     tangents = () if operation == "box_gradient" else (tangent,)
     if home(like) is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from roialign import _core
 from roialign._rule import Convention, conventions
 
+from . import kernels
 from .calls import Call, Tensors
 
 
@@ -52,7 +53,7 @@ def forward(call: Call, tensors: Tensors) -> Tensor:
         shape=(boxes.shape[0], features.shape[1], *call.bins),
         version=16,
     )
-    return output.to(features.dtype)
+    return output.to(kernels.pooled_dtype(features.dtype))
 
 
 def _reading(dtype: torch.dtype, call: Call) -> tuple[str, float, float, int]:

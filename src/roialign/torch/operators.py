@@ -116,7 +116,8 @@ def _checked(operation: str, tensors: Tensors) -> Tensors:
     for name, tensor in zip(calls.names(tensors), tensors):
         if tensor is not None:
             kernels.check_memory(name, tensor)
-            if kernels.kind(tensor.dtype) == "other":
+            is_bytes = name == "features" and tensor.dtype in kernels.BYTES
+            if kernels.kind(tensor.dtype) == "other" and not is_bytes:
                 raise TypeError(f"roialign::{operation}: arrays must be of floats or integers")
             if tensor.device != device and tensor.numel():
                 raise TypeError(f"roialign::{operation}: tensors must be on one device")
