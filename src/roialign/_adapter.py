@@ -57,6 +57,9 @@ class Adapter(Protocol):
     def with_index_column(self, d_boxes: Any) -> Any:
         """(K, 5) from (K, 4), with zeros in front."""
 
+    def is_compiling(self) -> bool:
+        """Whether a compiler reads the Python code of the public functions."""
+
     def takes_rows(self, features: object, rois: object) -> bool:
         """Whether `forward_rows` takes these as they are: no check of types and shapes can fail."""
 

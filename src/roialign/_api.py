@@ -50,12 +50,12 @@ def _adapter(name: str, array: object) -> Adapter:
 _remembered_rule = functools.lru_cache(_checks.rule)
 
 
-def _rule_of(rows: bool, *given: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
-    """`_checks.rule`, remembered on the short way for the usual types, which make safe keys.
+def _rule_of(adapter: Adapter, *given: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """`_checks.rule`, remembered for the usual types, which make safe keys.
 
-    Elsewhere torch's compiler may read this, which warns of what is remembered.
+    Not where torch's compiler reads: it warns of what is remembered.
     """
-    usual = rows and tuple(map(type, given)) == (float, int, str, str)
+    usual = not adapter.is_compiling() and tuple(map(type, given)) == (float, int, str, str)
     return _remembered_rule(*given) if usual else _checks.rule(*given)
 
 
@@ -127,7 +127,7 @@ def roi_align(
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, dtype)
-    scales, rule = _rule_of(rows, spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
     bins = _checks.bins("output_size", bins)
     return _forward(adapter, features, rois, rows, bins, scales, rule, out)
 
@@ -219,7 +219,7 @@ def roi_align_adjoint(
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    scales, rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
     _checks.feature_shape(shape)
     parsed = _rois.parse(adapter, rois, shape[0])
     _checks.d_output(d_output.shape, parsed.boxes.shape[0], shape[1])
@@ -288,7 +288,7 @@ def roi_align_box_gradient(
         boxes, *_ = _rois.arrays(rois)
         adapter.check_out("out", out, _rois.gradient_dtype(adapter, boxes.dtype))
 
-    scales, rule = _checks.rule(spatial_scale, sampling_ratio, convention, reduction)
+    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
     _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
     parsed = _rois.parse(adapter, rois, features.shape[0])
     count = parsed.boxes.shape[0]
@@ -379,7 +379,8 @@ class ROIAlign:
             _checks.features(adapter, "features", features)
             adapter.check_array("rois", rois)
             _rois.check(adapter, rois, integers=False)
-        scales, rule = _rule_of(rows, float(self.spatial_scale), int(self.sample_num), name, "mean")
+        given = float(self.spatial_scale), int(self.sample_num), name, "mean"
+        scales, rule = _rule_of(adapter, *given)
         return _forward(adapter, features, rois, rows, bins, scales, rule, None)
 
     def __repr__(self) -> str:

@@ -110,5 +110,9 @@ def cast(array: cupy.ndarray, dtype: np.dtype) -> cupy.ndarray:
     return array.astype(dtype, copy=False)
 
 
+def is_compiling() -> bool:
+    return False
+
+
 def takes_rows(features: object, rois: object) -> bool:
     return False

@@ -12,6 +12,8 @@ from roialign import _checks, _core, _threads
 from roialign._rois import Rois
 
 _FLOATS = frozenset(map(np.dtype, ("float16", "float32", "float64")))
+_KINDS = {"f": "wide float", "i": "integer", "u": "integer"}
+_FLOAT64, _UINT16 = np.dtype(np.float64), np.dtype(np.uint16)  # compared with faster than the types
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
 
@@ -33,7 +35,7 @@ def _is_bfloat16(dtype: np.dtype) -> bool:
 def kind(dtype: np.dtype) -> str:
     if dtype in _FLOATS or _is_bfloat16(dtype):
         return "float"
-    return {"f": "wide float", "i": "integer", "u": "integer"}.get(dtype.kind, "other")
+    return _KINDS.get(dtype.kind, "other")
 
 
 def check_array(name: str, value: Any) -> None:
@@ -181,11 +183,11 @@ def _native_rois(
 def _native_index(index: np.ndarray) -> np.ndarray:
     if kind(index.dtype) == "wide float":
         return index.astype(np.float64)
-    return _native(index.astype(np.int32) if index.dtype == np.uint16 else index)
+    return _native(index.astype(np.int32) if index.dtype == _UINT16 else index)
 
 
 def _coordinate(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float64) if dtype == np.float64 else float32
+    return _FLOAT64 if dtype == _FLOAT64 else float32
 
 
 def _tangent(tangent: np.ndarray | None, coordinate: np.dtype) -> np.ndarray | None:
@@ -203,6 +205,10 @@ def _write(results: tuple[np.ndarray, ...], run: Callable[[list[np.ndarray]], No
             result[...] = target
 
 
+def is_compiling() -> bool:
+    return False
+
+
 def takes_rows(features: object, rois: object) -> bool:
     return (
         type(features) is np.ndarray
@@ -214,8 +220,9 @@ def takes_rows(features: object, rois: object) -> bool:
 def forward_rows(features, rows, output_size, scales, rule, out) -> np.ndarray:
     if out is None:
         out = _empty_output(features, rows, output_size)
-    threads = _threads.get_num_threads()
-    _write((out,), lambda to: _core.forward(features, scales, rows, None, None, rule, *to, threads))
+    elif not _addressable(out):
+        return forward((features,), Rois(*columns(rows)), output_size, scales, rule, out=out)
+    _core.forward(features, scales, rows, None, None, rule, out, _threads.get_num_threads())
     return out
 
 

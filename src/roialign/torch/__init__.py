@@ -19,6 +19,7 @@ from .adapter import (
     float32 as float32,
     forward as forward,
     forward_rows as forward_rows,
+    is_compiling as is_compiling,
     joined as joined,
     repeated as repeated,
     split as split,
