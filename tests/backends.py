@@ -18,7 +18,9 @@ import numpy as np
 import oracle
 import roialign
 import tolerance
-from roialign import _core
+from roialign import _core, _rule
+from roialign._adapter import adapter_of
+from roialign._rois import Rois
 
 
 class Foreign(Exception):
@@ -136,6 +138,11 @@ class Backend:
     def layers(self, *arguments):
         return [kind(*arguments) for kind in self.layer_kinds]
 
+    def takes(self, maps=1, dtype=None, **others):
+        """Whether a case with these parameters is for it; interpreted kernels take their time."""
+        several = "maps" in self.traits and "interprets" not in self.traits
+        return (several or maps == 1) and ("bytes" in self.traits or dtype not in tolerance.BYTES)
+
     def fair(self, problem):
         """Without the RoIs of which the oracle does not know its results."""
         return problem
@@ -212,7 +219,8 @@ class Torch(Backend):
         if array.dtype == tolerance.BFLOAT16:
             whole = self.torch.from_numpy(np.array(array.view(np.int16))).view(self.torch.bfloat16)
         else:
-            whole = self.torch.from_numpy(np.array(array))
+            # a copy, but of what lies unaligned
+            whole = self.torch.from_numpy(np.array(array) if array.flags.aligned else array)
         return whole.to(self.device)
 
     def _numpy(self, tensor):
@@ -240,6 +248,10 @@ class Torch(Backend):
                 yield
         finally:
             self.torch.set_num_threads(before)
+
+    @property
+    def layouts(self):
+        return (*super().layouts, "unaligned") if "strided" in self.traits else super().layouts
 
     @property
     def layer_kinds(self):
@@ -286,6 +298,7 @@ class Torch(Backend):
         yield pool, deterministic
         yield self.torch.compile(pool, fullgraph=True, dynamic=True), nullcontext
         yield self.torch.jit.trace(pool, given), nullcontext
+        yield pool, lambda: self.torch.autocast(self.device, self.torch.bfloat16)
         dynamic = None, *[{0: self.torch.export.Dim.DYNAMIC}] * (len(given) - 1)
         exported = self.torch.export.export(Module(), given, dynamic_shapes=(dynamic,))
         yield exported.module(), nullcontext
@@ -621,3 +634,38 @@ def three(problem, form=pair):
         return forward(*given), adjoint(*given), box_gradient(*given)
 
     return results
+
+
+def calls(problems, form=pair):
+    """Of the maps of these problems: forward(*maps, *rois); adjoint(d_output, *rois), which gives a
+    tuple; box_gradient(d_output, *maps, *rois). With several maps the last of the rois are their
+    levels, and the functions are those of the adapters."""
+    problem, count = problems[0], len(problems)
+    if count == 1:
+        pool, (_, adjoint, box_gradient) = pooling(problem, form), operations(problem, form)
+
+        def adjoint_of_one(d_output, *rois):
+            return (adjoint(None, d_output, *rois),)
+
+        def box_gradient_of_one(d_output, features, *rois):
+            return box_gradient(features, d_output, *rois)
+
+        return pool, adjoint_of_one, box_gradient_of_one
+    shapes = [p.features.shape for p in problems]
+    scales = tuple(scale for p in problems for scale in p.scale)
+    rule = _rule.vector(problem.convention, problem.sampling)
+
+    def forward_of_several(*given, out=None):
+        maps, rois = given[:count], Rois(*given[count:])
+        adapter = adapter_of("maps", maps[0])
+        return adapter.forward(maps, rois, problem.size, scales, rule, out=out)
+
+    def adjoint_of_several(d_output, *rois, out=None):
+        adapter = adapter_of("d_output", d_output)
+        return adapter.adjoint(d_output, Rois(*rois), shapes, scales, rule, out=out)
+
+    def box_gradient_of_several(d_output, *given):
+        maps, rois = given[:count], Rois(*given[count:])
+        return adapter_of("d_output", d_output).box_gradient(d_output, maps, rois, scales, rule)
+
+    return forward_of_several, adjoint_of_several, box_gradient_of_several

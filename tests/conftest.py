@@ -3,9 +3,10 @@
 import json
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import settings
 
 import roialign
 import tolerance
-from backends import BACKENDS, choose
+from backends import BACKENDS, arrays_of, calls, choose, pair
 from oracle import Problem
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, and Triton
@@ -203,7 +204,7 @@ def pytest_collection_modifyitems(config, items):
             left.add(item)
         elif backend is None:
             continue
-        elif "bytes" not in backend.traits and params.get("dtype") in tolerance.BYTES:
+        elif not backend.takes(**params):
             left.add(item)
         elif "slow" in backend.traits:
             slow.setdefault((item.function, backend), []).append(item)
@@ -290,6 +291,36 @@ def draw_features(rng, shape, dtype):
 def problem(make_problem):
     """In float64, away from kinks: for derivatives."""
     return make_problem(dtype=np.float64, shape=(2, 3, 9, 11), count=4, inside=True)
+
+
+@pytest.fixture(scope="session")
+def pyramid():
+    return draw_pyramid
+
+
+def draw_pyramid(dtype=np.float64, sampling=2, channels=3, count=7, maps=2, form=pair):
+    """RoIs on one map, or on several and on none; functions of their arrays, and these."""
+    options = {"dtype": dtype, "sampling": sampling, "count": count, "inside": True}
+    problems = [
+        replace(draw_problem(seed, shape=(2, channels, *size), **options), scale=scale)
+        for seed, (size, scale) in enumerate([((9, 11), (0.5, 0.4)), ((5, 8), (0.25, 0.3))])
+    ]
+    problem, levels = problems[0], np.resize([1, 0, -1, 1, 0, 0, 1], count)
+    forward, adjoint, box_gradient = calls(problems[:maps], form)
+    rois = arrays_of(form, *problem.rois) if maps == 1 else (*problem.rois, levels)
+
+    def together(d_output, *given):
+        d_maps = adjoint(d_output, *given[maps:])
+        return forward(*given), *d_maps, box_gradient(d_output, *given)
+
+    def loss(*given):
+        return (forward(*given[:-1]) * given[-1]).sum()
+
+    return SimpleNamespace(
+        maps=[p.features for p in problems[:maps]], rois=rois, d_output=problem.draw_output(),
+        problems=problems, forward=forward, adjoint=adjoint, box_gradient=box_gradient,
+        together=together, loss=loss,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

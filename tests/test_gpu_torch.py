@@ -76,39 +76,7 @@ def test_kernels_and_layouts(make_problem, layouts, launched, layout):
     GPU.check(problem, g, *GPU.numpy(results))
 
 
-def test_overlap_with_out_is_refused():
-    rows, memory = torch.zeros(3, 5, device=DEVICE), torch.zeros(1000, device=DEVICE)
-    features, out = memory[:180].view(2, 3, 5, 6), memory[100:154].view(3, 3, *SIZE)
-    with pytest.raises(ValueError, match="`out` must not overlap an input"):
-        roialign.roi_align(features, rows, SIZE, out=out)
-    with pytest.raises(ValueError, match="`out` must not overlap itself"):
-        itself = torch.as_strided(memory, (3, 3, *SIZE), (1, 1, 1, 1))
-        roialign.roi_align(features, rows, SIZE, out=itself)
-
-
 # Derivatives and transforms, by value
-
-
-def test_opcheck(problem):
-    features, boxes, index = arguments(problem)
-    maps, rest = [features.requires_grad_()], (None, None, SIZE, problem.scale, rule_of(problem))
-    given = (maps, boxes.requires_grad_(), index, *rest)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.roialign.forward.maps, given, test_utils=tests)
-
-
-def test_autocast(make_problem):
-    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
-    features, boxes, index = arguments(problem)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        low = features.bfloat16().requires_grad_()
-        boxes = boxes.requires_grad_()
-        output = roialign.roi_align(low, (boxes, index), SIZE, **problem.options)
-        output.float().sum().backward()
-    kinds = output.dtype, low.grad.dtype, boxes.grad.dtype
-    assert kinds == (torch.bfloat16, torch.bfloat16, torch.float32)
-    same = roialign.roi_align(features.bfloat16(), (boxes, index), SIZE, **problem.options)
-    assert torch.equal(output, same)
 
 
 # Where the kernels come from

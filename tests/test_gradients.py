@@ -1,4 +1,4 @@
-"""Derivatives: against finite differences of NumPy's results, and against the oracle."""
+"""Derivatives, of one map and of two: they are made of the operations, which the oracle tests."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 
 import oracle
 import tolerance
-from backends import operations, pooling
+from backends import array, operations, pair, pooling
 
 
 @pytest.fixture
@@ -20,64 +20,8 @@ def draw(array, seed):
     return np.random.default_rng(seed).standard_normal(array.shape)
 
 
-def differences(function, x, step=1e-6):
-    """The gradient of a function of an array that gives a number."""
-    out = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        ends = []
-        for sign in (1, -1):
-            moved = x.copy()
-            moved[i] += sign * step
-            ends.append(function(moved))
-        out[i] = (ends[0] - ends[1]) / (2 * step)
-    return out
-
-
 def close(actual, expected, atol=1e-12):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
-
-
-@pytest.mark.backends("grad")
-@pytest.mark.parametrize("sampling", [0, 2])
-def test_first_order(backend, problem, sampling):
-    problem = replace(problem, sampling=sampling)
-    pool, g = pooling(problem), problem.draw_output()
-    features, boxes, index, d_output = backend.array((problem.features, *problem.rois, g))
-
-    def loss(features, boxes):
-        return (pool(features, boxes, index) * d_output).sum()
-
-    def in_numpy(features, boxes):
-        return np.vdot(pool(features, boxes, problem.index), g)
-
-    d_features, d_boxes = backend.numpy(backend.grad(loss, (0, 1))(features, boxes))
-    close(d_features, differences(lambda f: in_numpy(f, problem.boxes), problem.features), 1e-7)
-    close(d_boxes, differences(lambda b: in_numpy(problem.features, b), problem.boxes), 1e-7)
-    for argument, both in enumerate((d_features, d_boxes)):
-        alone = backend.numpy(backend.grad(loss, argument)(features, boxes))
-        assert np.array_equal(alone, both)
-
-
-@pytest.mark.backends("jvp")
-def test_forward_mode(backend, problem):
-    u, v = draw(problem.features, 3), draw(problem.boxes, 4)
-    features, boxes, index = backend.array((problem.features, *problem.rois))
-    pool = pooling(problem)
-
-    def of_boxes(boxes):
-        return pool(features, boxes, index)
-
-    def of_both(features, boxes):
-        return pool(features, boxes, index)
-
-    output, along = backend.numpy(backend.jvp(of_boxes, [boxes], backend.array([v])))
-    close(output, oracle.forward(problem))
-    expected = oracle.forward(problem, v)
-    bound = backend.bound(problem, tolerance.forward(problem, expected, v), 0)
-    tolerance.check(along, expected, bound)
-    tangents = backend.array([u, v])
-    _, both = backend.numpy(backend.jvp(of_both, [features, boxes], tangents))
-    close(both, along + oracle.forward(replace(problem, features=u)))
 
 
 @pytest.mark.backends("grad", "twice")
@@ -104,91 +48,131 @@ def test_of_the_adjoint_and_the_box_gradient(backend, problem):
     close(d_features, oracle.adjoint(problem, g, v))
 
 
-@pytest.mark.backends("jvp", "func")
-def test_forward_mode_of_the_adjoint_and_the_box_gradient(backend, problem):
-    _, adjoint, box_gradient = operations(problem)
-    g, h = problem.draw_output(), problem.draw_output(seed=2)
-    u, v = draw(problem.features, 3), draw(problem.boxes, 4)
-    given = problem.features, problem.boxes, problem.index, g
-    features, boxes, index, d_output = backend.array(given)
-
-    def of_adjoint(d_output, boxes):
-        return adjoint(None, d_output, boxes, index)
-
-    def of_box_gradient(d_output, features):
-        return box_gradient(features, d_output, boxes, index)
-
-    along = backend.jvp(of_adjoint, [d_output, boxes], backend.array([h, v]))[1]
-    close(backend.numpy(along), oracle.adjoint(problem, h) + oracle.adjoint(problem, g, v))
-    along = backend.jvp(of_box_gradient, [d_output, features], backend.array([h, u]))[1]
-    expected = oracle.box_gradient(problem, h)
-    close(backend.numpy(along), expected + oracle.box_gradient(replace(problem, features=u), g))
+each_number_of_maps = pytest.mark.parametrize("maps", [1, 2])
 
 
-# Second order, of the sum of the cubes of what is pooled
+@pytest.mark.backends("grad")
+@each_number_of_maps
+def test_first_order(backend, pyramid, maps):
+    """Together and alone they are those that the adjoint and the box gradient give."""
+    p = pyramid(maps=maps)
+    _, *expected = p.together(p.d_output, *p.maps, *p.rois)
+    given, every = backend.array((*p.maps, *p.rois, p.d_output)), tuple(range(maps + 1))
+    together = backend.numpy(backend.grad(p.loss, every)(*given))
+    for i, gradient in zip(every, together, strict=True):
+        close(gradient, expected[i])
+        close(backend.numpy(backend.grad(p.loss, i)(*given)), expected[i])
+        assert gradient.any()
 
 
-def cubes(backend, problem):
-    pool, index = pooling(problem), backend.array(problem.index)
+@pytest.mark.backends("jvp")
+@each_number_of_maps
+def test_forward_mode(backend, pyramid, maps):
+    """Along all arguments, and along each alone: the transpose of the gradients."""
+    p = pyramid(maps=maps)
+    boxes, *others = p.rois
+    tangents = [draw(each, 3) for each in (*p.maps, boxes)]
+    output, *gradients = p.together(p.d_output, *p.maps, *p.rois)
+    given, along, fixed = backend.array(([*p.maps, boxes], tangents, others))
+    steps = [np.vdot(*pair) for pair in zip(gradients, tangents, strict=True)]
 
-    def loss(features, boxes):
-        output = pool(features, boxes, index)
-        return (output * output * output).sum()
+    def pool(*leaves):
+        return p.forward(*leaves, *fixed)
+
+    found, moved = backend.numpy(backend.jvp(pool, given, along))
+    close(found, output)
+    close(np.vdot(p.d_output, moved), sum(steps), 1e-11)
+    for i, step in enumerate(steps):
+
+        def of_one(each):
+            return pool(*given[:i], each, *given[i + 1 :])
+
+        _, moved = backend.numpy(backend.jvp(of_one, given[i : i + 1], along[i : i + 1]))
+        close(np.vdot(p.d_output, moved), step, 1e-11)
+    if maps == 1:
+        expected = oracle.forward(p.problems[0], tangents[1])
+        bound = tolerance.forward(p.problems[0], expected, tangents[1])
+        tolerance.check(moved, expected, backend.bound(p.problems[0], bound, 0))
+
+
+@pytest.mark.backends("jvp", "maps")
+@each_number_of_maps
+def test_forward_mode_of_the_adjoint_and_the_box_gradient(backend, pyramid, maps):
+    """Each is linear in its arrays; along the boxes the adjoint is the transpose of pooling."""
+    p = pyramid(maps=maps)
+    boxes, *others = p.rois
+    g, w, *u = (draw(each, 3) for each in (p.d_output, boxes, *p.maps))
+    along_g, along, *along_maps = backend.array((g, w, *u))
+    d_output, boxes, *given = backend.array((p.d_output, boxes, *p.maps, *others))
+    given, others = given[:maps], given[maps:]
+
+    def pasted(d_output, boxes):
+        d_maps = p.adjoint(d_output, boxes, *others)
+        return sum((d * a).sum() for d, a in zip(d_maps, along_maps, strict=True))
+
+    def moved(d_output, *maps):
+        return (p.box_gradient(d_output, *maps, boxes, *others) * along).sum()
+
+    of_maps = np.vdot(p.box_gradient(p.d_output, *u, *p.rois), w)
+    _, found = backend.numpy(backend.jvp(pasted, (d_output, boxes), (along_g, along)))
+    close(found, np.vdot(g, p.forward(*u, *p.rois)) + of_maps, 1e-11)
+    _, found = backend.numpy(backend.jvp(moved, (d_output, *given), (along_g, *along_maps)))
+    close(found, np.vdot(p.box_gradient(g, *p.maps, *p.rois), w) + of_maps, 1e-11)
+
+
+# Second order, of the sum of the squares of what is pooled
+
+
+def squares(backend, pool, rois):
+    _, *others = backend.array(rois)
+
+    def loss(*leaves):
+        output = pool(*leaves, *others)
+        return (output * output).sum() / 2
 
     return loss
 
 
-def weighed(backend, problem, argument, weight):
+def weighed(backend, function, argument, weight):
     """The weighted sum of one of its gradients."""
-    gradient, weight = backend.grad(cubes(backend, problem), argument), backend.array(weight)
+    gradient, weight = backend.grad(function, argument), backend.array(weight)
 
-    def number(features, boxes):
-        return (gradient(features, boxes) * weight).sum()
-
-    return number
-
-
-def in_numpy(problem, argument, weight):
-    forward, *gradients = operations(problem)
-
-    def number(features, boxes):
-        rois = boxes, problem.index
-        d_output = 3 * forward(features, None, *rois) ** 2
-        return np.vdot(gradients[argument](features, d_output, *rois), weight)
+    def number(*given):
+        return (gradient(*given) * weight).sum()
 
     return number
 
 
 @pytest.mark.backends("twice")
-def test_second_order_of_features(backend, problem):
-    """The features' gradient, differentiated in features and in boxes."""
-    weight = draw(problem.features, 5)
-    features, boxes = backend.array((problem.features, problem.boxes))
-    second = backend.grad(weighed(backend, problem, 0, weight), (0, 1))
-    in_features, in_boxes = backend.numpy(second(features, boxes))
-    first = in_numpy(problem, 0, weight)
-    close(in_features, differences(lambda f: first(f, problem.boxes), problem.features), 1e-6)
-    close(in_boxes, differences(lambda b: first(problem.features, b), problem.boxes), 1e-6)
-
-
-@pytest.mark.backends("twice", "mixed")
-def test_second_order_of_boxes(backend, problem):
-    """The boxes' gradient, differentiated in features."""
-    weight = draw(problem.boxes, 6)
-    features, boxes = backend.array((problem.features, problem.boxes))
-    second = backend.grad(weighed(backend, problem, 1, weight), 0)
-    first = in_numpy(problem, 1, weight)
-    expected = differences(lambda f: first(f, problem.boxes), problem.features)
-    close(backend.numpy(second(features, boxes)), expected, 1e-6)
-
-
-@pytest.mark.backends("twice")
-def test_second_order_in_boxes_raises(backend, problem):
-    features, boxes = backend.array((problem.features, problem.boxes))
-    second = backend.grad(weighed(backend, problem, 1, np.ones(problem.boxes.shape)), 1)
+@pytest.mark.parametrize("maps, form", [(1, pair), (1, array), (2, pair)])
+def test_second_order(backend, pyramid, maps, form):
+    """The gradient in the first map, differentiated in it and in the boxes; none in boxes twice."""
+    p = pyramid(maps=maps, form=form)
+    u, others = draw(p.maps[0], 3), [0 * each for each in p.maps[1:]]
+    given = backend.array((*p.maps, p.rois[0]))
+    step = weighed(backend, squares(backend, p.forward, p.rois), 0, u)
+    in_map, in_boxes = backend.numpy(backend.grad(step, (0, maps))(*given))
+    along, output = p.forward(u, *others, *p.rois), p.forward(*p.maps, *p.rois)
+    close(in_map, p.adjoint(along, *p.rois)[0], 1e-11)
+    expected = p.box_gradient(along, *p.maps, *p.rois)
+    close(in_boxes, expected + p.box_gradient(output, u, *others, *p.rois), 1e-11)
+    step = weighed(backend, squares(backend, p.forward, p.rois), maps, np.ones(p.rois[0].shape))
     error, message = backend.no_second_derivative
     with pytest.raises(error, match=message):
-        backend.numpy(second(features, boxes))
+        backend.numpy(backend.grad(step, maps)(*given))
+
+
+@pytest.mark.backends("mixed")
+@each_number_of_maps
+def test_second_order_of_boxes(backend, pyramid, maps):
+    """The boxes' gradient is linear in the maps, and in d_output."""
+    p = pyramid(maps=maps)
+    w, g, *u = (draw(each, 3) for each in (p.rois[0], p.d_output, *p.maps))
+    second = backend.grad(weighed(backend, p.loss, maps, w), (*range(maps), maps + len(p.rois)))
+    *in_maps, in_output = backend.numpy(second(*backend.array((*p.maps, *p.rois, p.d_output))))
+    expected = np.vdot(p.box_gradient(p.d_output, *u, *p.rois), w)
+    close(sum(np.vdot(*pair) for pair in zip(in_maps, u, strict=True)), expected, 1e-11)
+    close(np.vdot(in_output, g), np.vdot(p.box_gradient(g, *p.maps, *p.rois), w), 1e-11)
 
 
 # The names that JAX and torch.func share
@@ -219,7 +203,7 @@ def test_jacobians(backend, problem, argument):
 @pytest.mark.backends("func", "-slow")
 def test_mixed_jacobians(backend, problem):
     """d/d features of the gradient in the boxes, and the other way round."""
-    loss, func = cubes(backend, problem), backend.func
+    loss, func = squares(backend, pooling(problem), problem.rois), backend.func
     given = backend.array((problem.features, problem.boxes))
     of_features, of_boxes = backend.grad(loss, 0), backend.grad(loss, 1)
     by_features = backend.numpy(func.jacrev(of_boxes, 0)(*given))
@@ -231,7 +215,7 @@ def test_mixed_jacobians(backend, problem):
 @pytest.mark.backends("func", "-slow")
 def test_hessian(backend, problem):
     problem = replace(problem, features=problem.features[:, :1, :4, :5])
-    loss, func = cubes(backend, problem), backend.func
+    loss, func = squares(backend, pooling(problem), problem.rois), backend.func
     features, boxes, u = backend.array((problem.features, problem.boxes, draw(problem.features, 1)))
 
     def of_features(features):
@@ -244,7 +228,7 @@ def test_hessian(backend, problem):
 
 @pytest.mark.backends("func")
 def test_hessian_in_boxes_raises(backend, problem):
-    loss, func = cubes(backend, problem), backend.func
+    loss, func = squares(backend, pooling(problem), problem.rois), backend.func
     features, boxes = backend.array((problem.features, problem.boxes))
     forward, reverse = (lambda f, j=j: j(j(f)) for j in (func.jacfwd, func.jacrev))
     for twice in (func.hessian, forward, reverse):

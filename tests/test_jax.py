@@ -19,6 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
 from backends import named, pooling, three  # noqa: E402
+from isolation import isolated  # noqa: E402
+from test_transforms import check_without  # noqa: E402
 
 VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
 
@@ -280,6 +282,12 @@ def test_dense_is_jax_alone(dense, make_problem):
 # The module
 
 
+def test_without_what_is_private_to_jax():
+    """It only cuts the operations over devices."""
+    name = "prim_requires_devices_during_lowering"
+    isolated(check_without, "jax", "jax._src.dispatch", name, timeout=120)
+
+
 def test_an_older_jax_is_refused():
     code = (
         "import jax; jax.__version_info__, jax.__version__ = (0, 4, 37), '0.4.37'\n"
@@ -288,24 +296,3 @@ def test_an_older_jax_is_refused():
         "else:\n    raise AssertionError('it was imported')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-PUBLIC = """
-import sys, types, jax
-name = "jax._src.dispatch"
-kept, without = sys.modules[name], types.ModuleType(name)
-vars(without).update(vars(kept))
-del without.prim_requires_devices_during_lowering
-sys.modules[name] = without
-import roialign.jax
-sys.modules[name] = kept
-features, rois = jax.numpy.arange(16.0).reshape(1, 1, 4, 4), jax.numpy.array([[0, 0, 0, 4.0, 4]])
-for pool in (roialign.roi_align, jax.jit(roialign.roi_align, static_argnums=2)):
-    assert pool(features, rois, 2).ravel().tolist() == [2.5, 4.5, 10.5, 12.5]
-"""
-
-
-def test_without_what_is_private_to_jax():
-    """It only cuts the operations over devices."""
-    done = subprocess.run([sys.executable, "-c", PUBLIC], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 import test_errors as errors
 from backends import Foreign
-from roialign import ROIAlign
+from roialign import ROIAlign, roi_align
 
 FEATURES = np.random.default_rng(3).standard_normal((2, 5, 9, 11)).astype(np.float32)
 ROIS = np.array([[0, 1.5, 2, 30, 25], [1, 0, 0, 43, 35], [0, 20.25, 8.5, 22, 30]], np.float32)
@@ -45,6 +45,26 @@ def test_is_roi_align_of_the_mindspore_conventions(backend, roi_end_mode, conven
         backend.run(layer, FEATURES[:, :3], ROIS[:1])
         for y in (first, backend.run(layer, FEATURES, ROIS)):
             assert y.tobytes() == expected.tobytes()
+
+
+@pytest.mark.backends("values", "grad", "-slow")
+def test_gradients(backend):
+    features, rois, d_output = backend.array((FEATURES, ROIS, np.cos(FEATURES[..., :3, :2])[:1]))
+    options = {"spatial_scale": 0.25, "sampling_ratio": 2, "convention": "mindspore"}
+
+    def gradients(pool):
+        def loss(features, rois):
+            return (pool(features, rois) * d_output).sum()
+
+        return backend.numpy(backend.grad(loss, (0, 1))(features, rois))
+
+    def function(features, rois):
+        return roi_align(features, rois, (3, 2), **options)
+
+    expected = gradients(function)
+    for layer in backend.layers(*VALUES):
+        for actual, right in zip(gradients(layer), expected, strict=True):
+            assert np.array_equal(actual, right) and right.any()
 
 
 @pytest.mark.backends("fast")

@@ -1,7 +1,5 @@
 """MindSpore: NumPy's numbers in PyNative and Graph mode, and its own operator beside ours."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,59 +202,12 @@ def test_calls_of_one_graph_are_kept_apart(mode):
             assert same(actual, wanted)
 
 
-def test_a_fresh_process_compiles_it():
-    """The adapter is loaded by the compiler, and MindSpore by nothing before."""
-    code = """
-import sys, roialign
-assert "mindspore" not in sys.modules
-import numpy as np, mindspore
-from mindspore import Tensor, nn
-class Head(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.pool = roialign.ROIAlign(2, 2, 0.5)
-    def construct(self, features, rois):
-        return self.pool(features, rois).sum()
-mindspore.set_context(mode=mindspore.GRAPH_MODE)
-assert "roialign.mindspore" not in sys.modules
-inputs = np.ones((1, 1, 8, 8), np.float32), np.array([[0, 2, 2, 9, 9]], np.float32)
-gradient = mindspore.grad(Head())(*map(Tensor, inputs)).asnumpy()
-assert abs(gradient.sum() - 4) < 1e-5, gradient
-"""
-    # the compiler reads the source of a file
-    done = subprocess.run(
-        [sys.executable, "-c", f"import runpy, tempfile, pathlib\ncode = {code!r}\n"
-         "with tempfile.TemporaryDirectory() as folder:\n"
-         "    path = pathlib.Path(folder) / 'head.py'\n"
-         "    path.write_text(code)\n"
-         "    runpy.run_path(str(path), run_name='__main__')\n"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
 # The layer
 
 
 def test_layer():
     layer = roialign.mindspore.ROIAlign(2, 3, 0.5, -1, 0)
     assert isinstance(layer, nn.Cell) and not layer.trainable_params()
-
-
-def test_layer_in_a_model(mode):
-    class Model(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.pool = roialign.mindspore.ROIAlign(2, 2, 1.0)
-
-        def construct(self, features, rois):
-            return self.pool(self.conv(features), rois).sum()
-
-    model = Model()
-    weights = model.trainable_params()
-    value, gradients = mindspore.value_and_grad(model, None, weights)(FEATURES + 1, ROIS)
-    assert np.isfinite(value.asnumpy()) and all(g.asnumpy().any() for g in gradients)
 
 
 @pytest.mark.parametrize("graph", [False, True])

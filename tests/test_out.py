@@ -249,6 +249,14 @@ def test_overlap_with_an_input_is_refused(operation, values, argument):
     assert (given == values).all()
 
 
+@pytest.mark.backends("out", "strided")
+def test_overlap_in_any_memory_is_refused(backend):
+    memory, rois = backend.array((np.zeros(900, np.float32), ROIS))
+    features, out = memory[:720].reshape(FEATURES.shape), memory[719:899].reshape(D_OUTPUT.shape)
+    with pytest.raises(ValueError, match="`out` must not overlap an input"):
+        roialign.roi_align(features, rois, (3, 4), out=out)
+
+
 def test_out_may_be_the_very_input_never():
     square = FEATURES.copy()  # (2, 5, 8, 9) pooled from 2 RoIs to (2, 5, 8, 9)
     with pytest.raises(ValueError, match="`out`.*overlap"):

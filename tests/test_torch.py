@@ -1,8 +1,5 @@
 """PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -12,8 +9,10 @@ import tolerance
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 
 import roialign.torch  # noqa: E402
-from backends import array as array_form, arrays_of, named  # noqa: E402
+from backends import named  # noqa: E402
+from isolation import isolated  # noqa: E402
 from roialign import _rule  # noqa: E402
+from test_transforms import check_without  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
@@ -44,12 +43,6 @@ def pool(problem, features=None, boxes=None):
     own_boxes, index = torch_rois(problem)
     rois = own_boxes if boxes is None else boxes, index
     return roialign.roi_align(features, rois, problem.size, **problem.options)
-
-
-@pytest.fixture
-def differentiable(problem):
-    features, (boxes, _) = tensor(problem.features), torch_rois(problem)
-    return features.requires_grad_(), boxes.requires_grad_()
 
 
 # Values
@@ -89,54 +82,18 @@ def test_sparse_features():
         roialign.roi_align(FEATURES.to_sparse(), ROIS, 2)
 
 
-@pytest.mark.parametrize(
-    "out, words",
-    [
-        (torch.zeros(1, 3, 2, 2).expand(2, 3, 2, 2), "itself"),
-        (FEATURES.view(-1)[:24].view(2, 3, 2, 2), "an input"),
-    ],
-)
-def test_out_that_overlaps(out, words):
-    with pytest.raises(ValueError, match=f"`out` .*overlap {words}"):
-        roialign.roi_align(FEATURES, ROIS, 2, out=out)
+@pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_are_functorch_transforms_active"])
+def test_without_what_is_private_to_torch(name):
+    """It only makes calls shorter."""
+    isolated(check_without, "torch", "torch._C", name, timeout=120)
 
 
 # Derivatives
 
 
-def test_one_roi():
-    """Of one row every stride is that of a contiguous tensor."""
-    features = torch.linspace(0, 9, 162, dtype=torch.float32).sin().reshape(1, 2, 9, 9)
-    rois = torch.tensor([[0, 1.0, 1, 5, 5]])
-
-    def f(rois):
-        return roialign.roi_align(features, rois, 2)
-
-    (gradient,) = torch.autograd.grad(f(leaf := rois.clone().requires_grad_()).sum(), leaf)
-    _, along = torch.func.jvp(f, (rois,), (gradient,))
-    torch.testing.assert_close(along.sum(), gradient.square().sum())
-    g = torch.ones(1, 2, 2, 2, requires_grad=True)
-    (pulled,) = torch.func.vjp(f, rois)[1](g)
-    (penalty,) = torch.autograd.grad(pulled.square().sum(), g)
-    torch.testing.assert_close(penalty, 2 * along)
-
-
-def unaligned(tensor):
-    raw = torch.empty(tensor.nbytes + 1, dtype=torch.uint8).numpy()
-    moved = raw[1:].view(tensor.numpy().dtype).reshape(tensor.shape)
-    moved[...] = tensor.numpy()
-    return torch.from_numpy(moved)
-
-
-def test_unaligned(make_problem):
-    problem = make_problem()
-    features, (boxes, index) = tensor(problem.features), torch_rois(problem)
-    expected = roialign.roi_align(features, (boxes, index), 2)
-    given = unaligned(features), (unaligned(boxes), unaligned(index))
-    assert torch.equal(roialign.roi_align(*given, 2), expected)
-    out = unaligned(torch.zeros_like(expected))
-    assert torch.equal(roialign.roi_align(*given, 2, out=out), expected)
-    assert torch.equal(out, expected)
+def test_out_that_overlaps_itself():
+    with pytest.raises(ValueError, match="`out` .*overlap itself"):
+        roialign.roi_align(FEATURES, ROIS, 2, out=torch.zeros(1, 3, 2, 2).expand(2, 3, 2, 2))
 
 
 def test_memory_of_the_graph(problem):
@@ -197,24 +154,10 @@ def test_meta_and_fake_tensors(layout):
 # Modes
 
 
-def test_autocast(make_problem):
-    problem = make_problem(dtype=tolerance.BFLOAT16)
-    features, (boxes, index) = tensor(problem.features).requires_grad_(), torch_rois(problem)
-    boxes.requires_grad_()
-    expected = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-        output.float().sum().backward()
-    assert output.dtype is torch.bfloat16 and torch.equal(output, expected)
-    assert (features.grad.dtype, boxes.grad.dtype) == (torch.bfloat16, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # float32 stays float32
-        assert pool(make_problem()).dtype is torch.float32
-
-
-def test_inference_mode(problem, differentiable):
+def test_inference_mode(problem):
     with torch.inference_mode():
-        output = pool(problem, *differentiable)
-    assert output.is_inference() and torch.equal(output, pool(problem, *differentiable))
+        output = pool(problem)
+    assert output.is_inference() and torch.equal(output, pool(problem))
 
 
 def test_threads_are_at_most_torchs(make_problem, monkeypatch):
@@ -253,86 +196,12 @@ def test_data_loader_workers(make_problem):
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
 
-PUBLIC = """
-import torch
-kept = torch._C.{name}
-del torch._C.{name}
-import roialign, roialign.torch
-torch._C.{name} = kept
-from roialign.torch import routes
-assert routes.is_watched() and routes.in_forward_mode()
-
-def f(features, rois):
-    return roialign.roi_align(features, rois, 2, sampling_ratio=2)
-
-features, rois = torch.rand(1, 2, 6, 7), torch.tensor([[0, 1, 1, 4.5, 5]])
-expected = torch.from_numpy(f(features.numpy(), rois.numpy()))
-assert torch.equal(f(features, rois), expected)
-leaves = features.clone().requires_grad_(), rois.clone().requires_grad_()
-g = torch.ones_like(expected)
-d_features, d_rois = torch.autograd.grad(f(*leaves), leaves, g)
-options = {{"sampling_ratio": 2}}
-assert torch.equal(d_features, roialign.roi_align_adjoint(g, rois, features.shape, **options))
-assert torch.equal(d_rois, roialign.roi_align_box_gradient(g, features, rois, **options))
-by_func = torch.func.grad(lambda f_: f(f_, rois).sum())(features)
-assert torch.equal(by_func, d_features)
-_, along = torch.func.jvp(lambda f_: f(f_, rois), (features,), (features,))
-assert torch.equal(along, expected)
-compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-assert torch.equal(compiled(features, rois), expected)
-"""
-
-
-@pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_are_functorch_transforms_active"])
-def test_without_what_is_private_to_torch(name):
-    """It only makes calls shorter."""
-    done = subprocess.run(
-        [sys.executable, "-c", PUBLIC.format(name=name)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 # The layer
 
 
 def test_a_layer_is_not_scripted():
     with pytest.raises(RuntimeError, match="cannot be scripted"):
         torch.jit.script(roialign.torch.ROIAlign(2, 2, 0.5, 2))
-
-
-def test_layer_in_a_model():
-    class Last(torch.nn.Sequential):
-        def forward(self, features, rois):
-            return self[1](self[0](features), rois)
-
-    model = Last(torch.nn.Conv2d(3, 4, 3, padding=1), roialign.torch.ROIAlign(2, 2, 1.0))
-    model(torch.rand(2, 3, 8, 9), ROIS).sum().backward()
-    assert model[0].weight.grad.any()
-
-
-def test_the_first_call_is_compiled():
-    """The adapter is found and loaded while the compiler reads."""
-    code = """
-import torch, roialign
-pool = torch.compile(lambda f, r: roialign.roi_align(f, r, 2), fullgraph=True, backend="aot_eager")
-features, rois = torch.rand(1, 3, 8, 9), torch.tensor([[0, 1.0, 1.0, 6.0, 5.0]])
-assert torch.equal(pool(features, rois), roialign.roi_align(features, rois, 2))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_second_order_of_rows(make_problem):
-    """Rows are one step of the graph, a pair another."""
-    problem, results = make_problem(sampling=2), []
-    (rows,) = map(tensor, arrays_of(array_form, *problem.rois))
-    assert roialign.torch.takes_rows(tensor(problem.features), rows)
-    for rois in (rows, torch_rois(problem)):
-        features = tensor(problem.features).requires_grad_()
-        output = roialign.roi_align(features, rois, problem.size, **problem.options)
-        (first,) = torch.autograd.grad(output.square().sum(), features, create_graph=True)
-        results.append(torch.autograd.grad(first.square().sum(), features)[0])
-    assert torch.equal(*results)
 
 
 # What tensors can be, other than memory

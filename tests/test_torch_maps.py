@@ -8,9 +8,7 @@ from roialign import _core
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 from roialign.torch import kernels  # noqa: E402
-from test_maps import pyramid  # noqa: E402
 
-__all__ = ["pyramid"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's
 
 

@@ -1,9 +1,17 @@
 """vmap, and other ways to run a function: what a call alone gives, of results and derivatives."""
 
+import importlib
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from backends import pooling
+import roialign
+import test_gradients
+from backends import choose, named, pooling
+from conftest import draw_problem, draw_pyramid
+from isolation import isolated
 
 
 @pytest.fixture
@@ -15,38 +23,36 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
-def squares(pool):
-    def loss(features, boxes, index):
-        output = pool(features, boxes, index)
-        return (output * output).sum()
-
-    return loss
-
-
 @pytest.mark.backends("func")
-@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0),
-                                  (2, None, 1), (1, 1, None)])  # fmt: skip
-def test_vmap(backend, problem, axes):
-    """Of the output and of its gradients."""
-    pool = pooling(problem)
-    index = np.array([0, 1, 1])
-    calls = (problem.features, problem.boxes), (0.9 * problem.features, 0.9 * problem.boxes)
-    calls = [(*call, each) for call, each in zip(calls, (index, 1 - index), strict=True)]
+@pytest.mark.parametrize(
+    "maps, axes",
+    [
+        *((1, axes) for axes in ["0...", ".0..", "..0.", "2.1.", "11..", "0000", "...0"]),
+        *((2, axes) for axes in ["00....", ".1...0", "..1...", "....0.", "100000"]),
+    ],
+)
+def test_vmap(backend, pyramid, maps, axes):
+    """Over these axes of maps, boxes, image index (levels) and d_output: all results."""
+    p = pyramid(maps=maps)
+    boxes, *index = p.rois
+    one = *p.maps, *p.rois, p.d_output
+    other = [0.9 * each for each in (*p.maps, boxes)] + [(1 - each) % 2 for each in index]
+    axes = [None if axis == "." else int(axis) for axis in axes]
     stacked = [
-        pair[0] if axis is None else np.stack(pair, axis)
-        for pair, axis in zip(zip(*calls, strict=True), axes, strict=True)
+        a if axis is None else np.stack([a, b], axis)
+        for a, b, axis in zip(one, (*other, 0.9 * p.d_output), axes, strict=True)
     ]
-    gradients = backend.grad(squares(pool), (0, 1))
+    gradients = backend.grad(p.loss, (0, maps))
 
-    def all_of(*given):
-        return pool(*given), *gradients(*given)
+    def results(*given):
+        return *p.together(given[-1], *given[:-1]), *gradients(*given)
 
-    batched = backend.numpy(backend.vmap(all_of, axes)(*backend.array(stacked)))
+    batched = backend.numpy(backend.vmap(results, tuple(axes))(*backend.array(stacked)))
     for i in range(2):
         each = [
             a if axis is None else a.take(i, axis) for a, axis in zip(stacked, axes, strict=True)
         ]
-        for actual, expected in zip(batched, backend.run(all_of, *each), strict=True):
+        for actual, expected in zip(batched, backend.run(results, *each), strict=True):
             close(actual[i], expected)
 
 
@@ -115,7 +121,7 @@ def test_of_vmap(backend, problem):
 def test_over_nothing(backend, problem):
     """Of the output and of the box gradient."""
     pool, (boxes, index) = pooling(problem), backend.array(problem.rois)
-    gradient = backend.grad(squares(pool), 1)
+    gradient = backend.grad(lambda *given: (pool(*given) ** 2).sum(), 1)
 
     def both(features):
         return pool(features, boxes, index), gradient(features, boxes, index)
@@ -130,7 +136,8 @@ def test_over_nothing(backend, problem):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")  # torch's own
 @pytest.mark.backends("ways")
 def test_ways_to_run(backend, problem):
-    """The output and its gradients, of another number of RoIs too."""
+    """The same bits of the output and its gradients, of another number of RoIs too."""
+    problem = replace(problem, features=problem.features.astype(np.float32))
     pool, rois = pooling(problem), problem.rois
     calls = [backend.array((problem.features, *(each[:k] for each in rois))) for k in (3, 2)]
 
@@ -147,5 +154,37 @@ def test_ways_to_run(backend, problem):
             with context():
                 found = results(function, *given)
             for actual, right in zip(found, expected, strict=True):
-                close(actual, right)
-                assert right.any()
+                assert actual.tobytes() == right.tobytes() and right.any()
+
+
+def check_the_first_call(name):
+    backend = named(name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backend.start(monkeypatch)
+        assert f"roialign.{backend.family}" not in sys.modules
+        problem, layer = draw_problem(), roialign.ROIAlign(2, 2, 1.0)
+        rois = np.column_stack(problem.rois[::-1]).astype(np.float32)
+        output = backend.run(layer, problem.features, rois)
+        assert np.array_equal(output, layer(problem.features, rois)) and output.any()
+
+
+@pytest.mark.backends("values", "exact", "-fast")
+def test_the_first_call_is_compiled(backend):
+    """The adapter is found and loaded while the compiler reads."""
+    isolated(check_the_first_call, backend.name, timeout=120)
+
+
+def check_without(library, module, name):
+    """The gradients, where a library has not what is private to it."""
+    module = importlib.import_module(module)
+    private = getattr(module, name)
+    delattr(module, name)
+    importlib.import_module(f"roialign.{library}")
+    setattr(module, name, private)
+    for backend in choose("grad", "-interprets"):
+        if backend.family == library:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                backend.start(monkeypatch)
+                test_gradients.test_first_order(backend, draw_pyramid, 1)
+                if "jvp" in backend.traits:
+                    test_gradients.test_forward_mode(backend, draw_pyramid, 1)
