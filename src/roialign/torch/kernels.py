@@ -48,17 +48,14 @@ def have_memory(tensors: Tensors) -> bool:
 
     Not so: meta tensors, what a transform left behind, zeros or a negation that is not stored.
     """
-    return all(
-        [
-            t is None
-            or (
-                _core.has_memory(t)
-                and not t.is_neg()
-                and (t.untyped_storage().nbytes() > 0 or not t.numel())  # not freed
-            )
-            for t in tensors
-        ]
-    )
+    for t in tensors:
+        if t is not None and (
+            not _core.has_memory(t)
+            or t.is_neg()
+            or (not t.untyped_storage().nbytes() and t.numel())  # freed
+        ):
+            return False
+    return True
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -131,20 +128,30 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
         out = like.new_empty((boxes.shape[0], 4), dtype=real)
     elif out is None:
         out = results(call, tensors, empty)
-
-    if home(like) is not None:  # whose kernels read floats
-        maps = [features.to(pooled_dtype(features.dtype)) for features in maps]
-    given = [array for array in (d_output, maps or None) if array is not None]
-    tangents = () if operation == "box_gradient" else (tangent,)
     if home(like) is None:
-        rest = *tangents, call.rule, out, threads()
-        getattr(_core, operation)(*given, call.scales, (boxes, image_index), levels, *rest)
+        taken = d_output, boxes, image_index, levels, tangent, *maps
+        on_core(operation, taken, call.scales, call.rule, out)
     else:
+        maps = [features.to(pooled_dtype(features.dtype)) for features in maps]  # they read floats
+        given = [array for array in (d_output, maps or None) if array is not None]
+        tangents = () if operation == "box_gradient" else (tangent,)
         rois = Rois(boxes, image_index, levels)
         _on_device(like, operation, given, rois, *tangents, call.scales, call.rule, out)
     if operation == "box_gradient" and dtype is not real:
         return out.to(gradient_dtype(dtype))
     return out
+
+
+def on_core(operation: str, tensors: Tensors, scales: Any, rule: Any, out: Result) -> None:
+    """By the core, which refuses what does not fit. Tensors have memory, boxes are floats."""
+    d_output, boxes, image_index, levels, tangent, *maps = tensors
+    rois = boxes, image_index
+    if operation == "forward":
+        _core.forward(maps, scales, rois, levels, tangent, rule, out, threads())
+    elif operation == "adjoint":
+        _core.adjoint(d_output, scales, rois, levels, tangent, rule, out, threads())
+    else:
+        _core.box_gradient(d_output, maps, scales, rois, levels, rule, out, threads())
 
 
 def pool(call: Call, features: Tensor, *rois: Tensor, out: Tensor | None = None) -> Tensor:

@@ -56,9 +56,22 @@ def run(call: Call, tensors: Tensors) -> Result:
     return operator(d_output, maps, *rois, call.scales, rule)
 
 
+_FLAT: dict[str, Callable[..., tuple]] = {
+    "forward": lambda features, *rest: (None, *rest[:4], *features),
+    "adjoint": lambda *args: args[:5],
+    "box_gradient": lambda d_output, features, *rest: (d_output, *rest[:3], None, *features),
+}
+
+
 def _flat(operation: str, args: Sequence) -> tuple:
     """The arguments that are arrays, or what there is for each of them, as a call has it."""
-    return calls.flat(dict(zip(ORDER[operation], args)))
+    return _FLAT[operation](*args)
+
+
+def _numbers(rule: Sequence[float]) -> list[float]:
+    """Of a rule; one of an earlier version may be shorter."""
+    numbers = *rule, *_core.rule_defaults[len(rule) :]
+    return [-math.inf if number == _LEAST else number for number in numbers]
 
 
 def _parsed(operation: str, args: Sequence, tensors: Tensors) -> Call:
@@ -87,9 +100,7 @@ def _parsed(operation: str, args: Sequence, tensors: Tensors) -> Call:
         shapes = [features.shape for features in given]
     bins = sizes[0] if operation == "forward" else tensors[0].shape[2:]
     pixels = tuple([tuple(shape[2:]) for shape in shapes])
-    numbers = [-math.inf if number == _LEAST else number for number in rule]
-    rule = *numbers, *_core.rule_defaults[len(numbers) :]  # of another version it may be shorter
-    return Call(operation, tuple(bins), shapes[0][0], pixels, tuple(scales), rule)
+    return Call(operation, tuple(bins), shapes[0][0], pixels, tuple(scales), tuple(_numbers(rule)))
 
 
 def _listed(result: Result) -> Tensor | list[Tensor]:
@@ -101,13 +112,43 @@ def _listed(result: Result) -> Tensor | list[Tensor]:
 
 def _kernel(operation: str, *args: Any) -> Tensor | list[Tensor]:
     tensors = _flat(operation, args)
-    call, boxes = _parsed(operation, args, tensors), tensors[1]
-    if not (boxes.is_cpu and boxes.dtype in kernels.FLOATS and kernels.have_memory(tensors)):
-        tensors = _checked(operation, tensors)
+    like, boxes, tangent = calls.source(tensors), tensors[1], tensors[4]
+    ready = (
+        like is not None
+        and boxes is not None
+        and boxes.is_cpu
+        and boxes.dtype in kernels.FLOATS
+        and kernels.have_memory(tensors)
+    )
+    short = ready and tangent is None and boxes.dim() == 2 and like.dim() == 4
+    if not short:
+        call = _parsed(operation, args, tensors)
+        tensors = tensors if ready else _checked(operation, tensors)
     try:
-        return _listed(kernels.run(call, tensors))
+        return _on_core(operation, args, tensors) if short else _listed(kernels.run(call, tensors))
     except (TypeError, ValueError) as error:
+        _parsed(operation, args, tensors)  # its error says more
         raise type(error)(f"roialign::{operation}: {error}") from None
+
+
+def _on_core(operation: str, args: Sequence, tensors: Tensors) -> Tensor | list[Tensor]:
+    """The short way of most calls: `kernels.run` without a record of the call."""
+    *sizes, scales, rule = args[len(ORDER[operation]) :]
+    like, boxes = calls.source(tensors), tensors[1]
+    if operation == "forward":
+        shapes = [(boxes.shape[0], like.shape[1], *sizes[0])]
+    elif operation == "adjoint":
+        (n,) = sizes
+        shapes = [(n[i], like.shape[1], *n[i + 2 : i + 4]) for i in range(0, len(n), 4)]
+    else:
+        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+        out = like.new_empty((boxes.shape[0], 4), dtype=dtype)
+        kernels.on_core(operation, tensors, scales, _numbers(rule), out)
+        return out.to(boxes.dtype)
+    out = [kernels.laid_out(like, shape, kernels.empty) for shape in shapes]
+    out = out if operation == "adjoint" else out[0]
+    kernels.on_core(operation, tensors, scales, _numbers(rule), out)
+    return out
 
 
 def _checked(operation: str, tensors: Tensors) -> Tensors:

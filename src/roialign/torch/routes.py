@@ -1,4 +1,4 @@
-"""Which way a call goes: the table `ROUTES`, and the way with a record for the backward."""
+"""Which way a call goes, and the way with a record for the backward."""
 
 from __future__ import annotations
 
@@ -150,6 +150,10 @@ def _written(out: Result) -> Result:
     return out
 
 
+def _transformed(call: Call, tensors: Tensors) -> Result:
+    return TransformedOperation.apply(call, *tensors)
+
+
 def _to_operator(call: Call, tensors: Tensors) -> Result:
     if call.operation == "forward" and onnx.is_exporting():  # ONNX has an operator of its own
         return onnx.forward(call, tensors)
@@ -157,38 +161,25 @@ def _to_operator(call: Call, tensors: Tensors) -> Result:
     return operators.run(call, tensors)
 
 
-# The table. The first row whose condition the call and its tensors meet says the way.
-
-ROUTES: tuple[tuple[Callable[[Call, Tensors], bool], Callable], ...] = (
-    # a compiler, an exporter, subclasses
-    (lambda call, tensors: is_traced() or not are_plain(tensors), _to_operator),
-    # torch.func, forward mode, a mode of dispatch
-    (
-        lambda call, tensors: is_watched() or in_forward_mode(),
-        lambda call, tensors: TransformedOperation.apply(call, *tensors),
-    ),
-    # it refuses what was freed and has ways for the rest
-    (lambda call, tensors: not kernels.have_memory(tensors), _to_operator),
-    # most calls
-    (lambda call, tensors: True, on_memory),
-)
+def _way(tensors: Tensors) -> Callable[..., Result]:
+    """The first whose condition the tensors meet."""
+    if is_traced() or not are_plain(tensors):  # a compiler, an exporter, subclasses
+        return _to_operator
+    if is_watched() or in_forward_mode():  # torch.func, forward mode, a mode of dispatch
+        return _transformed
+    if not kernels.have_memory(tensors):  # it refuses what was freed and has ways for the rest
+        return _to_operator
+    return on_memory  # most calls
 
 
 def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
     """Writes `out`, if it is given."""
     if out is None:
-        return _way(call, tensors)(call, tensors)
+        return _way(tensors)(call, tensors)
     outs = out if type(out) is tuple else (out,)
-    if _way(call, [*tensors, *outs]) is on_memory:
+    if _way([*tensors, *outs]) is on_memory:
         return on_memory(call, tensors, out)
     results = run(call, tensors)
     for each, result in zip(outs, results if type(results) is tuple else (results,)):
         each.copy_(result)
     return out
-
-
-def _way(call: Call, tensors: Tensors) -> Callable[..., Result]:
-    for applies, way in ROUTES:
-        if applies(call, tensors):
-            return way
-    raise AssertionError("the last row takes all")
