@@ -66,7 +66,7 @@ class Backend:
     def holds(self):
         """The dtypes of its arrays."""
         floats = "float16", "float32", "float64", "complex64", "complex128"
-        return {"bool", *self.integers, *floats}
+        return {"bool", *self.integers, *floats, *self.traits & {"bfloat16"}}
 
     @property
     def layouts(self):
@@ -140,8 +140,11 @@ class Backend:
 
     def takes(self, maps=1, dtype=None, **others):
         """Whether a case with these parameters is for it; interpreted kernels take their time."""
-        several = "maps" in self.traits and "interprets" not in self.traits
-        return (several or maps == 1) and ("bytes" in self.traits or dtype not in tolerance.BYTES)
+        return (
+            (maps == 1 or ("maps" in self.traits and "interprets" not in self.traits))
+            and ("bytes" in self.traits or dtype not in tolerance.BYTES)
+            and ("bfloat16" in self.traits or dtype != tolerance.BFLOAT16)
+        )
 
     def fair(self, problem):
         """Without the RoIs of which the oracle does not know its results."""
@@ -395,12 +398,13 @@ class Jax(Backend):
         return self.way(self.jax.vmap(function, in_axes))
 
     def ways(self, pool, given):
-        jit, cond = self.jax.jit, self.jax.lax.cond
+        jit, cond, scan = self.jax.jit, self.jax.lax.cond, self.jax.lax.scan
         other = lambda *given: 2 * pool(*given)  # noqa: E731
         yield pool, self.jax.disable_jit
         for function in (
             self.jax.checkpoint(pool),
             jit(lambda features, *rois: cond(features.sum() < 1e9, pool, other, features, *rois)),
+            lambda *given: scan(lambda carry, _: (carry, pool(*given)), 0, None, length=1)[1][0],
             lambda features, *rois: jit(lambda features: pool(features, *rois))(features),
             lambda features, *rois: jit(lambda *rois: pool(features, *rois))(*rois),
             lambda *given: jit(lambda: pool(*given))(),

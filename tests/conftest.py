@@ -44,14 +44,7 @@ LIBRARIES = {
     "torchvision_aligned_false": "asymmetric",
     "torchvision_aligned_true": "half_pixel",
 }
-CONVENTIONS = (
-    "mindspore",
-    "mindspore_legacy",
-    "asymmetric",
-    "half_pixel",
-    "openvino_half_pixel",
-    "mmdet_legacy",
-)
+CONVENTIONS = tuple(roialign.conventions)[:6]  # the canonical names
 NO_GRADIENT = ("ncnn", "onnx", "openvino")
 ROUND_ONCE = ("ncnn", "onnx", "openvino", "paddle")  # the others round every operation in float16
 

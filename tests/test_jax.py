@@ -106,39 +106,12 @@ def test_held_boxes_have_no_second_order(problem):
     close(held(boxes), jax.grad(loss)(boxes))
 
 
-def test_scan(problem):
-    """Boxes that move through the pooling, and what reaches the first ones."""
-
-    def step(boxes, _):
-        return boxes + 0.01 * pool(problem, boxes=boxes).mean((1, 2, 3))[:, None], None
-
-    def scanned(boxes):
-        return jax.lax.scan(step, boxes, None, length=3)[0].sum()
-
-    def unrolled(boxes):
-        for _ in range(3):
-            boxes, _ = step(boxes, None)
-        return boxes.sum()
-
-    boxes = jnp.asarray(problem.boxes)
-    close(jax.jit(jax.grad(scanned))(boxes), jax.grad(unrolled)(boxes))
-
-
 def test_donated_buffers(make_problem):
     problem = make_problem(shape=(4, 8, 3, 3), count=4, size=(3, 3))
     expected = pool(problem)
     donating = jax.jit(lambda f: pool(problem, f) + 1, donate_argnums=0)
     for _ in range(3):
         same(donating(jnp.array(problem.features)), expected + 1)
-
-
-def test_shapes_without_computing():
-    result = jax.eval_shape(
-        lambda f, r: roialign.roi_align(f, r, (3, 2)),
-        jax.ShapeDtypeStruct((2, 3, 8, 9), jnp.bfloat16),
-        jax.ShapeDtypeStruct((7, 5), jnp.float32),
-    )
-    assert (result.shape, result.dtype) == ((7, 3, 3, 2), jnp.bfloat16)
 
 
 def test_export(make_problem):

@@ -239,8 +239,8 @@ def test_no_jax_triton(monkeypatch, version):
     assert not names and "dot_general" in text
 
 
-# Values: the kernels' and the core's results of the same functions. Of one device and one map they
-# are a backend's of the tests of all backends.
+# Values over devices: the kernels' and the core's. Of one device they are a backend's of the tests
+# of all backends.
 
 
 def check_values():
@@ -248,26 +248,19 @@ def check_values():
     problem = draw_problem(dtype=np.float64, inside=True, **SMALL)
     features, boxes = leaves(problem)
     results = functools.partial(differentiated, functools.partial(pool, problem))
-    two = functools.partial(differentiated, functools.partial(pool_maps, problem))
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
     cut = P(None, "y"), P("x"), P("x")
     mapped = jax.shard_map(results, mesh=mesh, in_specs=cut, out_specs=(P("x", "y"), *cut[:2]))
-    maps, four = (features, features[:, :, 1:]), jnp.concatenate([boxes, boxes + 0.25])
-    cases = (
-        (mapped, (features[:, :2], boxes, jnp.array([1, 5]))),  # 5: of no image
-        (two, (maps, four, jnp.array([1, 0, 0, 1]), jnp.array([0, 1, -1, 1]))),
-    )
-    expected = [jax.jit(function)(*arguments) for function, arguments in cases]
-    assert not expected[0][0][1].any() and not expected[0][2][1].any()
+    arguments = features[:, :2], boxes, jnp.array([1, 5])  # 5: of no image
+    expected = jax.jit(mapped)(*arguments)
+    assert not expected[0][1].any() and not expected[2][1].any()
     with pytest.MonkeyPatch.context() as monkeypatch:
         install(monkeypatch)
         jax.clear_caches()
-        for (function, arguments), right in zip(cases, expected, strict=True):
-            function = jax.jit(function)
-            assert "callback" in function.lower(*arguments).as_text()
-            leaves_ = map(jax.tree.leaves, (function(*arguments), right))
-            for actual, wanted in zip(*leaves_, strict=True):
-                np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
+        function = jax.jit(mapped)
+        assert "callback" in function.lower(*arguments).as_text()
+        for actual, wanted in zip(function(*arguments), expected, strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-12)
 
 
 @needs("triton")

@@ -267,33 +267,6 @@ def check_explicit():
     check((jax.jit(pool)(features, *arrays[1:3]),), right[:1])
 
 
-# A head that learns
-
-
-def check_training():
-    """Steps of gradient descent on the features' and the boxes' part, data parallel and alone."""
-    mesh = mesh_of_eight()
-    features, boxes, index, d_output = arguments()
-    kernel = 0.1 * jnp.asarray(np.random.default_rng(2).standard_normal((16, 16)), jnp.float32)
-
-    def loss(kernel, features, boxes, index, wanted):
-        mixed = jnp.einsum("ij,njhw->nihw", kernel, features)
-        return ((pool(mixed, boxes, index) - wanted) ** 2).mean()
-
-    @jax.jit
-    def step(kernel, *arrays):
-        value, gradient = jax.value_and_grad(loss)(kernel, *arrays)
-        return value, kernel - 0.1 * gradient
-
-    cut = put(mesh, (features, boxes, index, d_output), CUT["images and RoIs"])
-    alone = together = kernel
-    for _ in range(4):
-        right, alone = step(alone, features, boxes, index, d_output)
-        value, together = step(together, *cut)
-        np.testing.assert_allclose(value, right, rtol=1e-5)
-    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "check, arguments",
     [
@@ -301,10 +274,7 @@ def check_training():
         pytest.param(check_jit, [list(CUT)[6:]], id="jit-mixed"),
         pytest.param(check_shard_map, [False], id="shard_map"),
         pytest.param(check_shard_map, [True], id="shard_map-dense"),
-        *(
-            (check, [])
-            for check in (check_other_numbers, check_maps, check_explicit, check_training)
-        ),
+        *((check, []) for check in (check_other_numbers, check_maps, check_explicit)),
     ],
 )
 def test_over_devices(check, arguments):

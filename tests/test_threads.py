@@ -1,10 +1,11 @@
 """The same bits from any number of threads, in every run, from any thread and after a fork."""
 
-import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import roialign
 import tolerance
 from backends import three
+from conftest import draw_problem
 from isolation import isolated
 
 pytestmark = pytest.mark.serial
@@ -60,28 +62,20 @@ def test_same_bits(make_problem, layouts, options, layout):
 
 
 @pytest.mark.backends("values", "exact")
-def test_same_bits_of_every_backend(backend, make_problem):
-    problem = make_problem(shape=(1, 64, 40, 40), count=40)
-    given, expected = (problem.features, problem.draw_output(), *problem.rois), None
-    for threads in (1, 2, 3):
+@pytest.mark.parametrize("maps", [1, 2])
+def test_same_bits_of_every_backend(backend, pyramid, maps):
+    p, found = pyramid(np.float32, channels=40, count=600, maps=maps), set()
+    for threads in (1, 2, 7):
         with backend.threads(threads):
-            arrays = backend.run(three(problem), *given)
-        found = [array.tobytes() for array in arrays]
-        expected = expected or found
-        assert found == expected
+            results = backend.run(p.together, p.d_output, *p.maps, *p.rois)
+        found.add(b"".join(array.tobytes() for array in results))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("layout", ["unaligned", "shifted"])
 def test_same_bits_at_any_address(make_problem, layouts, layout):
     problem = shared_problem(make_problem, count=200)
-    features, rois, options = problem.features, problem.rois, problem.options
-    y = roialign.roi_align(features, rois, problem.size, **options)
-    d_features = roialign.roi_align_adjoint(y, rois, features.shape, **options)
-    out, d_out = layouts[layout](0 * y), layouts[layout](0 * d_features)
-    roialign.roi_align(layouts[layout](features), rois, problem.size, **options, out=out)
-    roialign.roi_align_adjoint(layouts[layout](y), rois, features.shape, **options, out=d_out)
-    assert out.tobytes() == y.tobytes()
-    assert d_out.tobytes() == d_features.tobytes()
+    assert results(problem, layouts[layout]) == results(problem)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "unaligned", "shifted"])
@@ -93,23 +87,6 @@ def test_box_gradients_same_bits_in_any_layout(make_problem, layouts, layout):
     features = layouts[layout](layouts["channels_last"](problem.features))
     d_boxes = roialign.roi_align_box_gradient(d_output, features, rois, **problem.options)
     assert d_boxes.tobytes() == expected.tobytes()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_threads_are_used(make_problem):
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as process:
-        before, after = process.apply(count_threads, (shared_problem(make_problem), 4))
-    assert after == before + 3  # the caller is the fourth
-
-
-def count_threads(problem, threads):
-    roialign.set_num_threads(1)
-    results(problem)
-    before = len(os.listdir("/proc/self/task"))
-    roialign.set_num_threads(threads)
-    results(problem)
-    return before, len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.backends("exact", "maps", "-slow")
@@ -127,27 +104,18 @@ def test_concurrent_calls(backend, make_problem):
         assert list(executor.map(bits, list(range(4)) * 6)) == expected * 6
 
 
-def child_agrees(problem, expected, generations=0):
-    """In a child process: exit code 0 iff it has the parent's results, and its own child too."""
-    agrees = results(problem) == expected
-    if generations:
-        child = multiprocessing.get_context("fork").Process(
-            target=child_agrees, args=(problem, expected, generations - 1)
-        )
-        child.start()
-        child.join(60)
-        agrees = agrees and child.exitcode == 0
-    sys.exit(not agrees)
+def check_threads_are_used():
+    counts = []
+    for threads in (1, 4):
+        roialign.set_num_threads(threads)
+        results(shared_problem(draw_problem))
+        counts.append(len(os.listdir("/proc/self/task")))
+    assert counts[1] == counts[0] + 3  # the caller is the fourth
 
 
-def run_child(method, *arguments):
-    child = multiprocessing.get_context(method).Process(target=child_agrees, args=arguments)
-    child.start()
-    child.join(120)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-    return child.exitcode
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_threads_are_used():
+    isolated(check_threads_are_used)
 
 
 @FORK_WARNING
@@ -157,21 +125,23 @@ def test_fork(make_problem):
     problem = shared_problem(make_problem)
     roialign.set_num_threads(3)
     expected = results(problem)
-    assert run_child("fork", problem, expected, 1) == 0
-    assert results(problem) == expected
 
+    def children_agree(generations):
+        if (child := os.fork()) == 0:
+            agree = False
+            try:
+                signal.alarm(60)
+                agree = results(problem) == expected
+                agree = agree and (generations == 1 or children_agree(generations - 1))
+            finally:
+                os._exit(not agree)
+        return os.waitpid(child, 0)[1] == 0
 
-def test_spawn(make_problem):
-    problem = shared_problem(make_problem)
-    assert run_child("spawn", problem, results(problem)) == 0
+    assert children_agree(2) and results(problem) == expected
 
 
 def check_interrupt(operation, threads):
     """A signal ends a long call; the next call has the right bits."""
-    import signal
-    import threading
-    import time
-
     roialign.set_num_threads(threads)
     features = np.random.default_rng(0).standard_normal((1, 512, 64, 64), np.float32)
     rois = np.tile(np.float32([[0, 1, 2, 60, 61]]), (64, 1))
@@ -221,7 +191,7 @@ def test_interrupt(operation, threads):
 def check_daemon_threads():
     features = np.ones((1, 16, 64, 64), np.float32)
     rois = np.tile(np.float32([[0, 1, 1, 40, 40]]), (50, 1))
-    started = [Event() for _ in range(2)]
+    started = [threading.Event() for _ in range(2)]
 
     def call(event):
         while True:
@@ -229,7 +199,7 @@ def check_daemon_threads():
             event.set()
 
     for event in started:
-        Thread(target=call, args=(event,), daemon=True).start()
+        threading.Thread(target=call, args=(event,), daemon=True).start()
     for event in started:
         event.wait()
 

@@ -1,5 +1,7 @@
 """PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,9 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 
 import roialign.torch  # noqa: E402
 from backends import named  # noqa: E402
+from conftest import draw_problem  # noqa: E402
 from isolation import isolated  # noqa: E402
-from roialign import _rule  # noqa: E402
+from roialign import _core, _rule  # noqa: E402
 from test_transforms import check_without  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -134,23 +137,6 @@ def test_opcheck(dtype, layout, maps):
     assert_operator("box_gradient", g, features, fixed, index, levels, *rest)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_meta_and_fake_tensors(layout):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    features = LAYOUTS[layout](torch.rand(2, 3, 8, 9))
-    output = roialign.roi_align(features, ROIS, 2)
-    on_meta = roialign.roi_align(features.to("meta"), ROIS.to("meta"), 2)
-    assert (on_meta.shape, on_meta.stride(), on_meta.device.type) == (
-        output.shape,
-        output.stride(),
-        "meta",
-    )
-    with FakeTensorMode() as mode:
-        fake = roialign.roi_align(mode.from_tensor(features), mode.from_tensor(ROIS), 2)
-    assert (fake.shape, fake.stride(), fake.dtype) == (output.shape, output.stride(), output.dtype)
-
-
 # Modes
 
 
@@ -158,23 +144,6 @@ def test_inference_mode(problem):
     with torch.inference_mode():
         output = pool(problem)
     assert output.is_inference() and torch.equal(output, pool(problem))
-
-
-def test_threads_are_at_most_torchs(make_problem, monkeypatch):
-    given = []
-
-    class Core:
-        def __getattr__(self, name):
-            return getattr(roialign._core, name)
-
-        def forward(self, *args):
-            given.append(args[-1])
-            return roialign._core.forward(*args)
-
-    monkeypatch.setattr(roialign.torch.kernels, "_core", Core())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    pool(make_problem())
-    assert given == [1]
 
 
 def test_data_loader_workers(make_problem):
@@ -339,3 +308,96 @@ def test_gradients_of_a_batch():
     one_by_one = [torch.autograd.grad(output, leaves, each, retain_graph=True) for each in g]
     for actual, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+# Several maps
+
+
+@pytest.fixture
+def given(pyramid):
+    """The pyramid, and its maps, boxes, image index and levels as tensors."""
+    p = pyramid()
+    return p, *map(torch.from_numpy, (*p.maps, *p.rois))
+
+
+class PoolOfMaps(torch.nn.Module):
+    def __init__(self, pyramid):
+        super().__init__()
+        self.pool = pyramid.forward
+
+    def forward(self, fine, coarse, boxes, index, levels):
+        return self.pool(fine * 2, coarse, boxes, index, levels)
+
+
+def test_exported(given, tmp_path):
+    pool, inputs = PoolOfMaps(given[0]), given[1:]
+    count = torch.export.Dim("count", min=2, max=64)
+    program = torch.export.export(pool, inputs, dynamic_shapes=({}, {}, *[{0: count}] * 3))
+    stored = io.BytesIO()
+    torch.export.save(program, stored)
+    stored.seek(0)
+    more = *inputs[:2], *[torch.cat([t, t, t]) for t in inputs[2:]]
+    assert torch.equal(torch.export.load(stored).module()(*more), pool(*more))
+    program = torch.export.export(pool, inputs)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "p.pt2"))
+    assert torch.equal(torch._inductor.aoti_load_package(path)(*inputs), pool(*inputs))
+
+
+def test_onnx_has_one_map(given):
+    pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
+    with pytest.raises(torch.onnx.OnnxExporterError) as error:
+        torch.onnx.export(PoolOfMaps(given[0]).eval(), given[1:], dynamo=True, verbose=False)
+    assert type(error.value.__cause__) is NotImplementedError
+    assert "one map, got 2" in str(error.value.__cause__)
+
+
+# What calls are made
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Operation, N, C and K, and threads of the calls of the core."""
+    calls = []
+
+    class Core:
+        def __getattr__(self, name):
+            if name not in ("forward", "adjoint", "box_gradient"):
+                return getattr(_core, name)
+
+            def operation(*args):
+                maps = args[0] if name == "forward" else args[-2]
+                boxes, _ = args[2]
+                calls.append((name, *maps[0].shape[:2], len(boxes), args[-1]))
+                return getattr(_core, name)(*args)
+
+            return operation
+
+    monkeypatch.setattr(roialign.torch.kernels, "_core", Core())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return calls
+
+
+def test_threads_are_at_most_torchs(made):
+    pool(draw_problem())
+    assert [threads for *_, threads in made] == [1]
+
+
+def test_a_batch_of_features_is_more_channels(given, made):
+    """So taps are built once."""
+    p, *maps, boxes, index, levels = given
+    pool = lambda *maps: p.forward(*maps, boxes, index, levels)  # noqa: E731
+    fine, coarse, d_output = (torch.stack([t] * 4) for t in (*maps, torch.from_numpy(p.d_output)))
+    torch.func.vmap(pool)(fine, coarse)
+    torch.func.vmap(pool, (None, 0))(maps[0], coarse)
+    torch.func.vmap(lambda g: p.adjoint(g, boxes, index, levels))(d_output)
+    assert made == [("forward", 2, 12, 7, 1)] * 2 + [("adjoint", 2, 12, 7, 1)]
+
+
+def test_a_batch_of_boxes_is_more_rois(given, made):
+    """On the images that there are; on more where features differ too."""
+    p, fine, coarse, boxes, *others = given
+    pool = lambda fine, coarse, boxes: p.forward(fine, coarse, boxes, *others)  # noqa: E731
+    batch = [torch.stack([t] * 4) for t in (fine, coarse, boxes)]
+    torch.func.vmap(pool, (None, None, 0))(fine, coarse, batch[2])
+    torch.func.vmap(pool)(*batch)
+    assert made == [("forward", 2, 3, 28, 1), ("forward", 8, 3, 28, 1)]
