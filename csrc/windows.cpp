@@ -30,7 +30,8 @@ constexpr int64_t kMinVisit = 64;
 
 // What a way through the engine costs, in nanoseconds: about what least squares gave for the times
 // of 150 random calls (maps of 16 x 16 to 2000 x 3000, 1 to 256 channels, 1 to 1000 boxes, 1 to 28
-// bins, both layouts), both ways, on one core of an AMD EPYC with AVX-512. Only the ratios matter.
+// bins, both layouts), packed and by rows, on one core of an AMD EPYC with AVX-512; for bins, of 12
+// calls. Only the ratios matter.
 struct Costs {
   // Packed, per block of channels:
   double group = 30, far_group = 100;  // packed: in the caches, or beyond them
@@ -38,22 +39,24 @@ struct Costs {
   double combined = 0.9;               // tap of x
   double row = 8;                      // of bins
   double unpacked = 25;                // group of the map that an adjoint writes
-  // In place, per channel:
+  // By rows, per channel:
   double line = 1.8;                 // tap of y, per line of columns
   double single = 1.3, strided = 4;  // tap of y, per column; from pixels that share no cache line
   double tile = 7;                   // transposed: a line of columns of as many rows
   double row_combined = 1.1;         // tap of x, of as many rows
   double own_row = 5.5;
   double zero = 0.6, strided_zero = 10;  // line of the map that an adjoint writes
+  // By bins, where channels are innermost:
+  double bin = 8;             // more than packed
+  double least_channels = 8;  // with fewer, lanes stay empty
+  double most_blocks = 8;     // with as many, this way always costs less
 };
 constexpr Costs kCosts;
 
 // Of packed pixels: 16 MiB for each block of channels. A visit with so many ends after its band.
 constexpr int64_t kMostGroups = 16384;
 
-// Which way is taken: 0, by the costs; in tests, one of these.
-constexpr int kPacked = 1, kInPlace = 2;
-std::atomic<int> way{0};
+std::atomic<Way> forced_way{Way::any};
 
 // Hands out memory that lives until `clear`; keeps it for the next call.
 class Arena {
@@ -178,6 +181,24 @@ Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& wo
   }
   return {pixels.pixel, pixels.count, width, singles,
           separate,     entries,      index, {weight[0], weight[1]}};
+}
+
+// Values as a flat Axis.
+template <class Real>
+Axis<Real> flat_axis(const Taps& taps, Arena& arena) {
+  const int64_t bins = taps.bins();
+  int32_t* entries = arena.allocate<int32_t>(bins);
+  for (size_t k = 0; k < size_t(bins); ++k) entries[k] = int32_t(taps.first[k + 1] - taps.first[k]);
+  const int32_t width = *std::max_element(entries, entries + bins);
+  int32_t* index = arena.allocate<int32_t>(bins * width);
+  Real* weight = arena.allocate<Real>(bins * width);
+  for (int64_t k = 0, t = 0; k < bins; ++k) {
+    for (int64_t at = k * width; t < taps.first[size_t(k) + 1]; ++t, ++at) {
+      index[at] = int32_t(taps.index[size_t(t)]);
+      weight[at] = Real(taps.weight[0][size_t(t)]);
+    }
+  }
+  return {nullptr, 0, width, 0, false, entries, index, {weight, nullptr}};
 }
 
 // slope_lo * v_lo + slope_hi * v_hi in place, without the entries that vanish.
@@ -335,7 +356,7 @@ class Builder {
                s_.keys[size_t(end)].image == image) {
           ++end;
         }
-        in_place_ = in_place(maps_[map].array, from, end);
+        way_ = way(maps_[map].array, from, end);
         if (adjoint_) {
           visit(image, from, end);
           continue;
@@ -366,20 +387,27 @@ class Builder {
     }
     for (const Window<Real>& window : s_.windows) {
       for (int i = 0; i < window.term_count; ++i) {
-        const Term<Real>& term = window.term[i];
-        result.max_columns = std::max<int64_t>(result.max_columns, term.x.pixel_count);
-        result.work += int64_t(term.x.pixel_count) * (term.y.pixel_count + 2 * bins_[0]);
+        const Axis<Real>&y = window.term[i].y, &x = window.term[i].x;
+        result.max_columns = std::max<int64_t>(result.max_columns, x.pixel_count);
+        result.work += x.pixels ? int64_t(x.pixel_count) * (y.pixel_count + 2 * bins_[0])
+                                : bins_[0] * bins_[1] * y.taps * x.taps;
       }
     }
     return result;
   }
 
  private:
-  // Whether the windows [from, end) of an image are pooled in place: whichever way costs less.
-  bool in_place(const Tensor& map, int64_t from, int64_t end) const {
+  bool by_bins(const Tensor& map) const {
+    return roialign::by_bins(operation_, map, rois_.count, bins_);
+  }
+
+  // How the windows [from, end) of an image are pooled: the way that costs least.
+  Way way(const Tensor& map, int64_t from, int64_t end) const {
+    if (by_bins(map)) return Way::bins;
     const bool narrow = size_of(map.dtype) < int64_t(sizeof(Real));
-    if (from == end || (adjoint_ && narrow)) return false;  // its sums are rounded once
-    if (const int forced = way.load(std::memory_order_relaxed)) return forced == kInPlace;
+    if (from == end || (adjoint_ && narrow)) return Way::packed;  // its sums are rounded once
+    const Way forced = forced_way.load(std::memory_order_relaxed);
+    if (forced == Way::packed || forced == Way::rows) return forced;
     constexpr double lanes = kLineBytes / sizeof(Real);
     const bool runs = map.stride[3] == 1;
     const bool few = double(map.shape[1]) < lanes;  // channels: those of a pixel share a cache line
@@ -410,12 +438,12 @@ class Builder {
     const double packed = blocks * ((touched > kMostGroups ? c.far_group : c.group) * touched +
                                     c.tap * taps + rows * (c.combined * combined + c.row * terms) +
                                     (adjoint_ ? c.unpacked * pixels / kGroup : 0));
-    const double in_place =
+    const double by_rows =
         channels *
         (c.line * lines + (runs || few ? c.single : c.strided) * singles +
          rows * (c.tile * tiles + c.row_combined * combined) / lanes + rows * c.own_row * terms +
          (adjoint_ ? (dense ? c.zero : c.strided_zero) * pixels / lanes : 0));
-    return in_place < packed;
+    return by_rows < packed ? Way::rows : Way::packed;
   }
 
   // x1, y1, x2, y2
@@ -462,7 +490,9 @@ class Builder {
     }
     // What pulls d_output back to the columns of the map walks them: the x of the adjoint, and of
     // the box gradient's first term.
+    const bool flat = by_bins(map.array);
     const auto values = [&](int axis) {
+      if (flat) return flat_axis<Real>(work.values[axis], arena);
       const bool transposed = axis == 1 && operation_ != Operation::forward;
       return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
     };
@@ -470,6 +500,7 @@ class Builder {
       if (!tangent_) return axis_of<Real>(work.slopes[axis], 2, false, work, arena);
       const Real* v = tangent_ + 4 * key.roi;
       contract_slopes<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]));
+      if (flat) return flat_axis<Real>(work.slopes[axis], arena);
       return axis_of<Real>(work.slopes[axis], 1, axis == 1 && adjoint_, work, arena);
     };
     const int count = sloped ? 2 : 1;
@@ -480,7 +511,7 @@ class Builder {
     } else {
       term[0] = {values(0), values(1), nullptr, 0, 0};
     }
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count && !flat; ++i) {
       const Axis<Real>& x = term[i].x;
       const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
       if (x.pixel_count) term[i].least = *ends.first;
@@ -492,8 +523,8 @@ class Builder {
 
   // A visit of the windows [from, end) of an image, in bands; moves `from` to where it ends.
   void visit(int64_t image, int64_t& from, int64_t end) {
-    Visit<Real> visit{image, in_place_, 0, nullptr, 0, {nullptr, 0}};
-    if (in_place_) {
+    Visit<Real> visit{image, way_, 0, nullptr, 0, {nullptr, 0}};
+    if (way_ != Way::packed) {
       s_.bands.push_back({s_.windows.data() + from, end - from, {nullptr, 0}, {nullptr, 0}});
       from = end;
       visit.count = 1;
@@ -595,14 +626,26 @@ class Builder {
   const Rule& rule_;
   const int64_t* const bins_;
   Storage<Real>& s_;
-  int64_t groups_ = 0;  // of the map at hand
-  bool in_place_ = false;
+  int64_t groups_ = 0;     // of the map at hand
+  Way way_ = Way::packed;  // of the image at hand
 };
 
 }  // namespace
 
-void force_way(int forced) {
-  way = forced;
+void force_way(Way forced) {
+  forced_way = forced;
+}
+
+bool by_bins(Operation operation, const Tensor& map, int64_t rois, const int64_t bins[2]) {
+  if (operation != Operation::forward) return false;
+  const Way forced = forced_way.load(std::memory_order_relaxed);
+  if (forced != Way::any) return forced == Way::bins;
+  const double lanes = kLineBytes / double(size_of(coordinate_type(map.dtype)));
+  const double channels = double(map.shape[1]), blocks = channels / lanes;
+  if (map.stride[1] != 1 || channels < kCosts.least_channels) return false;
+  const double groups = double(map.shape[2] * map.shape[3]) / kGroup;
+  const double all = double(rois * bins[0] * bins[1]) / double(map.shape[0]);
+  return blocks >= kCosts.most_blocks || blocks * kCosts.group * groups >= kCosts.bin * all;
 }
 
 template <class Real>

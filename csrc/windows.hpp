@@ -16,7 +16,7 @@ constexpr int kLineBytes = 64;
 // float32, and a square transposition.
 constexpr int64_t kGroup = 16;
 
-// In place a run of columns is read whole if it is at most so many times those with weight: a
+// By rows a run of columns is read whole if it is at most so many times those with weight: a
 // vector of 16 costs about as much as two columns one by one.
 constexpr int64_t kSparse = 8;
 
@@ -27,6 +27,9 @@ constexpr int kSeparateTaps = 4;
 // entries by repeating its last one with weight 0. Entry t of row i is at [i * taps + t]. An
 // entry's `index` counts along `pixels` where rows are bins, and along the bins where the matrix is
 // transposed and its rows are `pixels`; those with a single entry come first.
+//
+// For the way by bins an axis is flat: its rows are bins, an entry's `index` is the pixel itself,
+// and neither the distinct pixels nor the padding are there.
 template <class Real>
 struct Axis {
   const int32_t* pixels;  // the distinct rows (columns) of the map that have weight
@@ -57,6 +60,9 @@ struct Window {
 
 enum class Operation { forward, adjoint, box_gradient };
 
+// How an image is pooled: from packed lines; or where the map is, by rows of bins or bin by bin.
+enum class Way { any, packed, rows, bins };
+
 // Groups of pixels that follow each other: [index, index + count) of a map, of which pixel i is in
 // group i / kGroup, and from `place` on among the packed ones.
 struct Run {
@@ -82,7 +88,7 @@ struct Band {
 template <class Real>
 struct Visit {
   int64_t image;
-  bool in_place;   // the map is not packed: there is one band, and no groups are listed
+  Way way;         // a map that is not packed has one band, and no groups are listed
   int64_t groups;  // that are touched
   const Band<Real>* bands;
   int64_t count;
@@ -97,8 +103,12 @@ struct Windows {
   int64_t work;               // multiply-adds per channel
 };
 
-// For tests: all visits that can be are packed (1) or in place (2), or by their costs (0).
-void force_way(int forced);
+// For tests: all images that can be are pooled this way; any: the way that costs least.
+void force_way(Way forced);
+
+// Whether a map is pooled bin by bin: a matter of the call's shapes and the map's strides alone.
+// The forward has the same bits in each way.
+bool by_bins(Operation operation, const Tensor& map, int64_t rois, const int64_t bins[2]);
 
 // How many tasks share a visit of a map: one for each slice of its channels.
 struct Slicing {

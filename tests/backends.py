@@ -200,11 +200,18 @@ class Packed(Numpy):
         _core.force_way(0)
 
 
-class InPlace(Packed):
+class ByRows(Packed):
     """Every map read and written in place, but for an adjoint in 16 bits."""
 
-    name = "numpy.in_place"
+    name = "numpy.rows"
     forced = 2
+
+
+class ByBins(Packed):
+    """Every map read in place, bin by bin; gradients go the way that costs less."""
+
+    name = "numpy.bins"
+    forced = 3
 
 
 class Torch(Backend):
@@ -554,8 +561,8 @@ class Cupy(Backend):
 BACKENDS = [
     kind()
     for kind in (
-        Numpy, Packed, InPlace, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit, JaxDense,
-        JaxGpu, MindSpore, MindSporeGraph,
+        Numpy, Packed, ByRows, ByBins, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit,
+        JaxDense, JaxGpu, MindSpore, MindSporeGraph,
     )
 ]  # fmt: skip
 

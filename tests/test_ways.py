@@ -1,6 +1,6 @@
-"""The two ways through the engine, packed and in place: which is taken is no matter of the results.
+"""The ways through the engine, packed, by rows and by bins: no result depends on which is taken.
 
-Shared bodies run on both (`numpy.packed` and `numpy.in_place` in backends.py)."""
+Shared bodies run on each (`numpy.packed`, `numpy.rows` and `numpy.bins` in backends.py)."""
 
 from dataclasses import replace
 
@@ -26,11 +26,11 @@ CANONICAL = dict.fromkeys(roialign.conventions.values())
 
 @pytest.fixture
 def by_way():
-    """Both ways' results of a call."""
+    """Each way's results of a call: packed, by rows, by bins."""
 
     def call(operation, *args, **options):
         results = []
-        for way in (1, 2):
+        for way in (1, 2, 3):
             _core.force_way(way)
             results.append(operation(*args, **options))
         _core.force_way(0)
@@ -55,9 +55,11 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
         g, rois = problem.draw_output(), problem.rois
         for layout in ("contiguous", "channels_last", "transposed", "reversed", "sliced"):
             x, dy = layouts[layout](problem.features), layouts[layout](g)
-            one, other = by_way(roialign.roi_align, x, rois, problem.size, **problem.options)
-            assert np.array_equal(one, other) and one.any()
-            one, other = by_way(roialign.roi_align_adjoint, dy, rois, shape, **problem.options)
+            one, *others = by_way(roialign.roi_align, x, rois, problem.size, **problem.options)
+            for other in others:
+                assert np.array_equal(one, other)
+            assert one.any()
+            one, other, _ = by_way(roialign.roi_align_adjoint, dy, rois, shape, **problem.options)
             bound = tolerance.adjoint(problem, g, one.astype(np.float64))
             tolerance.check(other, one.astype(np.float64), 2 * bound)
             assert one.any()
@@ -69,11 +71,11 @@ def test_box_gradients(shape, dtype, make_problem, by_way):
     """Are sums in another order: the same within their bound."""
     problem = make_problem(shape=shape, count=6, size=(5, 3), dtype=dtype)
     g = problem.draw_output()
-    packed, in_place = by_way(
+    packed, rows, _ = by_way(
         roialign.roi_align_box_gradient, g, problem.features, problem.rois, **problem.options
     )
     bound = tolerance.box_gradient(problem, g, packed.astype(np.float64))
-    tolerance.check(packed, in_place.astype(np.float64), 2 * bound)
+    tolerance.check(packed, rows.astype(np.float64), 2 * bound)
 
 
 def test_the_way_is_a_matter_of_the_image_alone(make_problem):
@@ -105,11 +107,11 @@ def test_the_way_is_a_matter_of_the_image_alone(make_problem):
     _core.force_way(1)
     packed = gradients(g[:1], few), gradients(g[1:], many)
     _core.force_way(2)
-    in_place = gradients(g[:1], few), gradients(g[1:], many)
+    rows = gradients(g[:1], few), gradients(g[1:], many)
     _core.force_way(0)
     # The bits tell the ways apart, and which was taken.
-    assert not np.array_equal(packed[0], in_place[0])
-    assert np.array_equal(expected[:1], in_place[0]) and np.array_equal(expected[1:], packed[1])
+    assert not np.array_equal(packed[0], rows[0])
+    assert np.array_equal(expected[:1], rows[0]) and np.array_equal(expected[1:], packed[1])
 
 
 def check_scratch(operation, dtype):

@@ -469,7 +469,7 @@ NB_MODULE(_core, m) {
   m.def("takes_rows", &python::takes_rows);
   m.def("check_index", &python::check_index, nb::arg(), nb::arg(), nb::arg(), nb::arg("least") = 0);
   m.def("allocate", &python::allocate);
-  m.def("force_way", &force_way);
+  m.def("force_way", [](int way) { force_way(Way(way)); });
   python::main_thread = nb::cast<unsigned long>(
       nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));

@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t kNearPixels = 16384;  // of a map of which four blocks, 4 MiB, stay in the caches
 
+template <class Real>
+int64_t blocks_of(int64_t channels) {
+  return (channels + kLanes<Real> - 1) / kLanes<Real>;
+}
+
 // How the channels of a map are cut into slices, one for each task: so many blocks that what a task
 // reads and writes at a time are whole cache lines, and with channels innermost longer runs.
 struct Slices {
@@ -32,6 +37,12 @@ struct Slices {
       if (strides % line == 0) slices.shift = int64_t(address % kLineBytes / sizeof(T));
     }
     return slices;
+  }
+  // One slice of all channels.
+  template <class T>
+  static Slices all(const Tensor& map) {
+    const int64_t blocks = blocks_of<Accumulator<T>>(map.shape[1]);
+    return {map.shape[1], blocks, most_of<int64_t>(1, map.shape[1]), 0};
   }
   int64_t count() const { return (channels + shift + size - 1) / size; }
   Range operator[](int64_t i) const {
@@ -66,11 +77,6 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
-
-template <class Real>
-int64_t blocks_of(int64_t channels) {
-  return (channels + kLanes<Real> - 1) / kLanes<Real>;
-}
 
 // The channels of one task, of one image or of one RoI's d_output or output.
 template <class T>

@@ -9,7 +9,7 @@
 //                 lines; unpack the pixels that the band was the last to touch.
 //   box_gradient  for every p the same strips, and dot products with the slopes.
 //
-// Visits that are marked so take the other way, without packing: in_place.hpp.
+// Images may be pooled in other ways, without packing: rows.hpp and bins.hpp.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
 // instantiate anything with external linkage that another file instantiates too (no std::
@@ -18,7 +18,8 @@
 
 #include "../memory.hpp"
 #include "../parallel.hpp"
-#include "in_place.hpp"
+#include "bins.hpp"
+#include "rows.hpp"
 
 namespace roialign {
 namespace ROIALIGN_ISA {
@@ -156,8 +157,8 @@ int64_t count_of(const Tensor& t) {
 }
 
 template <class T, class Real>
-void forward_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
-                      const Tensor& output, bool streamed) {
+void forward_rows(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
+                  const Tensor& output, bool streamed) {
   const int64_t bins = output.shape[3];
   const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
@@ -177,23 +178,40 @@ void forward_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t
   if (streamed) stream_fence();
 }
 
+// The same for the way by bins.
+template <class T, class Real>
+void forward_bins(const Task<Real>& task, const Plane<const T>& map, const Tensor& output,
+                  bool streamed) {
+  const int64_t bins[] = {output.shape[2], output.shape[3]};
+  const BinWorkspace<Pooled<T>, Real> work(map.blocks(), output);
+  for_windows(task.visit, [&](const Window<Real>& window) {
+    const auto out = plane_of<Pooled<T>>(output, window.roi, task.channels);
+    for (int64_t bin = 0; bin < bins[0] * bins[1]; ++bin) {
+      pool_bin(window, bin / bins[1], bin % bins[1], map, work.lines(bin), work.step);
+      work.put(out, bin, streamed);
+    }
+  });
+  if (streamed) stream_fence();
+}
+
 template <class T>
 void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = output.shape + 2;
   const auto slices_of = [&](int64_t m) {
-    return Slices::of(features[m].array, &output, Pooled<T>{});
+    const Tensor& map = features[m].array;
+    if (by_bins(Operation::forward, map, rois.count, bins)) return Slices::all<T>(map);
+    return Slices::of(map, &output, Pooled<T>{});
   };
   const bool streamed = count_of(output) * int64_t(sizeof(Pooled<T>)) > kStreamBytes;
   const Windows<Real> windows =
       windows_of<Real>(Operation::forward, features, rois, tangent, rule, bins, slices_of, threads);
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
     const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
-    if (task.visit.in_place) {
-      forward_in_place(task, plane, windows.max_columns, output, streamed);
-      return;
-    }
+    if (task.visit.way == Way::bins) return forward_bins(task, plane, output, streamed);
+    if (task.visit.way == Way::rows)
+      return forward_rows(task, plane, windows.max_columns, output, streamed);
     const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     Copy leaving;  // the tile before
     const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
@@ -221,6 +239,14 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
   });
 }
 
+template <class Real>
+Real sum_of(const Line<Real>& line) {
+  Real lanes[kLanes<Real>], sum = 0;
+  store(lanes, line);
+  for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
+  return sum;
+}
+
 template <class T, class Real>
 void load_tile(const Tensor& d_output, const Window<Real>& window, Range channels,
                const Workspace<T, Real>& work) {
@@ -229,8 +255,8 @@ void load_tile(const Tensor& d_output, const Window<Real>& window, Range channel
 }
 
 template <class T, class Real>
-void adjoint_in_place(const Task<Real>& task, const Plane<T>& map, int64_t max_columns,
-                      const Tensor& d_output) {
+void adjoint_rows(const Task<Real>& task, const Plane<T>& map, int64_t max_columns,
+                  const Tensor& d_output) {
   const int64_t bins = d_output.shape[3];
   const RowWorkspace<T, Real> work(map.width, max_columns, bins);
   clear(map);
@@ -269,10 +295,8 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
     const bool streamed = count_of(task.map) * int64_t(sizeof(T)) > kStreamBytes;
     const auto plane = plane_of<T>(task.map, task.visit.image, task.channels);
     if constexpr (sizeof(T) == sizeof(Real)) {
-      if (task.visit.in_place) {
-        adjoint_in_place(task, plane, windows.max_columns, d_output);
-        return;
-      }
+      if (task.visit.way == Way::rows)
+        return adjoint_rows(task, plane, windows.max_columns, d_output);
     }
     const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     const auto zero = [&](int64_t place, int64_t count) {
@@ -331,18 +355,10 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
   });
 }
 
-template <class Real>
-Real sum_of(const Line<Real>& line) {
-  Real lanes[kLanes<Real>], sum = 0;
-  store(lanes, line);
-  for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
-  return sum;
-}
-
 // d_boxes[roi * 4 ...]: sums over the channels of the task.
 template <class T, class Real>
-void box_gradient_in_place(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
-                           const Tensor& d_output, Real* d_boxes) {
+void box_gradient_rows(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
+                       const Tensor& d_output, Real* d_boxes) {
   const int64_t bins = d_output.shape[3];
   const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
@@ -402,9 +418,9 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
   } const owner{partial, bytes};
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
     const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
-    if (task.visit.in_place) {
+    if (task.visit.way == Way::rows) {
       Real* sums = partial + task.first_block * count;
-      box_gradient_in_place(task, plane, windows.max_columns, d_output, sums);
+      box_gradient_rows(task, plane, windows.max_columns, d_output, sums);
       for (int64_t b = 1; b < plane.blocks(); ++b) {  // the first has those of all
         for_windows(task.visit, [&](const Window<Real>& window) {
           std::memset(sums + b * count + window.roi * 4, 0, 4 * sizeof(Real));

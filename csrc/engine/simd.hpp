@@ -344,7 +344,7 @@ inline void stream(void* to, const void* from, size_t bytes) {
   const char* in = static_cast<const char*>(from);
   size_t head = size_t(-reinterpret_cast<intptr_t>(out) & (kLineBytes - 1));
   if (head > bytes) head = bytes;
-  std::memcpy(out, in, head);
+  if (head) std::memcpy(out, in, head);
   for (out += head, in += head, bytes -= head; bytes >= kLineBytes;
        out += kLineBytes, in += kLineBytes, bytes -= kLineBytes) {
 #if defined(__AVX512F__)
@@ -361,7 +361,7 @@ inline void stream(void* to, const void* from, size_t bytes) {
     }
 #endif
   }
-  std::memcpy(out, in, bytes);
+  if (bytes) std::memcpy(out, in, bytes);
 #else
   std::memcpy(to, from, bytes);
 #endif

@@ -1,4 +1,4 @@
-// The way without packing: the rows of a window's bins, read from the map where it is.
+// The way by rows: the rows of a window's bins, read from the map where it is.
 //
 // Row r = c * P + p is the strip of bin p of channel c: strip[r] = Ay[p] F[c], along the window's
 // columns. As many rows as a line has lanes become lines, one for each column, whose lanes are rows
