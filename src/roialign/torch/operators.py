@@ -56,16 +56,12 @@ def run(call: Call, tensors: Tensors) -> Result:
     return operator(d_output, maps, *rois, call.scales, rule)
 
 
+# The arguments that are arrays, or what there is for each of them, as a call has it.
 _FLAT: dict[str, Callable[..., tuple]] = {
     "forward": lambda features, *rest: (None, *rest[:4], *features),
     "adjoint": lambda *args: args[:5],
     "box_gradient": lambda d_output, features, *rest: (d_output, *rest[:3], None, *features),
 }
-
-
-def _flat(operation: str, args: Sequence) -> tuple:
-    """The arguments that are arrays, or what there is for each of them, as a call has it."""
-    return _FLAT[operation](*args)
 
 
 def _numbers(rule: Sequence[float]) -> list[float]:
@@ -111,7 +107,7 @@ def _listed(result: Result) -> Tensor | list[Tensor]:
 
 
 def _kernel(operation: str, *args: Any) -> Tensor | list[Tensor]:
-    tensors = _flat(operation, args)
+    tensors = _FLAT[operation](*args)
     like, boxes, tangent = calls.source(tensors), tensors[1], tensors[4]
     ready = (
         like is not None
@@ -125,30 +121,33 @@ def _kernel(operation: str, *args: Any) -> Tensor | list[Tensor]:
         call = _parsed(operation, args, tensors)
         tensors = tensors if ready else _checked(operation, tensors)
     try:
-        return _on_core(operation, args, tensors) if short else _listed(kernels.run(call, tensors))
+        if short:
+            return _on_core(operation, args, tensors, like)
+        return _listed(kernels.run(call, tensors))
     except (TypeError, ValueError) as error:
         _parsed(operation, args, tensors)  # its error says more
         raise type(error)(f"roialign::{operation}: {error}") from None
 
 
-def _on_core(operation: str, args: Sequence, tensors: Tensors) -> Tensor | list[Tensor]:
+def _on_core(
+    operation: str, args: Sequence, tensors: Tensors, like: Tensor
+) -> Tensor | list[Tensor]:
     """The short way of most calls: `kernels.run` without a record of the call."""
     *sizes, scales, rule = args[len(ORDER[operation]) :]
-    like, boxes = calls.source(tensors), tensors[1]
+    boxes, channels = tensors[1], like.shape[1]
     if operation == "forward":
-        shapes = [(boxes.shape[0], like.shape[1], *sizes[0])]
+        shape = boxes.shape[0], channels, *sizes[0]
+        out = kernels.laid_out(like, shape, kernels.empty)
     elif operation == "adjoint":
-        (n,) = sizes
-        shapes = [(n[i], like.shape[1], *n[i + 2 : i + 4]) for i in range(0, len(n), 4)]
+        (n,), out = sizes, []
+        for i in range(0, len(n), 4):
+            shape = n[i], channels, *n[i + 2 : i + 4]
+            out.append(kernels.laid_out(like, shape, kernels.empty))
     else:
         dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
         out = like.new_empty((boxes.shape[0], 4), dtype=dtype)
-        kernels.on_core(operation, tensors, scales, _numbers(rule), out)
-        return out.to(boxes.dtype)
-    out = [kernels.laid_out(like, shape, kernels.empty) for shape in shapes]
-    out = out if operation == "adjoint" else out[0]
     kernels.on_core(operation, tensors, scales, _numbers(rule), out)
-    return out
+    return out.to(boxes.dtype) if operation == "box_gradient" else out
 
 
 def _checked(operation: str, tensors: Tensors) -> Tensors:
@@ -167,7 +166,7 @@ def _checked(operation: str, tensors: Tensors) -> Tensors:
 
 def _fake(operation: str, *args: Any) -> Tensor | list[Tensor]:
     """A result of the same shape, dtype and strides, without memory."""
-    tensors = _flat(operation, args)
+    tensors = _FLAT[operation](*args)
     call = _parsed(operation, args, tensors)
     if operation == "box_gradient":
         _, boxes, *_ = tensors
@@ -177,12 +176,12 @@ def _fake(operation: str, *args: Any) -> Tensor | list[Tensor]:
 
 
 def _setup_context(operation: str, ctx: Any, inputs: tuple, output: Any) -> None:
-    tensors = _flat(operation, inputs)
+    tensors = _FLAT[operation](*inputs)
     transforms.keep(ctx, _parsed(operation, inputs, tensors), tensors)
 
 
 def _backward(operation: str, ctx: Any, d_result: Any) -> tuple:
-    needs = _flat(operation, ctx.needs_input_grad)
+    needs = _FLAT[operation](*ctx.needs_input_grad)
     d_results = d_result if operation == "adjoint" else [d_result]
     flat = transforms.backward(run, ctx, needs, d_results)
     gradients = dict(zip(calls.ORDER, flat)) | {"features": list(flat[len(calls.ORDER) :])}
@@ -191,7 +190,7 @@ def _backward(operation: str, ctx: Any, d_result: Any) -> tuple:
 
 
 def _batch(operation: str, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    dims, tensors = _flat(operation, in_dims), _flat(operation, args)
+    dims, tensors = _FLAT[operation](*in_dims), _FLAT[operation](*args)
     result, axis = _batched(operation, args, info.batch_size, dims, tensors)
     return _listed(result), [axis] * len(result) if operation == "adjoint" else axis
 
@@ -207,7 +206,7 @@ def _batch_gradients(operation: str, *args: Any) -> Tensor | list[Tensor]:
     torch._C._vmapmode_decrement_nesting()
     batched = torch._C._parse_dispatch_key("Batched")
     dims, tensors = [], []
-    for x in _flat(operation, args):
+    for x in _FLAT[operation](*args):
         is_batched = x is not None and torch._C._dispatch_keys(x).has(batched)
         dims.append(0 if is_batched else None)
         tensors.append(torch._remove_batch_dim(x, level, 0, 0) if is_batched else x)
