@@ -637,12 +637,12 @@ void force_way(Way forced) {
 }
 
 bool by_bins(Operation operation, const Tensor& map, int64_t rois, const int64_t bins[2]) {
-  if (operation != Operation::forward) return false;
+  if (operation != Operation::forward || map.stride[1] != 1) return false;
   const Way forced = forced_way.load(std::memory_order_relaxed);
   if (forced != Way::any) return forced == Way::bins;
   const double lanes = kLineBytes / double(size_of(coordinate_type(map.dtype)));
   const double channels = double(map.shape[1]), blocks = channels / lanes;
-  if (map.stride[1] != 1 || channels < kCosts.least_channels) return false;
+  if (channels < kCosts.least_channels) return false;
   const double groups = double(map.shape[2] * map.shape[3]) / kGroup;
   const double all = double(rois * bins[0] * bins[1]) / double(map.shape[0]);
   return blocks >= kCosts.most_blocks || blocks * kCosts.group * groups >= kCosts.bin * all;

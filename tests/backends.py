@@ -208,7 +208,7 @@ class ByRows(Packed):
 
 
 class ByBins(Packed):
-    """Every map read in place, bin by bin; gradients go the way that costs less."""
+    """Every map whose channels are innermost read in place, bin by bin, in the forward."""
 
     name = "numpy.bins"
     forced = 3

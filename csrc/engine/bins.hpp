@@ -1,7 +1,6 @@
 // The way bin by bin: each bin adds up its own pixels where they are.
 //
-// Nothing is copied. Lanes are channels: this is for maps whose channels are innermost, and
-// elsewhere channels come one after another.
+// Nothing is copied: this is for maps whose channels are innermost. Lanes are channels.
 #pragma once
 
 #include "arrays.hpp"
@@ -99,27 +98,6 @@ ROIALIGN_NOINLINE void pool_lines(const Term<Real>& term, int64_t p, int64_t at,
   }
 }
 
-// Channel after channel.
-template <int taps, class T, class Real>
-ROIALIGN_NOINLINE void pool_channels(const Term<Real>& term, int64_t p, int64_t at,
-                                     const Plane<const T>& map, Real* out, int64_t step) {
-  const Axis<Real>&y = term.y, &x = term.x;
-  int64_t column[taps];
-  for (int s = 0; s < taps; ++s) column[s] = x.index[at + s] * map.pixel_stride;
-  const T* channel = map.data;
-  for (int64_t c = 0; c < map.channels; ++c, channel += map.channel_stride) {
-    Real pooled[taps] = {};
-    for (int64_t t = p * y.taps; t < p * y.taps + y.entries[p]; ++t) {
-      const T* row = channel + y.index[t] * map.row_stride;
-      for (int s = 0; s < taps; ++s) pooled[s] += y.weight[0][t] * widen(row[column[s]]);
-    }
-    Real& to = out[c / kLanes<Real> * step + c % kLanes<Real>];
-    Real sum = to;
-    for (int s = 0; s < taps; ++s) sum += x.weight[0][at + s] * pooled[s];
-    to = sum;
-  }
-}
-
 // out = the lines of bin (p, q).
 template <class T, class Real>
 void pool_bin(const Window<Real>& window, int64_t p, int64_t q, const Plane<const T>& map,
@@ -130,7 +108,6 @@ void pool_bin(const Window<Real>& window, int64_t p, int64_t q, const Plane<cons
     for_taps<kBinTaps>(x.entries[q], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
       constexpr int n = decltype(taps)::value;
       const int64_t at = q * x.taps + first;
-      if (map.channel_stride != 1) return pool_channels<n>(window.term[i], p, at, map, out, step);
       for_lines<Real>(map.channels, [&](auto lines, int64_t c, int64_t count) ROIALIGN_LAMBDA {
         constexpr int k = decltype(lines)::value;
         Real* to = out + c / kLanes<Real> * step;
