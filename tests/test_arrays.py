@@ -44,12 +44,6 @@ def box_gradient(d_output=D_OUTPUT, features=FEATURES, rois=ROIS, **options):
     return roialign.roi_align_box_gradient(d_output, features, rois, **options)
 
 
-def close(actual, expected):
-    """Equal but for the order of sums."""
-    scale = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=64 * np.finfo(np.float32).eps * scale)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("boxes", FLOATS)
 @pytest.mark.parametrize("channels", [1, 3, 16, 35])

@@ -4,14 +4,12 @@ The kernels run in Triton's interpreter, on tensors of the CPU that pass for a G
 TRITON_INTERPRET=0 on the GPU that is there.
 """
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 import roialign
 from backends import choose, operations, pooling
+from isolation import python
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
@@ -89,7 +87,7 @@ def test_only_a_gpu_needs_triton(home):
         f"kernels = roialign.torch.kernels; kernels.home = {home};"
         "print(roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 1).shape)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ran = python("-c", code)
     if home == "kernels.home":
         assert ran.stdout == "torch.Size([1, 1, 1, 1])\n"
     else:

@@ -8,20 +8,11 @@ import pytest
 import oracle
 import tolerance
 from backends import array, operations, pair, pooling
-
-
-@pytest.fixture
-def problem(make_problem):
-    """In float64, away from kinks."""
-    return make_problem(dtype=np.float64, shape=(2, 2, 6, 7), count=3, size=(2, 3), inside=True)
+from tolerance import close
 
 
 def draw(array, seed):
     return np.random.default_rng(seed).standard_normal(array.shape)
-
-
-def close(actual, expected, atol=1e-12):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.backends("grad", "twice")

@@ -1,8 +1,6 @@
 """JAX: the same numbers as NumPy's, eagerly and traced, and under every transform."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +17,9 @@ import jax.numpy as jnp  # noqa: E402
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
 from backends import named, pooling, three  # noqa: E402
-from isolation import isolated  # noqa: E402
+from isolation import isolated, printed  # noqa: E402
 from test_transforms import check_without  # noqa: E402
+from tolerance import close  # noqa: E402
 
 VERSION = tuple(map(int, jax.__version__.split(".")[:3]))
 
@@ -47,10 +46,6 @@ def leaves(problem):
 def same(actual, expected):
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
-
-
-def close(actual, expected, atol=1e-12):
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=atol)
 
 
 @pytest.fixture
@@ -268,4 +263,4 @@ def test_an_older_jax_is_refused():
         "except ImportError as error:\n    assert 'jax >= 0.4.38, got 0.4.37' in str(error)\n"
         "else:\n    raise AssertionError('it was imported')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    printed("-c", code)

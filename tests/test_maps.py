@@ -10,11 +10,7 @@ import pytest
 
 import tolerance
 from backends import calls, three
-from roialign import _core
-
-
-def close(actual, expected, atol=1e-12):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+from tolerance import close
 
 
 @pytest.mark.backends("values", "maps")
@@ -124,12 +120,3 @@ def test_no_rois(backend, pyramid):
     assert output.shape == p.d_output.shape and d_boxes.shape == (0, 4)
     for d, m in zip(d_maps, p.maps, strict=True):
         assert d.shape == m.shape and not d.any()
-
-
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
-def test_an_index_is_read_as_it_is(dtype):
-    """Indices of any integer dtype and stride are checked where they lie."""
-    index = np.arange(12, dtype=dtype)[::2]
-    _core.check_index("image_index", index, 11)
-    with pytest.raises(IndexError, match=r"`image_index` of RoI 4 .*\[0, 8\), got 8$"):
-        _core.check_index("image_index", index, 8)

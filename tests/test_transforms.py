@@ -12,15 +12,12 @@ import test_gradients
 from backends import choose, named, pooling
 from conftest import draw_problem, draw_pyramid
 from isolation import isolated
+from tolerance import close
 
 
 @pytest.fixture
 def problem(make_problem):
     return make_problem(dtype=np.float64, shape=(2, 2, 6, 7), count=3, size=(2, 3), inside=True)
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.backends("func")

@@ -44,6 +44,10 @@ def check(actual, expected, bound):
     assert np.all(excess <= 0), f"over the bound by {np.nanmax(excess)} in {np.sum(~(excess <= 0))}"
 
 
+def close(actual, expected, atol=1e-12):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=atol)
+
+
 def forward(problem, expected, tangent=None, narrow=False):
     """Bound of a forward result; T is the rows and columns that one bin reads.
 
