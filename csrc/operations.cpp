@@ -1,8 +1,13 @@
 #include "operations.hpp"
 
+#include <chrono>
+#include <cstdio>
 #include <cstring>
+#include <string>
 
 #include "dispatch.hpp"
+#include "log.hpp"
+#include "windows.hpp"
 
 namespace roialign {
 namespace {
@@ -57,6 +62,43 @@ int64_t require_fit(Maps maps, const Rois& rois, const Tensor& pooled) {
   return size;
 }
 
+std::string counted(int64_t count, const std::string& what) {
+  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
+
+// What an operation took, and how it went.
+void log_call(const char* operation, Maps maps, const Tensor& pooled, double milliseconds) {
+  std::string line = operation;
+  for (int64_t m = 0; m < maps.count; ++m) {
+    const Tensor& map = maps[m].array;
+    line += std::string(m ? ", " : ": ") + kDTypeNames[int(map.dtype)];
+    for (int i = 0; i < 4; ++i) line += (i ? ", " : " (") + std::to_string(map.shape[i]);
+    line += ")";
+  }
+  const Trace& done = trace();
+  const auto images = [&](Way way) { return done.images[int(way)]; };
+  line += ", " + counted(pooled.shape[0], "RoI") + " of " + std::to_string(pooled.shape[2]) +
+          " x " + std::to_string(pooled.shape[3]) + " bins; " +
+          counted(images(Way::packed), "image") + " packed, " + std::to_string(images(Way::rows)) +
+          " by rows, " + std::to_string(images(Way::bins)) + " by bins; " + engine().name + ", " +
+          counted(done.threads, "thread") + (done.busy ? " as the others are busy" : "");
+  char time[32];
+  std::snprintf(time, sizeof time, ", %.3f ms", milliseconds);
+  log_line(line + time);
+}
+
+// Runs an operation of the engine, and logs it.
+template <class Run>
+void logged(const char* operation, Maps maps, const Tensor& pooled, Run run) {
+  if (!logging()) return run();
+  using Clock = std::chrono::steady_clock;
+  trace() = {};
+  const Clock::time_point start = Clock::now();
+  run();
+  const std::chrono::duration<double, std::milli> time = Clock::now() - start;
+  log_call(operation, maps, pooled, time.count());
+}
+
 }  // namespace
 
 Rule rule_of(const double* numbers, int64_t count) {
@@ -85,7 +127,8 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
   require_fit(features, rois, output);
   if (size_of(output) == 0) return;
   require_pixels(features, output);
-  engine().forward(features, rois, tangent, rule, output, threads);
+  logged("forward", features, output,
+         [&] { engine().forward(features, rois, tangent, rule, output, threads); });
 }
 
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
@@ -95,7 +138,8 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (size == 0) return;
   if (rois.count) require_pixels(d_features, d_output);
-  engine().adjoint(d_output, rois, tangent, rule, d_features, threads);
+  logged("adjoint", d_features, d_output,
+         [&] { engine().adjoint(d_output, rois, tangent, rule, d_features, threads); });
 }
 
 void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
@@ -109,7 +153,8 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
     return;
   }
   require_pixels(features, d_output);
-  engine().box_gradient(d_output, features, rois, rule, d_boxes, threads);
+  logged("box_gradient", features, d_output,
+         [&] { engine().box_gradient(d_output, features, rois, rule, d_boxes, threads); });
 }
 
 }  // namespace roialign

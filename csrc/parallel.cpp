@@ -11,6 +11,8 @@
 #include <mutex>
 #include <thread>
 
+#include "log.hpp"
+
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -161,7 +163,11 @@ Polling::~Polling() {
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
   Job job(tasks, body, context);
   const int helpers = int(std::min<int64_t>(threads, tasks)) - 1;
-  if (helpers > 0 && !pool_busy.test_and_set(std::memory_order_acquire)) {
+  const bool shared = helpers > 0 && !pool_busy.test_and_set(std::memory_order_acquire);
+  Trace& done = trace();
+  done.threads = shared ? helpers + 1 : 1;
+  done.busy = helpers > 0 && !shared;
+  if (shared) {
     try {
       if (!pool) pool = new Pool;
       pool->run(job, helpers);

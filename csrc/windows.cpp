@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "geometry.hpp"
+#include "log.hpp"
 #include "numbers.hpp"
 #include "parallel.hpp"
 
@@ -357,6 +358,7 @@ class Builder {
           ++end;
         }
         way_ = way(maps_[map].array, from, end);
+        if (from < end) ++trace().images[int(way_)];
         if (adjoint_) {
           visit(image, from, end);
           continue;

@@ -27,10 +27,15 @@ def printed(*arguments, **options):
     return ran.stdout
 
 
-def isolated(body, *args, **options):
-    """Call `body(*args)`, a function of a test module, and return what it printed."""
+def calling(body, *args):
+    """The arguments with which Python calls `body(*args)`, a function of a test module."""
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); "
         f"import {body.__module__} as module; module.{body.__name__}(*{args!r})"
     )
-    return printed("-X", "faulthandler", "-c", code, **options)
+    return "-X", "faulthandler", "-c", code
+
+
+def isolated(body, *args, **options):
+    """Call `body(*args)`, a function of a test module, and return what it printed."""
+    return printed(*calling(body, *args), **options)

@@ -133,6 +133,7 @@ MEANINGLESS = {  # setting: (what its error says, values)
         ["abc", "64MB", "0x10", "1e300", "nan", "-1", "+1", "2.5", " 64", "64 ", "\u0661"],
     ),
     "ISA": ("ImportError.*", sorted(UNUSABLE)),
+    "LOG": ("ImportError: ROIALIGN_LOG must be 0 or 1, got '", ["2", "true", "01"]),
 }
 ANY_NUMBER = {
     "NUM_THREADS": ["", "99999999999999999999", "9" * 5000, "0" * 5000 + "1"],

@@ -44,7 +44,7 @@ PLACES = {
     "torch/operators": "calls kernels transforms _core _operations",
     "torch/sharding": "operators _operations",
     "torch/onnx": "calls kernels _core _rule",
-    "torch/routes": "calls kernels onnx operators sharding transforms",
+    "torch/routes": "calls kernels onnx operators sharding transforms _core",
     "torch/adapter": "calls kernels routes _checks _core _rois numpy",
     "torch/layer": "adapter _checks",
     "_triton/__init__": "",

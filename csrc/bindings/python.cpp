@@ -18,6 +18,7 @@
 #endif
 
 #include "../dispatch.hpp"
+#include "../log.hpp"
 #include "../memory.hpp"
 #include "../numbers.hpp"
 #include "../operations.hpp"
@@ -456,6 +457,7 @@ NB_MODULE(_core, m) {
   try {
     engine();
     cache_limit();
+    m.attr("logging") = logging();
   } catch (const std::runtime_error& error) {
     throw nb::import_error(error.what());
   }
@@ -470,6 +472,7 @@ NB_MODULE(_core, m) {
   m.def("check_index", &python::check_index, nb::arg(), nb::arg(), nb::arg(), nb::arg("least") = 0);
   m.def("allocate", &python::allocate);
   m.def("force_way", [](int way) { force_way(Way(way)); });
+  m.def("log", &log_line);
   python::main_thread = nb::cast<unsigned long>(
       nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(&python::wait_for_calls));

@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from roialign import _rule
 
@@ -85,18 +85,23 @@ def reals(name: str, value: object) -> tuple[float, ...]:
 def features(adapter: Adapter, name: str, value: Any, accepted: str = FLOATS) -> None:
     adapter.check_array(name, value)
     if adapter.kind(value.dtype) != "float":
-        raise TypeError(
-            f"`{name}` must be {accepted}, got {value.dtype}: cast it to float32 or float64"
-        )
+        refuse_dtype(name, value, accepted)
+
+
+def refuse_dtype(name: str, value: Any, accepted: str) -> NoReturn:
+    raise TypeError(
+        f"`{name}` must be {accepted}, got {value.dtype}: cast it to float32 or float64"
+    )
 
 
 def pooled_dtype(adapter: Adapter, value: Any) -> Any:
     """Checks features that are only read, so may be bytes; gives the dtype of their pooled ones."""
     adapter.check_array("features", value)
+    if adapter.kind(value.dtype) == "float":
+        return value.dtype
     if value.dtype in adapter.byte_types:
         return adapter.float32
-    features(adapter, "features", value, FLOATS_AND_BYTES if adapter.byte_types else FLOATS)
-    return value.dtype
+    refuse_dtype("features", value, FLOATS_AND_BYTES if adapter.byte_types else FLOATS)
 
 
 def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:

@@ -238,6 +238,7 @@ def _triton_call() -> Callable | None:
 def _kernels(call: _Call, *operands: Array) -> list[Array]:
     from roialign._triton import launch
 
+    _core.log(f"{call.operation} is compiled to the kernels of roialign._triton")
     triton_call = _triton_call()
 
     def run(kernel: Any, grid: tuple, inputs: tuple, outputs: tuple, **constants: Any) -> list:
@@ -256,6 +257,7 @@ def _kernels(call: _Call, *operands: Array) -> list[Array]:
 
 
 def _plain(call: _Call, *operands: Array) -> list[Array]:
+    _core.log(f"{call.operation} is compiled to plain JAX: there is no kernel for this platform")
     return _apply(vars(_dense), call, operands, call.results(operands))
 
 

@@ -261,6 +261,8 @@ def _run(operation, size, boxes, index, images, numbers, *arrays) -> Tensor:
     if boxes.dtype not in _FLOATS:
         wide = arrays[0].dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
+        if not _is_traced():
+            _core.log("`boxes` is converted from integers")
     if not _is_traced():
         readable = index  # by NumPy, in which uint16 stands for bfloat16
         if index.dtype == mindspore.bfloat16:

@@ -165,8 +165,16 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype.kind == "V" else array
 
 
-def _native(array: np.ndarray) -> np.ndarray:
-    return _bits(array if _addressable(array) else array.copy())
+def _native(name: str, array: np.ndarray) -> np.ndarray:
+    if not _addressable(array):
+        _core.log(f"`{name}` is copied: its elements are not aligned")
+        array = array.copy()
+    return _bits(array)
+
+
+def _converted(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    _core.log(f"`{name}` is converted from {array.dtype} to {np.dtype(dtype)}")
+    return cast(array, dtype)
 
 
 def _native_rois(
@@ -175,15 +183,17 @@ def _native_rois(
     """(boxes, image index), and levels, in dtypes that the core reads."""
     boxes, index, levels = rois
     if kind(boxes.dtype) != "float":  # a box that is too large for the coordinate type is infinite
-        boxes = cast(boxes, coordinate)
-    pair = _native(boxes), _native_index(index)
-    return pair, None if levels is None else _native_index(levels)
+        boxes = _converted("boxes", boxes, coordinate)
+    pair = _native("boxes", boxes), _native_index("image_index", index)
+    return pair, None if levels is None else _native_index("levels", levels)
 
 
-def _native_index(index: np.ndarray) -> np.ndarray:
+def _native_index(name: str, index: np.ndarray) -> np.ndarray:
     if kind(index.dtype) == "wide float":
-        return index.astype(np.float64)
-    return _native(index.astype(np.int32) if index.dtype == _UINT16 else index)
+        return _converted(name, index, _FLOAT64)
+    if index.dtype == _UINT16:  # which stands for bfloat16
+        return _converted(name, index, np.int32)
+    return _native(name, index)
 
 
 def _coordinate(dtype: np.dtype) -> np.dtype:
@@ -202,6 +212,7 @@ def _write(results: tuple[np.ndarray, ...], run: Callable[[list[np.ndarray]], No
     run([_bits(target) for target in targets])
     for result, target in zip(results, targets):
         if target is not result:
+            _core.log("`out` is copied from another array: it is not aligned")
             result[...] = target
 
 
@@ -232,14 +243,15 @@ def forward(maps, rois, output_size, scales, rule, *, tangent=None, out=None) ->
         out = _empty_output(maps[0], rois.boxes, output_size)
     coordinate, threads = _coordinate(maps[0].dtype), _threads.get_num_threads()
     pair, levels = _native_rois(rois, coordinate)
-    given = [_native(array) for array in maps], scales, pair, levels, _tangent(tangent, coordinate)
+    maps = [_native("features", array) for array in maps]
+    given = maps, scales, pair, levels, _tangent(tangent, coordinate)
     _write((out,), lambda to: _core.forward(*given, rule, *to, threads))
     return out
 
 
 def _empty_output(features, boxes, output_size) -> np.ndarray:
     shape = (boxes.shape[0], features.shape[1], *output_size)
-    dtype = float32 if features.dtype in byte_types else features.dtype
+    dtype = float32 if features.itemsize == 1 else features.dtype
     return empty(shape, dtype, is_channels_last(features))
 
 
@@ -252,7 +264,7 @@ def adjoint(
         out = tuple([empty(shape, d_output.dtype, last) for shape in feature_shapes])
     coordinate, threads = _coordinate(d_output.dtype), _threads.get_num_threads()
     pair, levels = _native_rois(rois, coordinate)
-    given = _native(d_output), scales, pair, levels, _tangent(tangent, coordinate), rule
+    given = _native("d_output", d_output), scales, pair, levels, _tangent(tangent, coordinate), rule
     _write(out, lambda to: _core.adjoint(*given, to, threads))
     return out
 
@@ -261,6 +273,6 @@ def box_gradient(d_output, maps, rois, scales, rule) -> np.ndarray:
     coordinate, threads = _coordinate(d_output.dtype), _threads.get_num_threads()
     result = np.empty((len(rois.boxes), 4), coordinate)
     pair, levels = _native_rois(rois, coordinate)
-    maps = [_native(array) for array in maps]
-    _core.box_gradient(_native(d_output), maps, scales, pair, levels, rule, result, threads)
+    d_output, maps = _native("d_output", d_output), [_native("features", m) for m in maps]
+    _core.box_gradient(d_output, maps, scales, pair, levels, rule, result, threads)
     return result

@@ -121,7 +121,7 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
     operation, like, dtype = call.operation, calls.source(tensors), boxes.dtype
     real = torch.float64 if like.dtype is torch.float64 else torch.float32
     if dtype not in FLOATS:
-        boxes = boxes.to(real)
+        boxes = converted("boxes", boxes, real)
     if tangent is not None:
         tangent = tangent.to(real, copy=True).contiguous()
     if operation == "box_gradient":
@@ -132,7 +132,8 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
         taken = d_output, boxes, image_index, levels, tangent, *maps
         on_core(operation, taken, call.scales, call.rule, out)
     else:
-        maps = [features.to(pooled_dtype(features.dtype)) for features in maps]  # they read floats
+        # its kernels read floats
+        maps = [converted("features", m, real) if m.dtype in BYTES else m for m in maps]
         given = [array for array in (d_output, maps or None) if array is not None]
         tangents = () if operation == "box_gradient" else (tangent,)
         rois = Rois(boxes, image_index, levels)
@@ -152,6 +153,11 @@ def on_core(operation: str, tensors: Tensors, scales: Any, rule: Any, out: Resul
         _core.adjoint(d_output, scales, rois, levels, tangent, rule, out, threads())
     else:
         _core.box_gradient(d_output, maps, scales, rois, levels, rule, out, threads())
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    _core.log(f"`{name}` is converted from {tensor.dtype} to {dtype}")
+    return tensor.to(dtype)
 
 
 def pool(call: Call, features: Tensor, *rois: Tensor, out: Tensor | None = None) -> Tensor:
@@ -179,6 +185,8 @@ def threads() -> int:
 
 def _on_device(tensor: Tensor, operation: str, given: list, rois: Rois, *rest: Any) -> None:
     folder = home(tensor)
+    if _core.logging:
+        _core.log(f"{operation} on {tensor.device} by the kernels of roialign.{folder}")
     if folder == "_ascend":  # for devices without float64
         if tensor.dtype is torch.float64:
             name = "features" if operation == "forward" else "d_output"

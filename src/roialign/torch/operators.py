@@ -161,7 +161,14 @@ def _checked(operation: str, tensors: Tensors) -> Tensors:
                 raise TypeError(f"roialign::{operation}: arrays must be of floats or integers")
             if tensor.device != device and tensor.numel():
                 raise TypeError(f"roialign::{operation}: tensors must be on one device")
-    return [t if t is None or t.data_ptr() % t.itemsize == 0 else t.clone() for t in tensors]
+    return [_aligned(*pair) for pair in zip(calls.names(tensors), tensors)]
+
+
+def _aligned(name: str, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.data_ptr() % tensor.itemsize == 0:
+        return tensor
+    _core.log(f"`{name}` is copied: its elements are not aligned")
+    return tensor.clone()
 
 
 def _fake(operation: str, *args: Any) -> Tensor | list[Tensor]:

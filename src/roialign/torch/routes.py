@@ -11,6 +11,8 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
+from roialign import _core
+
 from . import calls, kernels, onnx, operators, sharding, transforms
 from .calls import Call, Result, Tensors
 
@@ -180,6 +182,8 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
     if _way([*tensors, *outs]) is on_memory:
         return on_memory(call, tensors, out)
     results = run(call, tensors)
+    if not is_traced():
+        _core.log("`out` is copied from another tensor: not all is plain and aligned memory")
     for each, result in zip(outs, results if type(results) is tuple else (results,)):
         each.copy_(result)
     return out

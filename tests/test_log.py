@@ -1,0 +1,135 @@
+"""ROIALIGN_LOG=1: a line for each call, and for each array that was not taken as it came."""
+
+import re
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import roialign
+from backends import named, operations
+from conftest import draw_problem
+from isolation import calling, python
+from roialign import _core
+
+OPERATIONS = "forward", "adjoint", "box_gradient"
+
+
+def log(body, *args, value="1"):
+    ran = python(*calling(body, *args), env={"ROIALIGN_LOG": value})
+    assert ran.returncode == 0, ran.stderr
+    return [line for line in ran.stderr.splitlines() if line.startswith("roialign: ")]
+
+
+def call(operation, problem):
+    named_operations = dict(zip(OPERATIONS, operations(problem), strict=True))
+    named_operations[operation](problem.features, problem.draw_output(), *problem.rois)
+
+
+def call_of_two_images(operation, way):
+    """One box on the first, 400 on the second."""
+    problem = draw_problem(shape=(2, 6, 100, 120), count=401, size=(7, 5), sampling=1)
+    problem.index[:] = np.arange(401) > 0
+    roialign.set_num_threads(1)
+    _core.force_way(way)
+    call(operation, problem)
+
+
+@pytest.mark.parametrize("way, counts", [(0, (1, 1, 0)), (1, (2, 0, 0)), (2, (0, 2, 0))])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_call(operation, way, counts):
+    (line,) = log(call_of_two_images, operation, way)
+    what = rf"{operation}: float32 \(2, 6, 100, 120\), 401 RoIs of 7 x 5 bins"
+    how = r"{} images? packed, {} by rows, {} by bins; ".format(*counts) + f"{_core.isa}, 1 thread"
+    assert re.fullmatch(rf"roialign: {what}; {how}, \d+\.\d{{3}} ms", line), line
+
+
+@pytest.mark.parametrize("value", ["0", ""])
+def test_silence(value):
+    assert not log(call_of_two_images, "forward", 0, value=value)
+    assert not log(convert, "numpy", value=value)
+
+
+def call_beside_another():
+    """Until that is done."""
+    problem = draw_problem(shape=(1, 64, 60, 80), count=150, size=(7, 7))
+    roialign.set_num_threads(2)
+    call("forward", problem)
+    more = {"boxes": problem.boxes.repeat(200, 0), "index": problem.index.repeat(200)}
+    longer = threading.Thread(target=call, args=("forward", replace(problem, **more)))
+    longer.start()
+    while longer.is_alive():
+        call("forward", problem)
+
+
+def test_threads():
+    first, *rest = log(call_beside_another)
+    assert ", 2 threads, " in first
+    assert any(", 1 thread as the others are busy, " in line for line in rest)
+
+
+def unaligned(array):
+    raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    raw[...] = array
+    return raw
+
+
+def as_they_are(backend, *arrays):
+    """The arrays as the backend's, in the same memory."""
+    if backend.family == "torch":
+        return list(map(backend.torch.from_numpy, arrays))
+    return list(arrays)
+
+
+def convert(name):
+    backend, problem = named(name), draw_problem()
+    backend.start(None)
+    features, d_output, boxes, index = as_they_are(
+        backend, problem.features, problem.draw_output(), *problem.rois
+    )
+    odd_features, odd_d_output, odd_out, whole = as_they_are(
+        backend,
+        *map(unaligned, (problem.features, problem.draw_output(), problem.draw_output())),
+        problem.boxes.astype(np.int64),
+    )
+    size, options = problem.size, problem.options
+    roialign.roi_align(odd_features, (boxes, index), size, **options)
+    roialign.roi_align_adjoint(odd_d_output, (boxes, index), features.shape, **options)
+    roialign.roi_align_box_gradient(d_output, features, (whole, index), **options)
+    roialign.roi_align(features, (boxes, index), size, **options, out=odd_out)
+
+
+@pytest.mark.backends("fast", "strided")
+def test_copies(backend):
+    expected = [
+        "`features` is copied: its elements are not aligned",
+        "`d_output` is copied: its elements are not aligned",
+        "`boxes` is converted from (torch.)?int64 to (torch.)?float32",
+        "`out` is copied from another (array|tensor): .* aligned",
+    ]
+    found = [line for line in log(convert, backend.name) if " by rows, " not in line]
+    assert len(found) == len(expected)
+    assert all(map(re.fullmatch, [f"roialign: {each}.*" for each in expected], found)), found
+
+
+def call_of_a_backend(name):
+    backend, problem = named(name), draw_problem()
+    rois = problem.boxes.astype(np.int32), problem.index
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backend.start(monkeypatch)
+        backend.roi_align(problem.features, rois, problem.size, **problem.options)
+
+
+@pytest.mark.backends("values")
+def test_every_backend(backend):
+    """Of the core, the kernels for GPUs, or neither. Compiled programs convert by themselves."""
+    expected = {
+        "triton": "forward on .* by the kernels of roialign._triton",
+        "jax.dense": "forward is compiled to plain JAX: there is no kernel",
+        "jax_triton": "forward is compiled to the kernels of roialign._triton",
+    }.get(backend.name, "forward: float32 .* by bins; ")
+    *before, line = log(call_of_a_backend, backend.name)
+    assert re.match(f"roialign: {expected}", line), line
+    compiled = backend.name.startswith("jax") or backend.name == "mindspore.graph"
+    assert ["`boxes` is converted" in each for each in before] == [True] * (not compiled)
