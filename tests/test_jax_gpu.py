@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 import roialign
-from conftest import draw_problem
+from conftest import draw_problem, draw_pyramid
 from isolation import isolated
 from roialign import _rule
-from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the tests of JAX on GPUs need jax")
 import jax.numpy as jnp  # noqa: E402
@@ -45,12 +44,6 @@ def needs(*modules):
 def pool(problem, features, boxes, index=None):
     index = jnp.asarray(problem.index, jnp.int32) if index is None else index
     return roialign.roi_align(features, (boxes, index), problem.size, **problem.options)
-
-
-def pool_maps(problem, maps, boxes, index, levels):
-    scales = (*problem.scale, 0.25, 0.3)
-    rois, rule = Rois(boxes, index, levels), _rule.vector(problem.convention, problem.sampling)
-    return roialign.jax.forward(maps, rois, problem.size, scales, rule)
 
 
 def differentiated(function, x, boxes, *rest):
@@ -130,9 +123,8 @@ def check_kernels():
         assert "dot_general" not in text and "while" not in text
 
     # a launch for each map
-    levels = jnp.arange(len(boxes), dtype=jnp.int32) % 3 - 1
-    two = functools.partial(differentiated, functools.partial(pool_maps, problem))
-    names, text = program(two, (features, features[:, :, 1:]), boxes, index, levels)
+    p = draw_pyramid(np.float32)
+    names, text = program(jax.value_and_grad(p.loss, (0, 1, 2)), *p.maps, *p.rois, p.d_output)
     assert sorted(names) == sorted(2 * (FORWARD + ADJOINT + BOX_GRADIENT))
     assert "dot_general" not in text and "while" not in text
 

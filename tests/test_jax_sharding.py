@@ -3,15 +3,15 @@
 import functools
 import inspect
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import roialign
+from backends import calls
 from conftest import draw_problem
 from isolation import isolated
-from roialign import _rule
-from roialign._rois import Rois
 
 jax = pytest.importorskip("jax", reason="the tests of sharding in JAX need jax")
 import jax.numpy as jnp  # noqa: E402
@@ -151,16 +151,14 @@ def check_other_numbers():
 # Several maps
 
 
-def pool_maps(maps, boxes, index, levels):
-    import roialign.jax
-
-    rule = _rule.vector(PROBLEM.convention, PROBLEM.sampling)
-    rois = Rois(boxes, index, levels)
-    return roialign.jax.forward(maps, rois, PROBLEM.size, (0.5, 0.4, 0.25, 0.3), rule)
-
-
 def check_maps():
     """In `jit`, where the arrays are cut, and in a shard_map."""
+    coarse = replace(PROBLEM, features=PROBLEM.features[:, :, 1:, :7], scale=(0.25, 0.3))
+    forward, *_ = calls([PROBLEM, coarse])
+
+    def pool_maps(maps, *rois):
+        return forward(*maps, *rois)
+
     results = both(pool_maps)
     mesh = mesh_of_eight()
     features, boxes, index, d_output = arguments()

@@ -169,17 +169,6 @@ def test_values(results, name):
         check(output, *inputs, **CASES[name])
 
 
-def test_the_boxes_tell_the_least_size(exported):
-    """output_half_pixel has it, half_pixel not."""
-    features, rois = draw(0)
-    name = "clamped-2-0.25"
-    cases, model = exported[True]
-    output = run(model, features, rois)[list(cases).index(name)]
-    other = roialign.Convention(**OWN["clamped"] | {"min_size": None})
-    with pytest.raises(AssertionError):
-        check(output, features, rois, **CASES[name] | {"convention": other})
-
-
 # Forms and types
 
 

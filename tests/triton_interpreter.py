@@ -84,58 +84,42 @@ class Kernels:
     def __str__(self):
         return self.launch.__package__.rpartition("_")[2]
 
-    def forward(
-        self, problem, tangent=None, others=(), levels=None, layout=np.asarray, call=wide_call
-    ):
-        maps, scales = _maps(problem, others)
-        output = layout(np.full(problem.output_shape, np.nan, problem.features.dtype))
-        result = self.launch.forward(
-            call,
-            [tensor(layout(each)) for each in maps],
-            *(rois(problem, levels), tensor(tangent), scales, rule(problem)),
-            _given(output, call),
-        )
-        return array(result)
+    def forward(self, problem, tangent=None, **options):
+        return self._run("forward", problem, None, tangent, **options)
 
-    def adjoint(
-        self, problem, d_output, tangent=None, others=(), levels=None, layout=np.asarray,
+    def adjoint(self, problem, d_output, tangent=None, **options):
+        """Of the map; with others a list."""
+        d_maps = self._run("adjoint", problem, d_output, tangent, **options)
+        return d_maps if options.get("others") else d_maps[0]
+
+    def box_gradient(self, problem, d_output, **options):
+        return self._run("box_gradient", problem, d_output, **options)
+
+    def _run(
+        self, operation, problem, d_output, tangent=None, others=(), levels=None, layout=np.asarray,
         call=wide_call,
     ):  # fmt: skip
-        """Of the map; with others a list."""
-        maps, scales = _maps(problem, others)
-        d_maps = [layout(np.full(each.shape, np.nan, d_output.dtype)) for each in maps]
-        results = self.launch.adjoint(
-            call,
-            tensor(layout(d_output)),
-            *(rois(problem, levels), tensor(tangent), scales, rule(problem)),
-            [_given(each, call) for each in d_maps],
-        )
-        d_maps = list(map(array, results))
-        return d_maps if others else d_maps[0]
+        problems, dtype = (problem, *others), problem.features.dtype
+        maps = [tensor(layout(each.features)) for each in problems]
+        scales = tuple(s for each in problems for s in each.scale)
+        given, numbers = rois(problem, levels), (scales, rule(problem))
+        g = None if d_output is None else tensor(layout(d_output))
 
-    def box_gradient(
-        self, problem, d_output, others=(), levels=None, layout=np.asarray, call=wide_call
-    ):
-        maps, scales = _maps(problem, others)
-        real = "float64" if problem.features.dtype == np.float64 else "float32"
-        return array(
-            self.launch.box_gradient(
-                call,
-                tensor(layout(d_output)),
-                [tensor(layout(each)) for each in maps],
-                *(rois(problem, levels), scales, rule(problem)),
-                _given(np.full(problem.boxes.shape, np.nan, real), call),
-            )
-        )
+        def new(shape, dtype=dtype, layout=layout):
+            if call is call_once:
+                return launch.New(shape, np.dtype(dtype).name)
+            return tensor(layout(np.full(shape, np.nan, dtype)))
 
-
-def _given(output, call):
-    return launch.New(output.shape, output.dtype.name) if call is call_once else tensor(output)
-
-
-def _maps(problem, others):
-    problems = problem, *others
-    return [each.features for each in problems], tuple(s for each in problems for s in each.scale)
+        if operation == "forward":
+            arguments = maps, given, tensor(tangent), *numbers, new(problem.output_shape)
+        elif operation == "adjoint":
+            d_maps = [new(each.features.shape) for each in problems]
+            arguments = g, given, tensor(tangent), *numbers, d_maps
+        else:
+            real = "float64" if dtype == np.float64 else "float32"
+            arguments = g, maps, given, *numbers, new(problem.boxes.shape, real, np.asarray)
+        results = getattr(self.launch, operation)(call, *arguments)
+        return list(map(array, results)) if operation == "adjoint" else array(results)
 
 
 GPU = Kernels(launch, narrow=False)
