@@ -300,8 +300,10 @@ class Torch(Backend):
         @contextmanager
         def deterministic():
             self.torch.use_deterministic_algorithms(True)
-            yield
-            self.torch.use_deterministic_algorithms(False)
+            try:
+                yield
+            finally:
+                self.torch.use_deterministic_algorithms(False)
 
         checkpoint = self.torch.utils.checkpoint.checkpoint
         yield lambda *given: checkpoint(pool, *given, use_reentrant=False), nullcontext
