@@ -12,23 +12,18 @@ constexpr int64_t kWideSamples = int64_t{1} << 22;  // more: positions in double
 constexpr int64_t kMaxSamples = int64_t{1} << 31;   // more: the mean vanishes
 constexpr int64_t kReservedEntries = 4096;          // 96 KiB: more are reserved bin by bin
 
-// docs/spec.md, equation (1): where the box starts, how long a bin is, how many samples it has.
+// Where the box starts, how long a bin is, how many samples it has.
 template <class Real>
 struct Grid {
   Real start;
   Real bin;
   int64_t samples;
-  bool clamped;  // min_size holds the size, so it does not move with the box's end
+  bool clamped;
 };
 
 template <class Real>
 Grid<Real> grid_of(Real lo, Real hi, const Rule& rule, int64_t bins, Real scale) {
-  const Real input = Real(rule.input_offset), pixel = Real(rule.pixel_offset);
-  const Real start = (lo + input) * scale - pixel;
-  const Real end = (hi + input + Real(rule.end_offset)) * scale - pixel;
-  Real size = end - start;
-  const bool clamped = size < Real(rule.min_size);
-  if (clamped) size = Real(rule.min_size);
+  const auto [start, size, clamped] = extent_of(lo, hi, rule, scale);
   if (!std::isfinite(size)) return {start, 0, 0, clamped};
   const Real bin = size / Real(bins);
   int64_t samples = int64_t(rule.sampling_ratio);
@@ -39,22 +34,22 @@ Grid<Real> grid_of(Real lo, Real hi, const Rule& rule, int64_t bins, Real scale)
   return {start, bin, samples, clamped};
 }
 
-// Equation (2): the position of sample i of bin k.
+// The position of sample i of bin k.
 template <class Real>
 class Positions {
  public:
   Positions(Real start, Real bin, int64_t samples)
       : start_(start), bin_(bin), samples_(Real(samples)) {
-    for (; known_ < kKnown && known_ < samples; ++known_) offsets_[known_] = offset(known_);
+    for (; known_ < kKnown && known_ < samples; ++known_)
+      offsets_[known_] = offset_of(Real(known_), bin_, samples_);
   }
   Real operator()(int64_t k, int64_t i) const {
-    return start_ + Real(k) * bin_ + (i < known_ ? offsets_[i] : offset(i));
+    return start_ + Real(k) * bin_ +
+           (i < known_ ? offsets_[i] : offset_of(Real(i), bin_, samples_));
   }
 
  private:
   static constexpr int64_t kKnown = 16;
-  Real offset(int64_t i) const { return ((Real(i) + Real(0.5)) * bin_) / samples_; }
-
   Real start_, bin_, samples_;
   Real offsets_[kKnown];  // of the first samples, the same in every bin: divisions are slow
   int64_t known_ = 0;

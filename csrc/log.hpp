@@ -17,6 +17,7 @@ void log_line(const std::string& line);
 // What is to be said of the call under way in the calling thread.
 struct Trace {
   int64_t images[4];  // with RoIs, that were pooled in each Way
+  bool by_samples;    // all of them, instead
   int threads;        // of the tasks of the engine
   bool busy;          // there would have been more, but for another call
 };

@@ -84,6 +84,23 @@ inline int64_t index_at(const Column& column, int64_t k, int64_t least, int64_t 
   return good ? int64_t(index) : kNoIndex;
 }
 
+// Number i of a box: x1, y1, x2, y2.
+template <class Real>
+Real coordinate(const Rois& rois, int64_t k, int64_t i) {
+  return Real(
+      float_at(rois.boxes, rois.boxes_dtype, k * rois.boxes_stride[0] + i * rois.boxes_stride[1]));
+}
+
+// Where a RoI is; -1, -1: on no map or no image.
+struct Place {
+  int64_t map, image;
+};
+inline Place place_of(const Rois& rois, int64_t k, Maps maps) {
+  const int64_t image = index_at(rois.image_index, k, 0, maps.first().shape[0]);
+  const int64_t map = rois.level.data ? index_at(rois.level, k, 0, maps.count) : 0;
+  return image < 0 || map < 0 ? Place{-1, -1} : Place{map, image};
+}
+
 // The first of `count` numbers of a column that is no integer in [least, end), or -1.
 inline int64_t first_bad_index(const Column& column, int64_t count, int64_t least, int64_t end) {
   for (int64_t k = 0; k < count; ++k) {

@@ -78,10 +78,13 @@ void log_call(const char* operation, Maps maps, const Tensor& pooled, double mil
   const Trace& done = trace();
   const auto images = [&](Way way) { return done.images[int(way)]; };
   line += ", " + counted(pooled.shape[0], "RoI") + " of " + std::to_string(pooled.shape[2]) +
-          " x " + std::to_string(pooled.shape[3]) + " bins; " +
-          counted(images(Way::packed), "image") + " packed, " + std::to_string(images(Way::rows)) +
-          " by rows, " + std::to_string(images(Way::bins)) + " by bins; " + engine().name + ", " +
-          counted(done.threads, "thread") + (done.busy ? " as the others are busy" : "");
+          " x " + std::to_string(pooled.shape[3]) + " bins; ";
+  line += done.by_samples ? "all by samples"
+                          : counted(images(Way::packed), "image") + " packed, " +
+                                std::to_string(images(Way::rows)) + " by rows, " +
+                                std::to_string(images(Way::bins)) + " by bins";
+  line += std::string("; ") + engine().name + ", " + counted(done.threads, "thread") +
+          (done.busy ? " as the others are busy" : "");
   char time[32];
   std::snprintf(time, sizeof time, ", %.3f ms", milliseconds);
   log_line(line + time);

@@ -408,7 +408,7 @@ class Builder {
     if (by_bins(map)) return Way::bins;
     const bool narrow = size_of(map.dtype) < int64_t(sizeof(Real));
     if (from == end || (adjoint_ && narrow)) return Way::packed;  // its sums are rounded once
-    const Way forced = forced_way.load(std::memory_order_relaxed);
+    const Way forced = way_forced();
     if (forced == Way::packed || forced == Way::rows) return forced;
     constexpr double lanes = kLineBytes / sizeof(Real);
     const bool runs = map.stride[3] == 1;
@@ -451,20 +451,15 @@ class Builder {
   // x1, y1, x2, y2
   std::array<Real, 4> box(int64_t k) const {
     std::array<Real, 4> result;
-    for (int64_t i = 0; i < 4; ++i) {
-      const int64_t at = k * rois_.boxes_stride[0] + i * rois_.boxes_stride[1];
-      result[size_t(i)] = Real(float_at(rois_.boxes, rois_.boxes_dtype, at));
-    }
+    for (int64_t i = 0; i < 4; ++i) result[size_t(i)] = coordinate<Real>(rois_, k, i);
     return result;
   }
 
   // Where a RoI is, with its box's centre, about: only the order of windows depends on that.
   Key key(int64_t k) const {
-    const int64_t image = index_at(rois_.image_index, k, 0, maps_.first().shape[0]);
-    const int64_t level = rois_.level.data ? index_at(rois_.level, k, 0, maps_.count) : 0;
-    const bool placed = image >= 0 && level >= 0;
-    if (!placed) return {0, 0, 0, 0, k, false};
-    const Map& map = maps_[level];
+    const Place at = place_of(rois_, k, maps_);
+    if (at.map < 0) return {0, 0, 0, 0, k, false};
+    const Map& map = maps_[at.map];
     const std::array<Real, 4> box = this->box(k);
     int64_t centre[2];
     for (int axis = 0; axis < 2; ++axis) {
@@ -474,7 +469,7 @@ class Builder {
     }
     const int64_t row_bytes = kLineBytes * std::max<int64_t>(1, map.array.shape[3]);
     const int64_t band = centre[0] / std::max<int64_t>(1, kBandBytes / row_bytes);
-    return {level, image, band, band % 2 ? -centre[1] : centre[1], k, true};
+    return {at.map, at.image, band, band % 2 ? -centre[1] : centre[1], k, true};
   }
 
   Window<Real> window(const Key& key, Workspace& work, Arena& arena) const {
@@ -638,9 +633,13 @@ void force_way(Way forced) {
   forced_way = forced;
 }
 
+Way way_forced() {
+  return forced_way.load(std::memory_order_relaxed);
+}
+
 bool by_bins(Operation operation, const Tensor& map, int64_t rois, const int64_t bins[2]) {
   if (operation != Operation::forward || map.stride[1] != 1) return false;
-  const Way forced = forced_way.load(std::memory_order_relaxed);
+  const Way forced = way_forced();
   if (forced != Way::any) return forced == Way::bins;
   const double lanes = kLineBytes / double(size_of(coordinate_type(map.dtype)));
   const double channels = double(map.shape[1]), blocks = channels / lanes;

@@ -60,8 +60,9 @@ struct Window {
 
 enum class Operation { forward, adjoint, box_gradient };
 
-// How an image is pooled: from packed lines; or where the map is, by rows of bins or bin by bin.
-enum class Way { any, packed, rows, bins };
+// How an image is pooled: from packed lines; or where the map is, by rows of bins, bin by bin, or
+// sample by sample.
+enum class Way { any, packed, rows, bins, samples };
 
 // Groups of pixels that follow each other: [index, index + count) of a map, of which pixel i is in
 // group i / kGroup, and from `place` on among the packed ones.
@@ -105,6 +106,7 @@ struct Windows {
 
 // For tests: all images that can be are pooled this way; any: the way that costs least.
 void force_way(Way forced);
+Way way_forced();
 
 // Whether a map is pooled bin by bin: a matter of the call's shapes and the map's strides alone.
 // The forward has the same bits in each way.

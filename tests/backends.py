@@ -214,6 +214,13 @@ class ByBins(Packed):
     forced = 3
 
 
+class BySamples(Packed):
+    """The forward and the adjoint of 1 or 2 samples add them up where they are."""
+
+    name = "numpy.samples"
+    forced = 4
+
+
 class Torch(Backend):
     name, needs = "torch", ("torch",)
     traits = Numpy.traits | {"grad", "twice", "jvp", "ways"}
@@ -563,8 +570,8 @@ class Cupy(Backend):
 BACKENDS = [
     kind()
     for kind in (
-        Numpy, Packed, ByRows, ByBins, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax, JaxJit,
-        JaxDense, JaxGpu, MindSpore, MindSporeGraph,
+        Numpy, Packed, ByRows, ByBins, BySamples, Torch, TorchFunc, TorchCompile, Triton, Cupy, Jax,
+        JaxJit, JaxDense, JaxGpu, MindSpore, MindSporeGraph,
     )
 ]  # fmt: skip
 

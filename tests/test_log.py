@@ -27,22 +27,32 @@ def call(operation, problem):
     named_operations[operation](problem.features, problem.draw_output(), *problem.rois)
 
 
-def call_of_two_images(operation, way):
+def call_of_two_images(operation, way, sampling=3):
     """One box on the first, 400 on the second."""
-    problem = draw_problem(shape=(2, 6, 100, 120), count=401, size=(7, 5), sampling=1)
+    problem = draw_problem(shape=(2, 6, 100, 120), count=401, size=(7, 5), sampling=sampling)
     problem.index[:] = np.arange(401) > 0
     roialign.set_num_threads(1)
     _core.force_way(way)
     call(operation, problem)
 
 
+def check_line(line, operation, way):
+    what = rf"{operation}: float32 \(2, 6, 100, 120\), 401 RoIs of 7 x 5 bins"
+    how = f"{way}; {_core.isa}, 1 thread"
+    assert re.fullmatch(rf"roialign: {what}; {how}, \d+\.\d{{3}} ms", line), line
+
+
 @pytest.mark.parametrize("way, counts", [(0, (1, 1, 0)), (1, (2, 0, 0)), (2, (0, 2, 0))])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_call(operation, way, counts):
     (line,) = log(call_of_two_images, operation, way)
-    what = rf"{operation}: float32 \(2, 6, 100, 120\), 401 RoIs of 7 x 5 bins"
-    how = r"{} images? packed, {} by rows, {} by bins; ".format(*counts) + f"{_core.isa}, 1 thread"
-    assert re.fullmatch(rf"roialign: {what}; {how}, \d+\.\d{{3}} ms", line), line
+    check_line(line, operation, r"{} images? packed, {} by rows, {} by bins".format(*counts))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[:2])
+def test_a_call_of_few_samples(operation):
+    (line,) = log(call_of_two_images, operation, 4, 1)
+    check_line(line, operation, "all by samples")
 
 
 @pytest.mark.parametrize("value", ["0", ""])
@@ -108,7 +118,7 @@ def test_copies(backend):
         "`boxes` is converted from (torch.)?int64 to (torch.)?float32",
         "`out` is copied from another (array|tensor): .* aligned",
     ]
-    found = [line for line in log(convert, backend.name) if " by rows, " not in line]
+    found = [line for line in log(convert, backend.name) if " bins; " not in line]
     assert len(found) == len(expected)
     assert all(map(re.fullmatch, [f"roialign: {each}.*" for each in expected], found)), found
 
@@ -128,7 +138,7 @@ def test_every_backend(backend):
         "triton": "forward on .* by the kernels of roialign._triton",
         "jax.dense": "forward is compiled to plain JAX: there is no kernel",
         "jax_triton": "forward is compiled to the kernels of roialign._triton",
-    }.get(backend.name, "forward: float32 .* by bins; ")
+    }.get(backend.name, "forward: float32 .* bins; ")
     *before, line = log(call_of_a_backend, backend.name)
     assert re.match(f"roialign: {expected}", line), line
     compiled = backend.name.startswith("jax") or backend.name == "mindspore.graph"

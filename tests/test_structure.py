@@ -162,7 +162,7 @@ def test_the_rule_has_one_list():
     # names of its numbers: where they are declared, and where coordinates are computed from them
     known = {
         "csrc/rule.hpp",
-        "csrc/geometry.cpp",
+        "csrc/geometry.hpp",
         "src/roialign/_rule.py",
         "src/roialign/_dense.py",
         "src/roialign/_triton/geometry.py",

@@ -1,6 +1,6 @@
-"""The ways through the engine, packed, by rows and by bins: no result depends on which is taken.
+"""The ways through the engine, packed, by rows, bins or samples: no result depends on the way.
 
-Shared bodies run on each (`numpy.packed`, `numpy.rows` and `numpy.bins` in backends.py)."""
+Shared bodies run on each (`numpy.packed`, `numpy.rows`, ... in backends.py)."""
 
 from dataclasses import replace
 
@@ -26,11 +26,11 @@ CANONICAL = dict.fromkeys(roialign.conventions.values())
 
 @pytest.fixture
 def by_way():
-    """Each way's results of a call: packed, by rows, by bins."""
+    """Each way's results of a call: packed, by rows, by bins, by samples."""
 
     def call(operation, *args, **options):
         results = []
-        for way in (1, 2, 3):
+        for way in (1, 2, 3, 4):
             _core.force_way(way)
             results.append(operation(*args, **options))
         _core.force_way(0)
@@ -41,7 +41,7 @@ def by_way():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
-@pytest.mark.parametrize("sampling", [0, 1, 3])
+@pytest.mark.parametrize("sampling", [0, 1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
     """The forward bit for bit: it adds the same products in the same order."""
@@ -59,9 +59,10 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
             for other in others:
                 assert np.array_equal(one, other)
             assert one.any()
-            one, other, _ = by_way(roialign.roi_align_adjoint, dy, rois, shape, **problem.options)
+            one, *others = by_way(roialign.roi_align_adjoint, dy, rois, shape, **problem.options)
             bound = tolerance.adjoint(problem, g, one.astype(np.float64))
-            tolerance.check(other, one.astype(np.float64), 2 * bound)
+            for other in others:
+                tolerance.check(other, one.astype(np.float64), 2 * bound)
             assert one.any()
 
 
@@ -71,7 +72,7 @@ def test_box_gradients(shape, dtype, make_problem, by_way):
     """Are sums in another order: the same within their bound."""
     problem = make_problem(shape=shape, count=6, size=(5, 3), dtype=dtype)
     g = problem.draw_output()
-    packed, rows, _ = by_way(
+    packed, rows, *_ = by_way(
         roialign.roi_align_box_gradient, g, problem.features, problem.rois, **problem.options
     )
     bound = tolerance.box_gradient(problem, g, packed.astype(np.float64))

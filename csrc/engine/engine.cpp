@@ -9,7 +9,7 @@
 //                 lines; unpack the pixels that the band was the last to touch.
 //   box_gradient  for every p the same strips, and dot products with the slopes.
 //
-// Images may be pooled in other ways, without packing: rows.hpp and bins.hpp.
+// There are other ways, without packing: rows.hpp, bins.hpp and samples.hpp.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
 // instantiate anything with external linkage that another file instantiates too (no std::
@@ -20,6 +20,7 @@
 #include "../parallel.hpp"
 #include "bins.hpp"
 #include "rows.hpp"
+#include "samples.hpp"
 
 namespace roialign {
 namespace ROIALIGN_ISA {
@@ -194,11 +195,60 @@ void forward_bins(const Task<Real>& task, const Plane<const T>& map, const Tenso
   if (streamed) stream_fence();
 }
 
+// Calls body(RoI, its map, image, p, q, taps of y, taps of x) for the bins of all RoIs that are on
+// a map, and of others without taps and map.
+template <int taps, class Real, class Body>
+void for_sampled_bins(Maps maps, const Rois& rois, const Rule& rule, const int64_t bins[2],
+                      int threads, Body body) {
+  struct Work : Scratch {
+    SampledRois<Real>* rois;
+    Work() {
+      take([&](Cut& cut) { cut(rois, 1); });
+    }
+  };
+  parallel_for((rois.count + kSampledRois - 1) / kSampledRois, threads, [&](int64_t task) {
+    const Work work;
+    const SampledRois<Real>& found = *work.rois;
+    const int64_t first = task * kSampledRois, count = least_of(kSampledRois, rois.count - first);
+    find_samples(maps, rois, rule, bins, first, count, *work.rois);
+    for_bins<taps>(found, count, bins,
+                   [&](int64_t r, int64_t p, int64_t q, const auto& y, const auto& x) {
+                     body(first + r, found.map[r], found.image[r], p, q, y, x);
+                   });
+  });
+}
+
+// The same by samples.
+template <int taps, class T>
+void forward_samples(Maps features, const Rois& rois, const Rule& rule, const Tensor& output,
+                     int threads) {
+  using Real = Accumulator<T>;
+  const Range channels{0, output.shape[1]};
+  const bool few = count_of(output) * taps * taps < kSerialWork;
+  for_sampled_bins<taps, Real>(
+      features, rois, rule, output.shape + 2, few ? 1 : threads,
+      [&](int64_t roi, int64_t map, int64_t image, int64_t p, int64_t q, const auto& y,
+          const auto& x) {
+        const auto out = plane_of<Pooled<T>>(output, roi, channels);
+        Pooled<T>* to = out.data + p * out.row_stride + q * out.pixel_stride;
+        if (map >= 0 && y.count && x.count) {
+          const auto plane = plane_of<const T>(features[map].array, image, channels);
+          add_samples(y, x, plane, to, out.channel_stride);
+          return;
+        }
+        for (int64_t c = 0; c < out.channels; ++c) to[c * out.channel_stride] = Pooled<T>{};
+      });
+}
+
 template <class T>
 void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
              const Tensor& output, int threads) {
   using Real = Accumulator<T>;
   const int64_t* bins = output.shape + 2;
+  if (by_samples(Operation::forward, features.first(), rois.count, rule, bins, tangent)) {
+    return rule.sampling_ratio == 1 ? forward_samples<2, T>(features, rois, rule, output, threads)
+                                    : forward_samples<4, T>(features, rois, rule, output, threads);
+  }
   const auto slices_of = [&](int64_t m) {
     const Tensor& map = features[m].array;
     if (by_bins(Operation::forward, map, rois.count, bins)) return Slices::all<T>(map);
@@ -280,12 +330,44 @@ void adjoint_rows(const Task<Real>& task, const Plane<T>& map, int64_t max_colum
   });
 }
 
+// The same by samples.
+template <int taps, class Real>
+void adjoint_samples(const Tensor& d_output, const Rois& rois, const Rule& rule, Maps d_features,
+                     int threads) {
+  const int64_t images = d_features.first().shape[0];
+  const Range channels{0, d_output.shape[1]};
+  int64_t written = 0;
+  for (int64_t m = 0; m < d_features.count; ++m) written += count_of(d_features[m].array);
+  const bool few = written < kSerialWork * kLanes<Real>;
+  parallel_for(d_features.count * images, few ? 1 : threads, [&](int64_t task) {
+    clear(plane_of<Real>(d_features[task / images].array, task % images, channels));
+  });
+  // One RoI after another: they may meet in any pixel.
+  for_sampled_bins<taps, Real>(
+      d_features, rois, rule, d_output.shape + 2, 1,
+      [&](int64_t roi, int64_t map, int64_t image, int64_t p, int64_t q, const auto& y,
+          const auto& x) {
+        if (map < 0) return;
+        const auto d_out = plane_of<const Real>(d_output, roi, channels);
+        spread_samples(y, x, d_out.data + p * d_out.row_stride + q * d_out.pixel_stride,
+                       d_out.channel_stride,
+                       plane_of<Real>(d_features[map].array, image, channels));
+      });
+}
+
 template <class T>
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
              Maps d_features, int threads) {
   using Real = Accumulator<T>;
   constexpr int64_t line = kLanes<Real>;
   const int64_t* bins = d_output.shape + 2;
+  if constexpr (sizeof(T) == sizeof(Real)) {
+    if (by_samples(Operation::adjoint, d_features.first(), rois.count, rule, bins, tangent)) {
+      return rule.sampling_ratio == 1
+                 ? adjoint_samples<2, T>(d_output, rois, rule, d_features, threads)
+                 : adjoint_samples<4, T>(d_output, rois, rule, d_features, threads);
+    }
+  }
   const auto slices_of = [&](int64_t m) {
     return Slices::of(d_features[m].array, &d_features[m].array, T{});
   };
