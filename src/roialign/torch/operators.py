@@ -113,6 +113,7 @@ def _kernel(operation: str, *args: Any) -> Tensor | list[Tensor]:
         like is not None
         and boxes is not None
         and boxes.is_cpu
+        and kernels.home(boxes) is None
         and boxes.dtype in kernels.FLOATS
         and kernels.have_memory(tensors)
     )
