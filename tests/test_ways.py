@@ -15,7 +15,7 @@ from test_memory import MIB, peak, reset_peak, resident, resident_set
 
 SHAPES = {  # of maps, and what is peculiar in reading them
     (2, 5, 9, 11): "rows shorter than a vector",
-    (2, 3, 40, 83): "runs of columns, with a rest",
+    (2, 3, 40, 83): "runs of columns, with a rest; colours",
     (1, 37, 20, 33): "channels beyond a block",
     (1, 1, 30, 400): "columns far apart are read one by one",
 }
@@ -64,6 +64,23 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
             for other in others:
                 tolerance.check(other, one.astype(np.float64), 2 * bound)
             assert one.any()
+
+
+@pytest.mark.parametrize("sampling", [1, 2])
+def test_an_infinite_pixel_with_weight(sampling, layouts):
+    """Is no NaN where bins have fewer taps than others, by samples."""
+    features = np.zeros((1, 17, 8, 9), np.float32)
+    features[..., 3, 4] = np.inf
+    box = np.float32([[0, 3, 2, 5, 4], [0, 4, 3, 4, 3]])  # a whole pixel: one tap, or two
+    for layout in ("contiguous", "channels_last"):
+        _core.force_way(4)
+        try:
+            pooled = roialign.roi_align(
+                layouts[layout](features), box, 1, sampling_ratio=sampling, convention="asymmetric"
+            )
+        finally:
+            _core.force_way(0)
+        assert (pooled[0] == np.inf).all() and not np.isnan(pooled).any()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])

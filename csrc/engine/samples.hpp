@@ -43,6 +43,7 @@ ROIALIGN_INLINE BinTaps<taps, Real> taps_of(const int32_t* low, const Real* frac
     add(low[at], 1 - double(fraction[at]));
     if (fraction[at] != 0) add(low[at] + 1, double(fraction[at]));
   }
+  if (!bin.count) return bin;
   for (int t = bin.count; t < taps; ++t) bin.pixel[t] = bin.pixel[bin.count - 1];
   for (int t = 0; t < taps; ++t) bin.weight[t] = Real(weight[t] * (2.0 / taps));
   return bin;
@@ -67,10 +68,10 @@ void for_bins(const SampledRois<Real>& rois, int64_t count, const int64_t bins[2
   }
 }
 
-// out[c * step] = the sum over the taps y and x of channel c.
+// out[c * step] = the sum over the taps y and x of channel c. Gives whether a sum is no number.
 template <int taps, class T, class Real, class Pool>
-ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
-                                 const Plane<const T>& map, Pool* out, int64_t step) {
+ROIALIGN_INLINE bool add_padded(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
+                                const Plane<const T>& map, Pool* out, int64_t step) {
   int64_t at[taps * taps];
 #pragma GCC unroll 4
   for (int s = 0; s < taps; ++s) {
@@ -79,6 +80,7 @@ ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<tap
       at[s * taps + t] = y.pixel[t] * map.row_stride + x.pixel[s] * map.pixel_stride;
   }
   int64_t c = 0;
+  bool nan = false;
   if (map.channel_stride == 1 && step == 1) {
     for (; c + kLanes<Real> <= map.channels; c += kLanes<Real>) {
       Line<Real> sum{};
@@ -94,6 +96,7 @@ ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<tap
       }
       Real line[kLanes<Real>];
       store(line, sum);
+      for (int l = 0; l < kLanes<Real>; ++l) nan |= line[l] != line[l];
       narrow_line(line, out + c);
     }
   }
@@ -107,8 +110,36 @@ ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<tap
       for (int t = 0; t < taps; ++t) pooled += y.weight[t] * widen(channel[at[s * taps + t]]);
       sum += x.weight[s] * pooled;
     }
+    nan |= sum != sum;
     narrow(sum, out[c * step]);
   }
+  return nan;
+}
+
+// The same without the padding, which makes a NaN of an infinite pixel.
+template <int taps, class T, class Real, class Pool>
+ROIALIGN_NOINLINE void add_bare(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
+                                const Plane<const T>& map, Pool* out, int64_t step) {
+  for (int64_t c = 0; c < map.channels; ++c) {
+    const T* channel = map.data + c * map.channel_stride;
+    Real sum = 0;
+    for (int s = 0; s < x.count; ++s) {
+      Real pooled = 0;
+      for (int t = 0; t < y.count; ++t) {
+        pooled += y.weight[t] *
+                  widen(channel[y.pixel[t] * map.row_stride + x.pixel[s] * map.pixel_stride]);
+      }
+      sum += x.weight[s] * pooled;
+    }
+    narrow(sum, out[c * step]);
+  }
+}
+
+template <int taps, class T, class Real, class Pool>
+ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
+                                 const Plane<const T>& map, Pool* out, int64_t step) {
+  const bool nan = add_padded(y, x, map, out, step);
+  if (nan && (y.count < taps || x.count < taps)) add_bare(y, x, map, out, step);
 }
 
 // The map += the taps y and x times d_out, whose channels are `step` apart.
