@@ -42,6 +42,7 @@ struct Costs {
   double unpacked = 25;                // group of the map that an adjoint writes
   // By rows, per channel:
   double line = 1.8;                 // tap of y, per line of columns
+  double interleaved = 0.6;          // of that, with channels that are read together
   double single = 1.3, strided = 4;  // tap of y, per column; from pixels that share no cache line
   double tile = 7;                   // transposed: a line of columns of as many rows
   double row_combined = 1.1;         // tap of x, of as many rows
@@ -414,6 +415,9 @@ class Builder {
     const bool runs = map.stride[3] == 1;
     const bool few = double(map.shape[1]) < lanes;  // channels: those of a pixel share a cache line
     const bool dense = runs || (few && map.stride[1] == 1 && map.stride[3] == map.shape[1]);
+    const bool interleaved = !adjoint_ && !runs && dense && map.shape[1] <= kInterleaved;
+    // Lines of a run for each of its own: those of other channels stay in the first cache.
+    const double each = interleaved ? kCosts.interleaved * double(map.shape[1]) : 1;
     const double pixels = double(map.shape[2] * map.shape[3]);
     double groups = 0, taps = 0, combined = 0, lines = 0, singles = 0, tiles = 0, terms = 0;
     for (int64_t i = from; i < end; ++i) {
@@ -424,12 +428,12 @@ class Builder {
         if (!x.pixel_count || !y.pixel_count) continue;
         const double entries = double(std::accumulate(y.entries, y.entries + bins_[0], int64_t{0}));
         const double spanned = double(term.extent) / lanes + 1;
-        const bool run = runs && term.extent <= kSparse * x.pixel_count;
+        const bool run = (runs || interleaved) && term.extent <= kSparse * x.pixel_count;
         if (k == 0)
           groups += double(y.pixel_count) * (double(term.extent) / kGroup + 1);  // of both
         taps += entries * x.pixel_count;
         combined += double(x.singles ? x.pixel_count : bins_[1]) * x.taps;
-        (run ? lines : singles) += entries * (run ? spanned : x.pixel_count);
+        (run ? lines : singles) += entries * (run ? each * spanned : x.pixel_count);
         tiles += run ? spanned : double(x.pixel_count) / lanes + 1;
         terms += 1;
       }

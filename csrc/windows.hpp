@@ -20,6 +20,9 @@ constexpr int64_t kGroup = 16;
 // vector of 16 costs about as much as two columns one by one.
 constexpr int64_t kSparse = 8;
 
+// By rows channels that follow each other in memory, up to so many, are read together: colours.
+constexpr int64_t kInterleaved = 4;
+
 // The most taps of a bin in an axis that is called separate: 2 samples that share no pixel.
 constexpr int kSeparateTaps = 4;
 

@@ -161,14 +161,14 @@ template <class T, class Real>
 void forward_rows(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
                   const Tensor& output, bool streamed) {
   const int64_t bins = output.shape[3];
-  const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
+  const RowWorkspace<Pooled<T>, Real> work(map, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
     for_lanes<Real>(output, map.channels, [&](const Rows& rows) {
       if (!window.term_count || !window.term[0].x.taps)
         std::memset(work.tile, 0, size_t(bins * kLineBytes));
       for (int s = 0; s < window.term_count; ++s) {
         const Axis<Real>& x = window.term[s].x;
-        const Columns<Real> columns(window.term[s], map.pixel_stride, work.places);
+        const Columns<Real> columns(window.term[s], map, work.places);
         pool_rows(window.term[s].y, rows, map, columns, work);
         multiply(x, bins, 1, work.lines, 0, work.tile, 0, s > 0, columns.places(), InOrder{});
       }
@@ -308,7 +308,7 @@ template <class T, class Real>
 void adjoint_rows(const Task<Real>& task, const Plane<T>& map, int64_t max_columns,
                   const Tensor& d_output) {
   const int64_t bins = d_output.shape[3];
-  const RowWorkspace<T, Real> work(map.width, max_columns, bins);
+  const RowWorkspace<T, Real> work(map, max_columns, bins);
   clear(map);
   for_windows(task.visit, [&](const Window<Real>& window) {
     for_lanes<Real>(d_output, map.channels, [&](const Rows& rows) {
@@ -317,7 +317,7 @@ void adjoint_rows(const Task<Real>& task, const Plane<T>& map, int64_t max_colum
       load_lines(d_out, 0, bins, work.tile, 0);
       for (int s = 0; s < window.term_count; ++s) {
         const Axis<Real>& y = window.term[s].y;
-        const Columns<Real> columns(window.term[s], map.pixel_stride, work.places);
+        const Columns<Real> columns(window.term[s], map, work.places);
         pull_rows(window.term[s].x, columns, work);
         rows.each([&](int64_t i, int64_t c, int64_t p) {
           for (int64_t t = p * y.taps; t < p * y.taps + y.entries[p]; ++t) {
@@ -442,7 +442,7 @@ template <class T, class Real>
 void box_gradient_rows(const Task<Real>& task, const Plane<const T>& map, int64_t max_columns,
                        const Tensor& d_output, Real* d_boxes) {
   const int64_t bins = d_output.shape[3];
-  const RowWorkspace<Pooled<T>, Real> work(map.width, max_columns, bins);
+  const RowWorkspace<Pooled<T>, Real> work(map, max_columns, bins);
   for_windows(task.visit, [&](const Window<Real>& window) {
     Real* d_box = d_boxes + window.roi * 4;
     for (int i = 0; i < 4; ++i) d_box[i] = 0;
@@ -452,7 +452,7 @@ void box_gradient_rows(const Task<Real>& task, const Plane<const T>& map, int64_
       const auto d_out = plane_of<const Pooled<T>>(d_output, window.roi, task.channels, rows);
       load_lines(d_out, 0, bins, work.tile, 0);
       Line<Real> d_x[2] = {}, d_y[2] = {};
-      const Columns<Real> pulled_columns(pulled, map.pixel_stride, work.places);
+      const Columns<Real> pulled_columns(pulled, map, work.places);
       pull_rows(pulled.x, pulled_columns, work);
       rows.each([&](int64_t i, int64_t c, int64_t p) {
         const Axis<Real>& y = pulled.y;
@@ -461,7 +461,7 @@ void box_gradient_rows(const Task<Real>& task, const Plane<const T>& map, int64_
           add_slopes(y, t, pulled_columns.dot(work.strips + i * work.step, row), d_y);
         }
       });
-      const Columns<Real> pooled_columns(pooled, map.pixel_stride, work.places);
+      const Columns<Real> pooled_columns(pooled, map, work.places);
       pool_rows(pooled.y, rows, map, pooled_columns, work);
       const int32_t one = 1;
       dot_x_slopes(pooled.x, &one, Range{0, 1}, bins, work.lines, work.tile, d_x,

@@ -13,14 +13,27 @@ namespace {
 
 constexpr int kRowTaps = 4;  // rows of the map read at a time
 
+// How many elements of a map a run of its columns has for each: with few channels that follow each
+// other in memory, those of all. Else 1.
+template <class T>
+int64_t interleaved(const Plane<T>& map) {
+  const bool dense = map.channel_stride == 1 && map.pixel_stride == map.channels;
+  return dense && map.channels <= kInterleaved ? map.channels : 1;
+}
+
 // The columns of a window's axis x in a row of a map, and where each is in a strip.
 template <class Real>
 class Columns {
  public:
   // `places` gets those of x.pixels: room for all of them.
-  Columns(const Term<Real>& term, int64_t pixel_stride, int32_t* places)
-      : pixels_(term.x.pixels), count_(term.x.pixel_count), stride_(pixel_stride), places_(places) {
-    run_ = stride_ == 1 && term.extent <= kSparse * count_;
+  template <class T>
+  Columns(const Term<Real>& term, const Plane<T>& map, int32_t* places)
+      : pixels_(term.x.pixels),
+        count_(term.x.pixel_count),
+        stride_(map.pixel_stride),
+        places_(places),
+        each_(std::is_const<T>::value ? interleaved(map) : 1) {
+    run_ = stride_ == each_ && term.extent <= kSparse * count_;
     first_ = run_ ? term.least : 0;
     length_ = run_ ? term.extent : count_;
     for (int64_t i = 0; i < count_; ++i) places_[i] = int32_t(run_ ? pixels_[i] - term.least : i);
@@ -30,6 +43,15 @@ class Columns {
   Places places() const { return places_; }
   bool has_gaps() const { return length_ > count_; }
 
+  // Calls body(channel of a map from which to gather, where to) for channel c and its strip. What
+  // is gathered from a run of several channels, in `wide`, has them all.
+  template <class T, class Body>
+  void gathered(const Plane<const T>& map, int64_t c, Real* strip, Real* wide, Body body) const {
+    if (!run_ || each_ == 1) return body(map.data + c * map.channel_stride, strip);
+    body(map.data, wide);
+    for (int64_t j = 0; j < length_; ++j) strip[j] = wide[j * each_ + c];
+  }
+
   // strip (+)= sum over t of weight[t] * row t of the map.
   template <int taps, bool accumulate, class T>
   ROIALIGN_NOINLINE void gather(const Axis<Real>& y, int64_t at, const T* map, int64_t row_stride,
@@ -37,7 +59,8 @@ class Columns {
     const T* row[taps];
     const Real* weight = y.weight[0] + at;
 #pragma GCC unroll 4
-    for (int t = 0; t < taps; ++t) row[t] = map + y.pixels[y.index[at + t]] * row_stride + first_;
+    for (int t = 0; t < taps; ++t)
+      row[t] = map + y.pixels[y.index[at + t]] * row_stride + first_ * each_;
     if (!run_) {
       for (int64_t j = 0; j < count_; ++j) {
         const int64_t x = pixels_[j] * stride_;
@@ -51,18 +74,19 @@ class Columns {
     Vector<Real> w[taps];
 #pragma GCC unroll 4
     for (int t = 0; t < taps; ++t) w[t] = broadcast(weight[t]);
+    const int64_t length = length_ * each_;
     int64_t j = 0;
-    for (; j + kLanes<Real> <= length_; j += kLanes<Real>) {
+    for (; j + kLanes<Real> <= length; j += kLanes<Real>) {
       Line<Real> sum = accumulate ? load(strip + j) : Line<Real>{};
 #pragma GCC unroll 4
       for (int t = 0; t < taps; ++t) multiply_add(sum, w[t], load_wide(row[t] + j, Real{}));
       store(strip + j, sum);
     }
-    if (j < length_) {
+    if (j < length) {
       Line<Real> sum = accumulate ? load(strip + j) : Line<Real>{};
 #pragma GCC unroll 4
       for (int t = 0; t < taps; ++t)
-        multiply_add(sum, w[t], load_part(row[t] + j, length_ - j, Real{}));
+        multiply_add(sum, w[t], load_part(row[t] + j, length - j, Real{}));
       store(strip + j, sum);
     }
   }
@@ -92,7 +116,8 @@ class Columns {
   template <class T>
   ROIALIGN_NOINLINE Line<Real> dot(const Real* strip, const T* row) const {
     Line<Real> sum{};
-    if (!run_ || has_gaps()) {  // what lies in a gap has no weight, and may be no number
+    if (!run_ || each_ > 1 ||
+        has_gaps()) {  // what lies in a gap has no weight, and may be no number
       Real sums[kLanes<Real>] = {};
       for (int64_t j = 0; j < count_; ++j)
         sums[j % kLanes<Real>] += strip[places_[j]] * widen(row[pixels_[j] * stride_]);
@@ -113,6 +138,7 @@ class Columns {
   const int32_t* pixels_;
   int64_t count_, stride_;
   int32_t* places_;
+  int64_t each_;
   bool run_;  // from the first to the last, with those between
   int64_t first_, length_;
 };
@@ -121,18 +147,21 @@ class Columns {
 template <class T, class Real>
 struct RowWorkspace : Scratch {
   Real* strips;     // [lanes] of `step` columns
+  Real* wide;       // `step` columns of interleaved channels
   Real* lines;      // [step] lines of rows
   Real* tile;       // [Q] lines of rows: of the output or of d_output
   T* stage;         // the same, in the array's dtype
   int32_t* places;  // of columns
   int64_t step;
 
-  RowWorkspace(int64_t width, int64_t max_columns, int64_t bins) {
+  template <class M>
+  RowWorkspace(const Plane<M>& map, int64_t max_columns, int64_t bins) {
     constexpr int64_t lanes = kLanes<Real>;
-    const int64_t longest = least_of(width, Columns<Real>::longest(max_columns));
+    const int64_t longest = least_of(map.width, Columns<Real>::longest(max_columns));
     step = (longest + lanes - 1) / lanes * lanes;
     take([&](Cut& cut) {
       cut(strips, step * lanes);
+      cut(wide, step * interleaved(map));
       cut(lines, step * lanes);
       cut(tile, bins * lanes);
       cut(stage, bins * lanes);
@@ -188,16 +217,20 @@ void pool_rows(const Axis<Real>& y, const Rows& rows, const Plane<const T>& map,
                const Columns<Real>& columns, const Work& work) {
   rows.each([&](int64_t i, int64_t c, int64_t p) {
     Real* strip = work.strips + i * work.step;
-    const T* channel = map.data + c * map.channel_stride;
     const int64_t entries = y.entries[p];
-    if (!entries) std::memset(strip, 0, size_t(columns.length()) * sizeof(Real));
-    for_taps<kRowTaps>(entries, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
-      constexpr int n = decltype(taps)::value;
-      const int64_t at = p * y.taps + first;
-      if (first)
-        columns.template gather<n, true>(y, at, channel, map.row_stride, strip);
-      else
-        columns.template gather<n, false>(y, at, channel, map.row_stride, strip);
+    if (!entries) {
+      std::memset(strip, 0, size_t(columns.length()) * sizeof(Real));
+      return;
+    }
+    columns.gathered(map, c, strip, work.wide, [&](const T* channel, Real* to) {
+      for_taps<kRowTaps>(entries, [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+        constexpr int n = decltype(taps)::value;
+        const int64_t at = p * y.taps + first;
+        if (first)
+          columns.template gather<n, true>(y, at, channel, map.row_stride, to);
+        else
+          columns.template gather<n, false>(y, at, channel, map.row_stride, to);
+      });
     });
   });
   for (int64_t j = 0; j < columns.length(); j += kLanes<Real>)
