@@ -68,7 +68,7 @@ void for_bins(const SampledRois<Real>& rois, int64_t count, const int64_t bins[2
   }
 }
 
-// out[c * step] = the sum over the taps y and x of channel c. Gives whether a sum is no number.
+// out[c * step] = the sum over the taps y and x of channel c. Gives whether a sum is a NaN.
 template <int taps, class T, class Real, class Pool>
 ROIALIGN_INLINE bool add_padded(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
                                 const Plane<const T>& map, Pool* out, int64_t step) {
@@ -116,10 +116,10 @@ ROIALIGN_INLINE bool add_padded(const BinTaps<taps, Real>& y, const BinTaps<taps
   return nan;
 }
 
-// The same without the padding, which makes a NaN of an infinite pixel.
+// Sums that are not finite once more without the padding, which makes a NaN of an infinite pixel.
 template <int taps, class T, class Real, class Pool>
-ROIALIGN_NOINLINE void add_bare(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
-                                const Plane<const T>& map, Pool* out, int64_t step) {
+ROIALIGN_NOINLINE void add_unpadded(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
+                                    const Plane<const T>& map, Pool* out, int64_t step) {
   for (int64_t c = 0; c < map.channels; ++c) {
     const T* channel = map.data + c * map.channel_stride;
     Real sum = 0;
@@ -131,7 +131,7 @@ ROIALIGN_NOINLINE void add_bare(const BinTaps<taps, Real>& y, const BinTaps<taps
       }
       sum += x.weight[s] * pooled;
     }
-    narrow(sum, out[c * step]);
+    if (sum - sum != 0) narrow(sum, out[c * step]);
   }
 }
 
@@ -139,7 +139,7 @@ template <int taps, class T, class Real, class Pool>
 ROIALIGN_INLINE void add_samples(const BinTaps<taps, Real>& y, const BinTaps<taps, Real>& x,
                                  const Plane<const T>& map, Pool* out, int64_t step) {
   const bool nan = add_padded(y, x, map, out, step);
-  if (nan && (y.count < taps || x.count < taps)) add_bare(y, x, map, out, step);
+  if (nan && (y.count < taps || x.count < taps)) add_unpadded(y, x, map, out, step);
 }
 
 // The map += the taps y and x times d_out, whose channels are `step` apart.
