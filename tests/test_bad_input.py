@@ -319,7 +319,7 @@ def check_empty_arrays_of_large_shape():
     ],
 )
 def test_in_a_process_of_its_own(check):
-    isolated(check, timeout=30)
+    isolated(check)
 
 
 def test_what_numpy_cannot_allocate_is_a_memory_error():
