@@ -28,6 +28,7 @@ constexpr int64_t kBandBytes = 2 << 20;
 // visit packs its own pixels.
 constexpr int64_t kMinTasks = 16;
 constexpr int64_t kMinVisit = 64;
+constexpr int64_t kMinUnpacked = 4;  // where none are packed
 
 // What a way through the engine costs, in nanoseconds: about what least squares gave for the times
 // of 150 random calls (maps of 16 x 16 to 2000 x 3000, 1 to 256 channels, 1 to 1000 boxes, 1 to 28
@@ -364,7 +365,8 @@ class Builder {
           visit(image, from, end);
           continue;
         }
-        const int64_t piece = std::max(kMinVisit, (end - from + pieces - 1) / pieces);
+        const int64_t least = way_ == Way::packed ? kMinVisit : kMinUnpacked;
+        const int64_t piece = std::max(least, (end - from + pieces - 1) / pieces);
         while (from < end) visit(image, from, std::min(end, from + piece));
       }
       s_.ends.push_back(int64_t(s_.visits.size()));

@@ -79,6 +79,18 @@ def test_threads():
     assert any(", 1 thread as the others are busy, " in line for line in rest)
 
 
+def call_channels_last():
+    problem = draw_problem(shape=(1, 256, 50, 76), count=50, size=(14, 14))
+    roialign.set_num_threads(2)
+    last = np.ascontiguousarray(problem.features.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    roialign.roi_align(last, problem.rois, problem.size, **problem.options)
+
+
+def test_threads_share_few_rois_where_nothing_is_packed():
+    (line,) = log(call_channels_last)
+    assert "0 images packed, 0 by rows, 1 by bins; " in line and ", 2 threads, " in line
+
+
 def unaligned(array):
     raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
     raw[...] = array

@@ -55,7 +55,7 @@ struct BinWorkspace : Scratch {
   }
 };
 
-// Calls body(Count<lines>, channels, first) for runs of channels that are lines, whole ones but for
+// Calls body(Count<lines>, first, count) for runs of channels that are lines, whole ones but for
 // the last.
 template <class Real, class Body>
 ROIALIGN_INLINE void for_lines(int64_t channels, const Body& body) {
