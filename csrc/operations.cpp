@@ -1,8 +1,11 @@
 #include "operations.hpp"
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "dispatch.hpp"
@@ -42,11 +45,13 @@ void require_pixels(Maps maps, const Tensor& pooled) {
 }
 
 // Gives the elements of all maps together.
-int64_t require_fit(Maps maps, const Rois& rois, const Tensor& pooled) {
+int64_t require_fit(Maps maps, const Rois& rois, const Rule& rule, const Tensor& pooled) {
   require(maps.count > 0, "roialign: there is no map");
   require(maps.count == 1 || rois.level.data || rois.count == 0,
           "roialign: several maps need a level for each RoI");
   const DType dtype = maps.first().dtype;
+  require(rois.numbers == (rule.turn != 0 ? kTurnedNumbers : 4),
+          "roialign: boxes do not fit the rule");
   require(is_float(pooled.dtype) && is_float(rois.boxes_dtype),
           "roialign: maps and boxes must be of a float type");
   int64_t size = 0;
@@ -60,6 +65,34 @@ int64_t require_fit(Maps maps, const Rois& rois, const Tensor& pooled) {
   }
   size_of(pooled);
   return size;
+}
+
+// Whether bins are means over a grid along the axes: products of matrices.
+bool is_product(const Rule& rule) {
+  return rule.reduction == 0 && rule.turn == 0;
+}
+
+// Selectors that a call reads.
+void require_like(Maps selectors, Maps maps, const Rule& rule, bool needed) {
+  if (rule.reduction == 0) return;
+  require(selectors.count == maps.count || (selectors.count == 0 && !needed),
+          "roialign: the largest samples need the features");
+  for (int64_t m = 0; m < selectors.count; ++m) {
+    const Tensor &selector = selectors[m].array, &map = maps[m].array;
+    require(
+        selector.dtype == map.dtype && std::equal(selector.shape, selector.shape + 4, map.shape),
+        "roialign: the features that select samples do not fit");
+  }
+}
+
+// Those that are other arrays than the features.
+Maps without(Maps features, Maps selectors) {
+  for (int64_t m = 0; m < selectors.count; ++m) {
+    const Tensor &selector = selectors[m].array, &map = features[m].array;
+    if (selector.data != map.data || !std::equal(selector.stride, selector.stride + 4, map.stride))
+      return selectors;
+  }
+  return {};
 }
 
 std::string counted(int64_t count, const std::string& what) {
@@ -112,8 +145,14 @@ Rule rule_of(const double* numbers, int64_t count) {
   if (i < count) rule.name = numbers[i++];
   ROIALIGN_RULE(ROIALIGN_TAKE)
 #undef ROIALIGN_TAKE
+  // PyTorch's compiler cannot write an infinite number into a list.
+  if (rule.min_size == std::numeric_limits<double>::lowest()) rule.min_size = -INFINITY;
   require(rule.sampling_ratio >= 0 && rule.sampling_ratio <= kMostSamples,
           "roialign: sampling_ratio must be at most 4096; 0 adapts to the box");
+  require(rule.reduction == 0 || rule.reduction == 1 || rule.reduction == 2,
+          "roialign: reduction must be 0, 1 or 2");
+  require(std::isfinite(rule.turn) && (rule.turn == 0 || rule.reduction == 0),
+          "roialign: bins of boxes that are turned are means");
   return rule;
 }
 
@@ -126,38 +165,53 @@ Tensor contiguous(void* data, DType dtype, const int64_t* shape) {
 }
 
 void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
-             const Tensor& output, int threads) {
-  require_fit(features, rois, output);
+             const Tensor& output, int threads, Maps selectors) {
+  require_fit(features, rois, rule, output);
+  require_like(selectors, features, rule, false);
   if (size_of(output) == 0) return;
   require_pixels(features, output);
-  logged("forward", features, output,
-         [&] { engine().forward(features, rois, tangent, rule, output, threads); });
+  logged("forward", features, output, [&] {
+    if (is_product(rule)) return engine().forward(features, rois, tangent, rule, output, threads);
+    engine().sampled.forward(features, without(features, selectors), rois, tangent, rule, output,
+                             threads);
+  });
 }
 
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
-             Maps d_features, int threads) {
-  const int64_t size = require_fit(d_features, rois, d_output);
+             Maps d_features, int threads, Maps selectors) {
+  const int64_t size = require_fit(d_features, rois, rule, d_output);
+  require_like(selectors, d_features, rule, true);
   require(is_float(d_features.first().dtype), "roialign: bytes have no gradient");
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (size == 0) return;
   if (rois.count) require_pixels(d_features, d_output);
-  logged("adjoint", d_features, d_output,
-         [&] { engine().adjoint(d_output, rois, tangent, rule, d_features, threads); });
+  logged("adjoint", d_features, d_output, [&] {
+    if (is_product(rule))
+      return engine().adjoint(d_output, rois, tangent, rule, d_features, threads);
+    engine().sampled.adjoint(d_output, selectors, rois, tangent, rule, d_features, threads);
+  });
 }
 
 void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
-                  void* d_boxes, int threads) {
-  require_fit(features, rois, d_output);
+                  void* d_boxes, int threads, Maps selectors) {
+  require_fit(features, rois, rule, d_output);
+  require_like(selectors, features, rule, false);
+  require(rule.reduction != 2, "roialign: max_corner has no gradient in the boxes");
   require(d_output.shape[2] > 0 && d_output.shape[3] > 0, "roialign: d_output has no bins");
   if (rois.count == 0) return;
   if (d_output.shape[1] == 0) {  // no channel: nothing depends on the boxes
     std::memset(d_boxes, 0,
-                size_t(rois.count) * 4 * size_t(size_of(coordinate_type(d_output.dtype))));
+                size_t(rois.count) * size_t(rois.numbers) *
+                    size_t(size_of(coordinate_type(d_output.dtype))));
     return;
   }
   require_pixels(features, d_output);
-  logged("box_gradient", features, d_output,
-         [&] { engine().box_gradient(d_output, features, rois, rule, d_boxes, threads); });
+  logged("box_gradient", features, d_output, [&] {
+    if (is_product(rule))
+      return engine().box_gradient(d_output, features, rois, rule, d_boxes, threads);
+    engine().sampled.box_gradient(d_output, features, without(features, selectors), rois, rule,
+                                  d_boxes, threads);
+  });
 }
 
 }  // namespace roialign

@@ -18,14 +18,16 @@ inline void require(bool condition, const char* message) {
 // defaults.
 Rule rule_of(const double* numbers, int64_t count);
 
-// `tangent`, and `d_boxes` below: (K, 4) contiguous, of the maps' coordinate type; a null one means
-// none.
+// `tangent`, and `d_boxes` below: contiguous (K, 4), or (K, 5) of boxes that are turned, of the
+// maps' coordinate type; a null one means none. `selectors`: where bins are their largest samples,
+// maps like the features that say which those are; only the adjoint needs them, elsewhere the
+// features stand in for none.
 void forward(Maps features, const Rois& rois, const void* tangent, const Rule& rule,
-             const Tensor& output, int threads);
+             const Tensor& output, int threads, Maps selectors = {});
 void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, const Rule& rule,
-             Maps d_features, int threads);
+             Maps d_features, int threads, Maps selectors = {});
 void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const Rule& rule,
-                  void* d_boxes, int threads);
+                  void* d_boxes, int threads, Maps selectors = {});
 
 // A contiguous array (N, C, H, W).
 Tensor contiguous(void* data, DType dtype, const int64_t* shape);

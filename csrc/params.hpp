@@ -73,12 +73,15 @@ struct Column {
 };
 
 struct Rois {
-  int64_t count;      // K
-  const void* boxes;  // (K, 4): x1, y1, x2, y2 in image pixels, any float dtype
+  int64_t count;  // K
+  // (K, 4): x1, y1, x2, y2 in image pixels, any float dtype; or, of boxes that are turned, (K, 5):
+  // the centre x, y, width, height, angle
+  const void* boxes;
   DType boxes_dtype;
   int64_t boxes_stride[2];
   Column image_index;
-  Column level;  // which map, -1 for none; without data: the first
+  Column level;         // which map, -1 for none; without data: the first
+  int64_t numbers = 4;  // of a box
 };
 
 }  // namespace roialign

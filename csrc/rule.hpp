@@ -8,13 +8,15 @@
 #include <cmath>
 #include <cstdint>
 
-#define ROIALIGN_RULE(NUMBER)                                           \
-  NUMBER(sampling_ratio, 0) /* samples per bin and axis; 0: adaptive */ \
-  NUMBER(pixel_offset, 0)                                               \
-  NUMBER(input_offset, 0)                                               \
-  NUMBER(end_offset, 0)                                                 \
-  NUMBER(min_size, -INFINITY) /* -inf: none */                          \
-  NUMBER(adaptive, 0)         /* rounds a bin's length up (0), or down (1) */
+#define ROIALIGN_RULE(NUMBER)                                                 \
+  NUMBER(sampling_ratio, 0) /* samples per bin and axis; 0: adaptive */       \
+  NUMBER(pixel_offset, 0)                                                     \
+  NUMBER(input_offset, 0)                                                     \
+  NUMBER(end_offset, 0)                                                       \
+  NUMBER(min_size, -INFINITY) /* -inf: none */                                \
+  NUMBER(adaptive, 0)         /* rounds a bin's length up (0), or down (1) */ \
+  NUMBER(reduction, 0)        /* 0: mean, 1: max, 2: max_corner */            \
+  NUMBER(turn, 0)             /* radians in a unit of a box's angle; 0: boxes have none */
 
 namespace roialign {
 
@@ -31,5 +33,12 @@ constexpr const char* kRuleNames[] = {ROIALIGN_RULE(ROIALIGN_NAME_OF)};
 constexpr double kRuleDefaults[] = {ROIALIGN_RULE(ROIALIGN_DEFAULT_OF)};
 #undef ROIALIGN_DEFAULT_OF
 constexpr int64_t kRuleNumbers = int64_t(sizeof kRuleNames / sizeof *kRuleNames);
+
+constexpr int kTurnedNumbers = 5;  // of a box, where it has an angle
+
+// A pixel of a map.
+struct Pixel {
+  int32_t y, x;
+};
 
 }  // namespace roialign

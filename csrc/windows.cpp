@@ -32,12 +32,12 @@ constexpr int64_t kMinUnpacked = 4;  // where none are packed
 
 // What a way through the engine costs, in nanoseconds: about what least squares gave for the times
 // of 150 random calls (maps of 16 x 16 to 2000 x 3000, 1 to 256 channels, 1 to 1000 boxes, 1 to 28
-// bins, both layouts), packed and by rows, on one core of an AMD EPYC with AVX-512; for bins, of 12
-// calls. Only the ratios matter.
+// bins, both layouts), packed and by rows, on one core of an AMD EPYC with AVX-512; for far taps,
+// of 450 calls that might be chosen wrongly; for bins, of 12. Only the ratios matter.
 struct Costs {
   // Packed, per block of channels:
   double group = 30, far_group = 100;  // packed: in the caches, or beyond them
-  double tap = 1.1;                    // of y, per column
+  double tap = 1.1, far_tap = 5;       // of y, per column
   double combined = 0.9;               // tap of x
   double row = 8;                      // of bins
   double unpacked = 25;                // group of the map that an adjoint writes
@@ -53,11 +53,17 @@ struct Costs {
   double bin = 8;             // more than packed
   double least_channels = 8;  // with fewer, lanes stay empty
   double most_blocks = 8;     // with as many, this way always costs less
+  // Largest samples, packed for each block of channels, or in place for each channel:
+  double sample_line = 5, sample_single = 5;
 };
 constexpr Costs kCosts;
 
 // Of packed pixels: 16 MiB for each block of channels. A visit with so many ends after its band.
 constexpr int64_t kMostGroups = 16384;
+
+// Pixels of windows that are turned and kept: 12 bytes each, with slopes 32. Those of further
+// windows are made again by each task.
+constexpr int64_t kMostKept = int64_t{8} << 20;
 
 std::atomic<Way> forced_way{Way::any};
 
@@ -94,6 +100,7 @@ class Arena {
 // What a thread reuses while it builds taps.
 struct Workspace {
   Taps values[2], slopes[2];
+  Taps listed;                    // of the pixels of samples: no weights
   std::vector<int32_t> place;     // of pixels, by where they are in the map
   std::vector<int32_t> of_entry;  // which pixel it is
 };
@@ -137,11 +144,11 @@ Pixels number_pixels(const Taps& taps, Workspace& work, Arena& arena) {
   return {pixels, distinct, of_entry};
 }
 
-// Taps as an Axis. `transposed`: by pixels.
+// Taps as an Axis. `transposed`: by pixels, in another order of these.
 template <class Real>
-Axis<Real> axis_of(const Taps& taps, int weights, bool transposed, Workspace& work, Arena& arena) {
+Axis<Real> axis_of(const Taps& taps, Pixels pixels, int weights, bool transposed, Workspace& work,
+                   Arena& arena) {
   const int64_t bins = taps.bins(), count = taps.count();
-  const Pixels pixels = number_pixels(taps, work, arena);
   const int64_t rows = transposed ? pixels.count : bins;
   int32_t* entries = arena.allocate<int32_t>(rows);
   int32_t singles = 0, *of_entry = pixels.of_entry;
@@ -217,6 +224,12 @@ void contract_slopes(Taps& slopes, double v_lo, double v_hi) {
     }
     slopes.first[k + 1] = kept;
   }
+}
+
+// Whether they have the same pixels in the same bins.
+bool same_entries(const Taps& a, const Taps& b) {
+  return a.first == b.first &&
+         std::equal(a.index.begin(), a.index.begin() + a.count(), b.index.begin());
 }
 
 // The order of windows: image after image of each map; in an image bands from top to bottom, even
@@ -300,6 +313,15 @@ struct Storage {
   std::vector<int64_t> in_band;
 };
 
+// The bins of a window that is turned, on this thread.
+template <class Real>
+Cells<Real>& made_cells(const Turn<Real>& turn) {
+  Cells<Real>& cells = of_this_thread<Cells<Real>>();
+  turned_cells(turn.box, *turn.rule, turn.bins, turn.size, turn.scale,
+               turn.tangent ? turn.along : nullptr, turn.sloped, cells);
+  return cells;
+}
+
 // The phases of a call, in the order of the functions.
 template <class Real>
 class Builder {
@@ -330,8 +352,12 @@ class Builder {
       arena.clear();
       for (int64_t i = chunk * kChunk; i < std::min(count, (chunk + 1) * kChunk); ++i) {
         const Key& key = s_.keys[size_t(i)];
-        s_.windows[size_t(i)] = key.placed ? window(key, of_this_thread<Workspace>(), arena)
-                                           : Window<Real>{key.roi, nullptr, 0};
+        Workspace& work = of_this_thread<Workspace>();
+        s_.windows[size_t(i)] = !key.placed
+                                    ? Window<Real>{key.roi, nullptr, 0, false, nullptr, nullptr}
+                                : rule_.turn != 0      ? turned_window(key, arena)
+                                : rule_.reduction != 0 ? sampled_window(key, work, arena)
+                                                       : window(key, work, arena);
       }
     });
   }
@@ -359,7 +385,8 @@ class Builder {
                s_.keys[size_t(end)].image == image) {
           ++end;
         }
-        way_ = way(maps_[map].array, from, end);
+        way_ = rule_.reduction != 0 || rule_.turn != 0 ? sampled_way(maps_[map].array, from, end)
+                                                       : way(maps_[map].array, from, end);
         if (from < end) ++trace().images[int(way_)];
         if (adjoint_) {
           visit(image, from, end);
@@ -391,6 +418,10 @@ class Builder {
       result.work += shape[0] * shape[2] * shape[3];
     }
     for (const Window<Real>& window : s_.windows) {
+      if (window.samples || window.turn) {
+        result.work += samples_of(window);
+        continue;
+      }
       for (int i = 0; i < window.term_count; ++i) {
         const Axis<Real>&y = window.term[i].y, &x = window.term[i].x;
         result.max_columns = std::max<int64_t>(result.max_columns, x.pixel_count);
@@ -443,15 +474,45 @@ class Builder {
     const double channels = double(map.shape[1]), blocks = std::ceil(channels / lanes);
     const double rows = double(bins_[0]), touched = std::min(groups, pixels / kGroup);
     const Costs& c = kCosts;
-    const double packed = blocks * ((touched > kMostGroups ? c.far_group : c.group) * touched +
-                                    c.tap * taps + rows * (c.combined * combined + c.row * terms) +
-                                    (adjoint_ ? c.unpacked * pixels / kGroup : 0));
+    const bool far = touched > kMostGroups;
+    const double packed =
+        blocks * ((far ? c.far_group : c.group) * touched + (far ? c.far_tap : c.tap) * taps +
+                  rows * (c.combined * combined + c.row * terms) +
+                  (adjoint_ ? c.unpacked * pixels / kGroup : 0));
     const double by_rows =
         channels *
         (c.line * lines + (runs || few ? c.single : c.strided) * singles +
          rows * (c.tile * tiles + c.row_combined * combined) / lanes + rows * c.own_row * terms +
          (adjoint_ ? (dense ? c.zero : c.strided_zero) * pixels / lanes : 0));
     return by_rows < packed ? Way::rows : Way::packed;
+  }
+
+  // The same where bins take their largest sample.
+  Way sampled_way(const Tensor& map, int64_t from, int64_t end) const {
+    const bool narrow = size_of(map.dtype) < int64_t(sizeof(Real));
+    if (from == end || (adjoint_ && narrow)) return Way::packed;
+    const Way forced = way_forced();
+    if (forced != Way::any) return forced == Way::packed ? Way::packed : Way::bins;
+    constexpr double lanes = kLineBytes / sizeof(Real);
+    const double channels = double(map.shape[1]), blocks = std::ceil(channels / lanes);
+    if (!narrow && map.stride[1] == 1 && channels >= lanes) return Way::bins;
+    double groups = 0, samples = 0;
+    for (int64_t i = from; i < end; ++i) {
+      const Window<Real>& window = s_.windows[size_t(i)];
+      if (!window.term_count) continue;
+      const Term<Real>& term = *window.term;
+      samples += double(samples_of(window));
+      groups += double(term.y.pixel_count) * (double(term.extent) / kGroup + 1);
+    }
+    const double all = double(map.shape[2] * map.shape[3]) / kGroup;
+    const double touched = std::min(groups, all);
+    const Costs& c = kCosts;
+    const double group = touched > kMostGroups ? c.far_group : c.group;
+    const double packed =
+        blocks * (group * touched + c.sample_line * samples + (adjoint_ ? c.unpacked * all : 0));
+    const double in_place =
+        channels * (c.sample_single * samples + (adjoint_ ? c.zero * all * kGroup / lanes : 0));
+    return in_place < packed ? Way::bins : Way::packed;
   }
 
   // x1, y1, x2, y2
@@ -469,8 +530,9 @@ class Builder {
     const std::array<Real, 4> box = this->box(k);
     int64_t centre[2];
     for (int axis = 0; axis < 2; ++axis) {
+      const double start = double(box[size_t(1 - axis)]), end = double(box[size_t(3 - axis)]);
       const double c =
-          (double(box[size_t(1 - axis)]) + double(box[size_t(3 - axis)])) * map.scale[axis] / 2;
+          rule_.turn != 0 ? start * map.scale[axis] : (start + end) * map.scale[axis] / 2;
       centre[axis] = c > 0 ? int64_t(std::min(c, double(map.array.shape[2 + axis]))) : 0;
     }
     const int64_t row_bytes = kLineBytes * std::max<int64_t>(1, map.array.shape[3]);
@@ -494,25 +556,35 @@ class Builder {
     // What pulls d_output back to the columns of the map walks them: the x of the adjoint, and of
     // the box gradient's first term.
     const bool flat = by_bins(map.array);
-    const auto values = [&](int axis) {
-      if (flat) return flat_axis<Real>(work.values[axis], arena);
-      const bool transposed = axis == 1 && operation_ != Operation::forward;
-      return axis_of<Real>(work.values[axis], 1, transposed, work, arena);
-    };
-    const auto slopes = [&](int axis) {
-      if (!tangent_) return axis_of<Real>(work.slopes[axis], 2, false, work, arena);
+    if (tangent_) {
       const Real* v = tangent_ + 4 * key.roi;
-      contract_slopes<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]));
-      if (flat) return flat_axis<Real>(work.slopes[axis], arena);
-      return axis_of<Real>(work.slopes[axis], 1, axis == 1 && adjoint_, work, arena);
+      for (int axis = 0; axis < 2; ++axis)
+        contract_slopes<Real>(work.slopes[axis], double(v[1 - axis]), double(v[3 - axis]));
+    }
+    const bool gradient = operation_ == Operation::box_gradient;
+    const auto numbered = [&](int axis, bool slope, Pixels pixels) {
+      const bool transposed = axis == 1 && (adjoint_ || (gradient && !slope));
+      return axis_of<Real>(slope ? work.slopes[axis] : work.values[axis], pixels,
+                           slope && gradient ? 2 : 1, transposed, work, arena);
     };
+    const auto axis_of_box = [&](int axis, bool slope) {
+      const Taps& taps = slope ? work.slopes[axis] : work.values[axis];
+      if (flat) return flat_axis<Real>(taps, arena);
+      return numbered(axis, slope, number_pixels(taps, work, arena));
+    };
+    const bool alike = gradient && same_entries(work.values[0], work.slopes[0]) &&
+                       same_entries(work.values[1], work.slopes[1]);
     const int count = sloped ? 2 : 1;
     Term<Real>* term = arena.allocate<Term<Real>>(count);
-    if (sloped) {
-      term[0] = {slopes(0), values(1), nullptr, 0, 0};
-      term[1] = {values(0), slopes(1), nullptr, 0, 0};
+    term[0] = {axis_of_box(0, sloped), {}, nullptr, 0, 0};
+    if (sloped) term[1] = {axis_of_box(0, false), {}, nullptr, 0, 0};
+    if (alike) {
+      const Pixels pixels = number_pixels(work.values[1], work, arena);
+      term[0].x = numbered(1, false, pixels);
+      term[1].x = numbered(1, true, pixels);
     } else {
-      term[0] = {values(0), values(1), nullptr, 0, 0};
+      term[0].x = axis_of_box(1, false);
+      if (sloped) term[1].x = axis_of_box(1, true);
     }
     for (int i = 0; i < count && !flat; ++i) {
       const Axis<Real>& x = term[i].x;
@@ -521,7 +593,136 @@ class Builder {
       if (x.pixel_count) term[i].extent = *ends.second - *ends.first + 1;
       term[i].rows = arena.allocate<int32_t>(term[i].y.pixel_count);
     }
-    return {key.roi, term, count};
+    return {key.roi, term, count, alike, nullptr, nullptr};
+  }
+
+  // Samples, or pixels of a window that is turned: about what its bins cost.
+  int64_t samples_of(const Window<Real>& window) const {
+    if (window.turn) return window.turn->count;
+    return int64_t(window.samples[0].first[bins_[0]]) * window.samples[1].first[bins_[1]];
+  }
+
+  // The same where the box is turned.
+  Window<Real> turned_window(const Key& key, Arena& arena) const {
+    const Map& map = maps_[key.map];
+    Turn<Real>* turn = arena.allocate<Turn<Real>>(1);
+    *turn = {};
+    for (int64_t i = 0; i < kTurnedNumbers; ++i) {
+      turn->box[i] = coordinate<Real>(rois_, key.roi, i);
+      if (tangent_) turn->along[i] = tangent_[kTurnedNumbers * key.roi + i];
+    }
+    turn->scale = Real(map.scale[0]);
+    turn->sloped = operation_ == Operation::box_gradient;
+    turn->tangent = tangent_;
+    turn->rule = &rule_;
+    for (int axis = 0; axis < 2; ++axis) {
+      turn->bins[axis] = bins_[axis];
+      turn->size[axis] = map.array.shape[2 + axis];
+    }
+    const TurnedBounds bounds =
+        turned_bounds(turn->box, rule_, turn->bins, turn->size, turn->scale);
+    turn->count = int64_t(bounds.count);
+    turn->top = int32_t(bounds.first[0]);
+    Term<Real>* term = arena.allocate<Term<Real>>(1);
+    *term = {};
+    if (bounds.pixels()) {
+      term->y.pixel_count = int32_t(bounds.sides[0]);
+      int32_t* pixels = arena.allocate<int32_t>(bounds.sides[0]);
+      std::iota(pixels, pixels + bounds.sides[0], turn->top);
+      term->y.pixels = pixels;
+      term->least = int32_t(bounds.first[1]);
+      term->x.pixel_count = term->extent = int32_t(bounds.sides[1]);
+      term->rows = arena.allocate<int32_t>(bounds.sides[0]);
+    }
+    if (kept_.fetch_add(turn->count) + turn->count <= kMostKept)
+      turn->kept = kept(made_cells(*turn), turn->top, arena);
+    return {key.roi, term, 1, false, nullptr, turn};
+  }
+
+  static Patches<Real> kept(const Cells<Real>& cells, int32_t top, Arena& arena) {
+    const auto copied = [&](const auto& values) {
+      using Value = std::decay_t<decltype(values[0])>;
+      Value* copy = arena.allocate<Value>(int64_t(values.size()));
+      std::copy(values.begin(), values.end(), copy);
+      return copy;
+    };
+    Pixel* pixel = copied(cells.pixel);
+    for (size_t i = 0; i < cells.pixel.size(); ++i) pixel[i].y -= top;
+    return {copied(cells.first), pixel, copied(cells.weight), copied(cells.slopes)};
+  }
+
+  // The same where bins take their largest sample.
+  Window<Real> sampled_window(const Key& key, Workspace& work, Arena& arena) const {
+    const bool sloped = operation_ == Operation::box_gradient || tangent_;
+    const Map& map = maps_[key.map];
+    const std::array<Real, 4> box = this->box(key.roi);
+    const bool moves =
+        sloped && std::all_of(box.begin(), box.end(), [](Real c) { return std::isfinite(c); });
+    Extremes<Real>& extremes = of_this_thread<Extremes<Real>>();
+    Term<Real>* term = arena.allocate<Term<Real>>(1);
+    Samples<Real>* samples = arena.allocate<Samples<Real>>(2);
+    *term = {};
+    for (int axis = 0; axis < 2; ++axis) {  // y, x
+      axis_extremes<Real>(box[size_t(1 - axis)], box[size_t(3 - axis)], rule_, bins_[axis],
+                          map.array.shape[2 + axis], Real(map.scale[axis]), extremes);
+      const Real* v = tangent_ ? tangent_ + 4 * key.roi : nullptr;
+      const double along[] = {v ? double(v[1 - axis]) : 0, v ? double(v[3 - axis]) : 0};
+      samples[axis] = samples_of(extremes, moves, v ? along : nullptr, arena);
+      (axis ? term->x : term->y) = pixels_of(samples[axis], bins_[axis], axis == 0, work, arena);
+    }
+    const Axis<Real>& x = term->x;
+    const auto ends = std::minmax_element(x.pixels, x.pixels + x.pixel_count);
+    if (x.pixel_count) term->least = *ends.first;
+    if (x.pixel_count) term->extent = *ends.second - *ends.first + 1;
+    term->rows = arena.allocate<int32_t>(term->y.pixel_count);
+    return {key.roi, term, 1, false, samples, nullptr};
+  }
+
+  // Extremes in the arena. `along`: the tangent of the box's start and end, or null.
+  static Samples<Real> samples_of(const Extremes<Real>& extremes, bool moves, const double* along,
+                                  Arena& arena) {
+    const int64_t bins = int64_t(extremes.outside.size()), count = extremes.first.back();
+    using At = typename Samples<Real>::At;
+    int32_t* first = arena.allocate<int32_t>(bins + 1);
+    At* at = arena.allocate<At>(count);
+    Real *numbers = arena.allocate<Real>(2 * count), *move[] = {numbers, numbers + count};
+    bool *before = arena.allocate<bool>(2 * bins), *after = before + bins;
+    std::copy(extremes.first.begin(), extremes.first.end(), first);
+    for (int64_t k = 0; k < bins; ++k) {
+      before[k] = extremes.outside[size_t(k)].before;
+      after[k] = extremes.outside[size_t(k)].after;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const typename Extremes<Real>::Sample& sample = extremes.samples[size_t(i)];
+      const double in[] = {sample.moves[0], sample.moves[1]};
+      const bool moving = moves && (in[0] != 0 || in[1] != 0);
+      const int64_t high = sample.low + (sample.fraction != 0 || moving);
+      at[i] = {int32_t(sample.low), int32_t(high), {1 - sample.fraction, sample.fraction}};
+      move[0][i] = !moving ? 0 : Real(along ? in[0] * along[0] + in[1] * along[1] : in[0]);
+      move[1][i] = moving ? Real(in[1]) : 0;
+    }
+    return {first, at, {move[0], move[1]}, before, after};
+  }
+
+  // The distinct pixels of samples. `numbered`: from now on those count along these.
+  static Axis<Real> pixels_of(Samples<Real>& samples, int64_t bins, bool numbered, Workspace& work,
+                              Arena& arena) {
+    const int64_t count = samples.first[bins];
+    work.listed.first.assign({0, 2 * count});
+    work.listed.index.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      work.listed.index.push_back(samples.at[i].low);
+      work.listed.index.push_back(samples.at[i].high);
+    }
+    const Pixels pixels = number_pixels(work.listed, work, arena);
+    for (int64_t i = 0; numbered && i < count; ++i) {
+      samples.at[i].low = pixels.of_entry[2 * i];
+      samples.at[i].high = pixels.of_entry[2 * i + 1];
+    }
+    Axis<Real> axis{};
+    axis.pixels = pixels.pixel;
+    axis.pixel_count = pixels.count;
+    return axis;
   }
 
   // A visit of the windows [from, end) of an image, in bands; moves `from` to where it ends.
@@ -629,11 +830,23 @@ class Builder {
   const Rule& rule_;
   const int64_t* const bins_;
   Storage<Real>& s_;
-  int64_t groups_ = 0;     // of the map at hand
-  Way way_ = Way::packed;  // of the image at hand
+  mutable std::atomic<int64_t> kept_{0};  // pixels of windows that are turned
+  int64_t groups_ = 0;                    // of the map at hand
+  Way way_ = Way::packed;                 // of the image at hand
 };
 
 }  // namespace
+
+template <class Real>
+Patches<Real> patches_of(const Window<Real>& window) {
+  const Turn<Real>& turn = *window.turn;
+  if (turn.kept.first) return turn.kept;
+  Cells<Real>& cells = made_cells(turn);
+  for (Pixel& pixel : cells.pixel) pixel.y -= turn.top;
+  return {cells.first.data(), cells.pixel.data(), cells.weight.data(), cells.slopes.data()};
+}
+template Patches<float> patches_of(const Window<float>&);
+template Patches<double> patches_of(const Window<double>&);
 
 void force_way(Way forced) {
   forced_way = forced;

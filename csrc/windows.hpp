@@ -54,11 +54,49 @@ struct Term {
   int32_t least, extent;  // the columns are in [least, least + extent)
 };
 
+// The samples of one axis of one window of which each bin takes the largest: those of bin k are
+// [first[k], first[k + 1]).
+template <class Real>
+struct Samples {
+  struct At {
+    int32_t low, high;  // in y, counted along the axis's pixels; in x, along the map
+    Real weight[2];     // of these; 0: not read
+  };
+  const int32_t* first;
+  At* at;
+  const Real* moves[2];        // with the box's start and end; with a tangent, [0]: along it
+  const bool *before, *after;  // of a bin: samples that are not inside come before these, or after
+};
+
+// The bins of one window that is turned: those of bin k are the pixels [first[k], first[k + 1]),
+// whose y counts along the window's rows.
+template <class Real>
+struct Patches {
+  const int64_t* first;
+  const Pixel* pixel;
+  const Real *weight, *slopes;
+};
+
+// What they are made of, where they are not kept.
+template <class Real>
+struct Turn {
+  Real box[kTurnedNumbers], along[kTurnedNumbers], scale;  // `along`: a tangent
+  bool sloped, tangent;
+  const Rule* rule;
+  int64_t bins[2], size[2];
+  int64_t count;       // pixels of all bins
+  int32_t top;         // the first row
+  Patches<Real> kept;  // or null
+};
+
 template <class Real>
 struct Window {
   int64_t roi;
   const Term<Real>* term;  // next to what its axes point to: a window is read as one run of memory
   int term_count;          // 0: on no map, or no image
+  bool alike;              // of the box gradient's terms: they number the same pixels
+  const Samples<Real>* samples;  // y and x, where bins are largest samples, else null
+  const Turn<Real>* turn;        // where the box is turned, else null
 };
 
 enum class Operation { forward, adjoint, box_gradient };
@@ -106,6 +144,10 @@ struct Windows {
   int64_t max_columns;        // the most pixel columns of a term
   int64_t work;               // multiply-adds per channel
 };
+
+// The bins of a window that is turned, until the thread's next call.
+template <class Real>
+Patches<Real> patches_of(const Window<Real>& window);
 
 // For tests: all images that can be are pooled this way; any: the way that costs least.
 void force_way(Way forced);

@@ -1,5 +1,7 @@
 #include "calls.hpp"
 
+#include <algorithm>
+
 namespace roialign {
 namespace {
 
@@ -8,17 +10,30 @@ class Reader {
  public:
   explicit Reader(Call& call) : call_(call) {
     const Array& boxes = next(2);
-    require(boxes.shape[0] >= 0 && boxes.shape[1] == 4, "roialign: boxes must be (K, 4)");
-    rois = {boxes.shape[0], boxes.data, boxes.dtype, {4, 1}, {}, {}};
+    const int64_t count = boxes.shape[0], numbers = boxes.shape[1];
+    require(count >= 0 && (numbers == 4 || numbers == kTurnedNumbers),
+            "roialign: boxes must be (K, 4) or (K, 5)");
+    rois = {count, boxes.data, boxes.dtype, {numbers, 1}, {}, {}, numbers};
     rois.image_index = column();
-    if (call.maps.size() > 1) rois.level = column();
+    if (call.maps.size() > 1 || (left() && front().ndim == 1)) rois.level = column();
+    if (call.rule.reduction != 0) {
+      selectors_ = call.maps;
+      for (Map& map : selectors_) map.array = tensor();
+    }
   }
 
   Rois rois;
 
+  Maps selectors() const { return {selectors_.data(), int64_t(selectors_.size())}; }
+
   Tensor tensor() {
     const Array& array = next(4);
-    return contiguous(array.data, array.dtype, array.shape);
+    Tensor tensor = contiguous(array.data, array.dtype, array.shape);
+    if (call_.channels_last) {
+      std::rotate(tensor.shape + 1, tensor.shape + 3, tensor.shape + 4);
+      std::rotate(tensor.stride + 1, tensor.stride + 3, tensor.stride + 4);
+    }
+    return tensor;
   }
   Maps maps() {
     for (Map& map : call_.maps) map.array = tensor();
@@ -27,14 +42,14 @@ class Reader {
   // A box gradient, or tangent.
   void* boxes_like(DType map) {
     const Array& array = next(2);
-    require(
-        array.shape[0] == rois.count && array.shape[1] == 4 && array.dtype == coordinate_type(map),
-        "roialign: box tangents and gradients must be (K, 4), of the coordinate type");
+    require(array.shape[0] == rois.count && array.shape[1] == rois.numbers &&
+                array.dtype == coordinate_type(map),
+            "roialign: box tangents and gradients must be like the boxes, of the coordinate type");
     return array.data;
   }
   const void* tangent(DType map) {
     if (left() && front().ndim == 4) return nullptr;
-    if (left() && front().ndim == 1 && front().shape[0] == 1) {
+    if (left() && front().ndim == 1 && front().shape[0] == 1) {  // in graphs of MindSpore, by 0.2
       ++at_;
       return nullptr;
     }
@@ -57,6 +72,7 @@ class Reader {
   }
 
   Call& call_;
+  std::vector<Map> selectors_;
   size_t at_ = 0;
 };
 
@@ -68,7 +84,7 @@ void run_forward(Call& call) {
   const void* tangent = read.tangent(maps.first().dtype);
   const Tensor output = read.tensor();
   read.finish();
-  forward(maps, read.rois, tangent, call.rule, output, call.threads);
+  forward(maps, read.rois, tangent, call.rule, output, call.threads, read.selectors());
 }
 
 void run_adjoint(Call& call) {
@@ -77,7 +93,7 @@ void run_adjoint(Call& call) {
   const void* tangent = read.tangent(d_output.dtype);
   const Maps maps = read.maps();
   read.finish();
-  adjoint(d_output, read.rois, tangent, call.rule, maps, call.threads);
+  adjoint(d_output, read.rois, tangent, call.rule, maps, call.threads, read.selectors());
 }
 
 void run_box_gradient(Call& call) {
@@ -86,7 +102,7 @@ void run_box_gradient(Call& call) {
   const Maps maps = read.maps();
   void* d_boxes = read.boxes_like(d_output.dtype);
   read.finish();
-  box_gradient(d_output, maps, read.rois, call.rule, d_boxes, call.threads);
+  box_gradient(d_output, maps, read.rois, call.rule, d_boxes, call.threads, read.selectors());
 }
 
 }  // namespace roialign

@@ -3,6 +3,7 @@
 // memory safe.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,12 +13,14 @@
 #include <memory>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
 
 #include "../dispatch.hpp"
+#include "../geometry.hpp"
 #include "../log.hpp"
 #include "../memory.hpp"
 #include "../numbers.hpp"
@@ -56,8 +59,8 @@ void accept(const nb::type_object& type) {
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
 }
 
-// An array of at most four dimensions, as long as its object lives: of NumPy (bfloat16 as uint16, a
-// view that every NumPy can export), or a tensor.
+// An array of at most four dimensions, as long as its object lives: of NumPy (maps of bfloat16 as
+// uint16, a view that every NumPy can export), or a tensor.
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -212,11 +215,24 @@ Column column_of(const Array& array, int64_t count) {
   if (array.ndim != 1 || array.shape[0] != count) {
     throw nb::value_error("_core: an index must be (K,)");
   }
+  if (array.stands) throw nb::type_error("_core: an index may not be uint16");
   return {array.data, array.dtype, array.stride[0]};
 }
 
+// Of rows: an image index, and as many numbers of the box as there are.
+Rois rois_of(const Array& rows, int64_t numbers = 4) {
+  if (rows.ndim != 2 || rows.shape[1] != 1 + numbers)
+    throw nb::value_error("_core: rois must be (K, 5), or turned (K, 6)");
+  const auto boxes = static_cast<char*>(rows.data) + rows.stride[1] * size_of(rows.dtype);
+  Rois rois{rows.shape[0], boxes, rows.dtype, {rows.stride[0], rows.stride[1]}, {}, {}};
+  rois.image_index = {rows.data, rows.dtype, rows.stride[0]};
+  rois.numbers = numbers;
+  return rois;
+}
+
 // Rows (K, 5), or a tuple: boxes (K, 4) and an image index (K,).
-Rois rois_of(const nb::object& object, const nb::object& levels) {
+Rois rois_of(const nb::object& object, const nb::object& levels, const Rule& rule) {
+  const int64_t numbers = rule.turn != 0 ? kTurnedNumbers : 4;
   Rois rois{};
   if (nb::isinstance<nb::tuple>(object)) {
     const nb::tuple pair = nb::borrow<nb::tuple>(object);
@@ -224,16 +240,14 @@ Rois rois_of(const nb::object& object, const nb::object& levels) {
       throw nb::value_error("_core: rois as a tuple are (boxes, image_index)");
     }
     const Array boxes = input(pair[0]);
-    if (boxes.ndim != 2 || boxes.shape[1] != 4)
-      throw nb::value_error("_core: boxes must be (K, 4)");
+    if (boxes.ndim != 2 || boxes.shape[1] != numbers)
+      throw nb::value_error("_core: boxes must be (K, 4), or turned (K, 5)");
+    if (boxes.stands) throw nb::type_error("_core: boxes may not be uint16");
     rois = {boxes.shape[0], boxes.data, boxes.dtype, {boxes.stride[0], boxes.stride[1]}, {}, {}};
     rois.image_index = column_of(input(pair[1]), rois.count);
+    rois.numbers = numbers;
   } else {
-    const Array rows = input(object);
-    if (rows.ndim != 2 || rows.shape[1] != 5) throw nb::value_error("_core: rois must be (K, 5)");
-    const auto boxes = static_cast<char*>(rows.data) + rows.stride[1] * size_of(rows.dtype);
-    rois = {rows.shape[0], boxes, rows.dtype, {rows.stride[0], rows.stride[1]}, {}, {}};
-    rois.image_index = {rows.data, rows.dtype, rows.stride[0]};
+    rois = rois_of(input(object), numbers);
   }
   if (!levels.is_none()) rois.level = column_of(input(levels), rois.count);
   return rois;
@@ -242,8 +256,9 @@ Rois rois_of(const nb::object& object, const nb::object& levels) {
 // A box gradient, or tangent: (K, 4) contiguous, of the coordinate type. An axis of length 1 has
 // any stride.
 void* boxes_like(const Array& array, const Rois& rois, DType map) {
-  const bool contiguous = array.stride[1] == 1 && (rois.count == 1 || array.stride[0] == 4);
-  if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != 4 ||
+  const bool contiguous =
+      array.stride[1] == 1 && (rois.count == 1 || array.stride[0] == rois.numbers);
+  if (array.ndim != 2 || array.shape[0] != rois.count || array.shape[1] != rois.numbers ||
       array.dtype != coordinate_type(map) || !is_aligned(array) || (rois.count && !contiguous)) {
     throw nb::value_error("_core: box tangents and gradients must be aligned, contiguous (K, 4)");
   }
@@ -267,6 +282,7 @@ std::vector<double> numbers_of(const nb::handle& sequence) {
 // The maps of a call: an array, or a tuple or list of them. `scales`: y, x of each.
 class MapList {
  public:
+  MapList() = default;  // none
   MapList(const nb::object& arrays, const nb::handle& scales, bool written) {
     const auto add = [&](const nb::handle& array) {
       maps_.push_back({tensor_of(written ? output(array) : input(array)), {}});
@@ -288,6 +304,11 @@ class MapList {
  private:
   std::vector<Map> maps_;
 };
+
+// The features that select largest samples, or None.
+MapList selectors_of(const nb::object& arrays, const nb::handle& scales) {
+  return arrays.is_none() ? MapList() : MapList(arrays, scales, false);
+}
 
 Rule rule_of(const nb::handle& sequence) {
   const std::vector<double> numbers = numbers_of(sequence);
@@ -403,36 +424,152 @@ void check_index(const char* name, const nb::object& object, int64_t end, int64_
 
 void forward(const nb::object& features, const nb::object& scales, const nb::object& rois_object,
              const nb::object& levels, const nb::object& tangent_object, const nb::object& numbers,
-             const nb::object& output_object, int threads) {
-  const MapList maps(features, scales, false);
-  const Rois rois = rois_of(rois_object, levels);
-  const Tensor pooled = tensor_of(output(output_object));
+             const nb::object& output_object, int threads, const nb::object& selectors) {
+  const MapList maps(features, scales, false), deciding = selectors_of(selectors, scales);
   const Rule rule = rule_of(numbers);
+  const Rois rois = rois_of(rois_object, levels, rule);
+  const Tensor pooled = tensor_of(output(output_object));
   const void* tangent = tangent_of(tangent_object, rois, maps.dtype());
-  run(rois, maps, [&] { roialign::forward(maps, rois, tangent, rule, pooled, threads); });
+  run(rois, maps, [&] { roialign::forward(maps, rois, tangent, rule, pooled, threads, deciding); });
+}
+
+// The first byte of an array and the one behind its last.
+std::pair<const char*, const char*> memory_of(const Array& array) {
+  const int64_t size = size_of(array.dtype);
+  const char *first = static_cast<const char*>(array.data), *last = first;
+  for (int i = 0; i < array.ndim; ++i) {
+    if (array.shape[i] == 0) return {first, first};
+    const int64_t bytes = (array.shape[i] - 1) * array.stride[i] * size;
+    (bytes < 0 ? first : last) += bytes;
+  }
+  return {first, last + size};
+}
+
+// Whether the strides show that no two elements share memory: each is beyond what the smaller span.
+bool is_apart_from_itself(const Array& array) {
+  std::pair<int64_t, int64_t> axes[4];
+  for (int i = 0; i < array.ndim; ++i) axes[i] = {array.stride[i], array.shape[i] - 1};
+  std::sort(axes, axes + array.ndim);
+  int64_t extent = 1;
+  for (int i = 0; i < array.ndim; ++i) {
+    const auto [stride, steps] = axes[i];
+    if (steps > 0 && stride < extent) return false;
+    if (steps > 0) extent += steps * stride;
+  }
+  return true;
+}
+
+// Whether this can be the result (K, C, P, Q) of a map and rows: of the map's dtype, aligned, in
+// memory apart from itself and both.
+bool is_result(const Array& result, const Array& map, const Array& rows, int64_t p, int64_t q) {
+  const int64_t shape[] = {rows.shape[0], map.shape[1], p, q};
+  if (result.ndim != 4 || result.dtype != map.dtype || !is_aligned(result) ||
+      !std::equal(shape, shape + 4, result.shape) || !is_apart_from_itself(result)) {
+    return false;
+  }
+  const auto [first, end] = memory_of(result);
+  for (const Array* array : {&map, &rows}) {
+    const auto [begin, last] = memory_of(*array);
+    if (first < last && begin < end) return false;
+  }
+  return true;
+}
+
+// The same of what `takes_rows` takes, if it is clear that `result` fits. Otherwise nothing is
+// done.
+bool forward_rows(const nb::object& features, const nb::object& rows_object,
+                  const nb::object& result, int64_t p, int64_t q, const nb::object& scales,
+                  const nb::object& numbers, int threads) {
+  const Array map = input(features), rows = input(rows_object);
+  Array output;
+  if (!read<nb::ndarray<nb::device::cpu>>(result, output)) return false;  // or not writeable
+  if (!is_result(output, map, rows, p, q)) return false;
+  const Rois rois = rois_of(rows);
+  const Tensor pooled = tensor_of(output);
+  const std::vector<double> scale = numbers_of(scales);
+  if (scale.size() != 2) throw nb::value_error("_core: a map must have a scale, y and x");
+  const Map only{tensor_of(map), {scale[0], scale[1]}};
+  const Rule rule = rule_of(numbers);
+  run(rois, {&only, 1},
+      [&] { roialign::forward({&only, 1}, rois, nullptr, rule, pooled, threads); });
+  return true;
 }
 
 void adjoint(const nb::object& d_output_object, const nb::object& scales,
              const nb::object& rois_object, const nb::object& levels,
              const nb::object& tangent_object, const nb::object& numbers,
-             const nb::object& d_features, int threads) {
+             const nb::object& d_features, int threads, const nb::object& selectors) {
   const Tensor d_output = tensor_of(input(d_output_object));
-  const MapList maps(d_features, scales, true);
-  const Rois rois = rois_of(rois_object, levels);
+  const MapList maps(d_features, scales, true), deciding = selectors_of(selectors, scales);
   const Rule rule = rule_of(numbers);
+  const Rois rois = rois_of(rois_object, levels, rule);
   const void* tangent = tangent_of(tangent_object, rois, maps.dtype());
-  run(rois, maps, [&] { roialign::adjoint(d_output, rois, tangent, rule, maps, threads); });
+  run(rois, maps,
+      [&] { roialign::adjoint(d_output, rois, tangent, rule, maps, threads, deciding); });
 }
 
 void box_gradient(const nb::object& d_output_object, const nb::object& features,
                   const nb::object& scales, const nb::object& rois_object, const nb::object& levels,
-                  const nb::object& numbers, const nb::object& d_boxes_object, int threads) {
+                  const nb::object& numbers, const nb::object& d_boxes_object, int threads,
+                  const nb::object& selectors) {
   const Tensor d_output = tensor_of(input(d_output_object));
-  const MapList maps(features, scales, false);
-  const Rois rois = rois_of(rois_object, levels);
+  const MapList maps(features, scales, false), deciding = selectors_of(selectors, scales);
   const Rule rule = rule_of(numbers);
+  const Rois rois = rois_of(rois_object, levels, rule);
   void* d_boxes = boxes_like(output(d_boxes_object), rois, maps.dtype());
-  run(rois, maps, [&] { roialign::box_gradient(d_output, maps, rois, rule, d_boxes, threads); });
+  run(rois, maps,
+      [&] { roialign::box_gradient(d_output, maps, rois, rule, d_boxes, threads, deciding); });
+}
+
+using Pair = std::pair<int64_t, int64_t>;
+
+// For roialign.sampling_grid: samples of a bin, then edges, positions and pixels with weights, in y
+// and in x. Of a turned box the pixels are those of all its bins, (first, y, x, weight).
+template <class Real>
+nb::tuple grid_of(const std::vector<double>& numbers, Pair bins_of_box, Pair map_size,
+                  const std::vector<double>& scales, const Rule& rule, int64_t most) {
+  const bool turned = rule.turn != 0;
+  const int64_t bins[] = {bins_of_box.first, bins_of_box.second};
+  const int64_t size[] = {map_size.first, map_size.second};
+  const std::vector<Real> box(numbers.begin(), numbers.end());
+  if (int(box.size()) != (turned ? kTurnedNumbers : 4) || scales.size() != 2)
+    throw nb::value_error("_core: a box has 4 numbers, a turned one 5; a map has two scales");
+  const Real scale[] = {Real(scales[0]), Real(scales[1])};
+  const Places places = places_of(box.data(), rule, bins, size, scale, most);
+  nb::list pixels;
+  if (turned) {
+    Cells<Real> cells;
+    cells.first.assign(size_t(bins[0] * bins[1] + 1), 0);
+    if (!places.positions[0].empty())
+      turned_cells(box.data(), rule, bins, size, scale[0], static_cast<const Real*>(nullptr), false,
+                   cells);
+    nb::list y, x;
+    for (const Pixel& pixel : cells.pixel) {
+      y.append(pixel.y);
+      x.append(pixel.x);
+    }
+    pixels.append(nb::make_tuple(cells.first, y, x, cells.weight));
+  } else {
+    for (int axis = 0; axis < 2; ++axis) {
+      Taps taps;
+      taps.first.assign(size_t(bins[axis] + 1), 0);
+      if (!places.positions[axis].empty())
+        axis_taps(box[1 - axis], box[3 - axis], rule, bins[axis], size[axis], scale[axis], taps,
+                  static_cast<Taps*>(nullptr));
+      taps.index.resize(size_t(taps.count()));
+      taps.weight[0].resize(size_t(taps.count()));
+      pixels.append(nb::make_tuple(taps.first, taps.index, taps.weight[0]));
+    }
+  }
+  const auto both = [](const auto* of_axes) { return nb::make_tuple(of_axes[0], of_axes[1]); };
+  return nb::make_tuple(both(places.samples), both(places.edges), both(places.positions), pixels);
+}
+
+nb::tuple sampling_grid(const std::vector<double>& box, Pair bins, Pair map_size,
+                        const std::vector<double>& scales, const nb::object& numbers, bool wide,
+                        int64_t most) {
+  const auto grid = wide ? grid_of<double> : grid_of<float>;
+  return grid(box, bins, map_size, scales, rule_of(numbers), most);
 }
 
 // `bytes` of memory for a result; NumPy keeps it alive, the cache of freed buffers takes it back.
@@ -483,9 +620,12 @@ NB_MODULE(_core, m) {
   m.attr("rule_defaults") = nb::tuple(rule_defaults);
   const nb::arg any;
   const auto optional = nb::arg().none();
-  m.def("forward", &python::forward, any, any, any, optional, optional, any, any, any);
-  m.def("adjoint", &python::adjoint, any, any, any, optional, optional, any, any, any);
-  m.def("box_gradient", &python::box_gradient, any, any, any, any, optional, any, any, any);
+  const auto none = nb::arg("selectors").none() = nb::none();
+  m.def("forward", &python::forward, any, any, any, optional, optional, any, any, any, none);
+  m.def("forward_rows", &python::forward_rows);
+  m.def("adjoint", &python::adjoint, any, any, any, optional, optional, any, any, any, none);
+  m.def("box_gradient", &python::box_gradient, any, any, any, any, optional, any, any, any, none);
+  m.def("sampling_grid", &python::sampling_grid);
   nb::dict xla_handlers;  // operation: a capsule, to be registered with XLA
   for (const xla::NamedHandler& named : xla::kHandlers) {
     xla_handlers[named.name] = nb::capsule(reinterpret_cast<const void*>(named.handler));

@@ -1,6 +1,6 @@
 // The operations as custom calls of XLA on the CPU. Arguments and results: the arrays of a Call
-// (calls.hpp). Attributes, as float64: `maps`, how many; `scale_y_0`, `scale_x_0`, ... of each; and
-// the numbers of the rule by their names.
+// (calls.hpp). Attributes, as float64: `maps`, how many; `scale_y_0`, `scale_x_0`, ... of each; the
+// numbers of the rule by their names; and `channels_last`, which may be missing.
 // Nothing is taken on trust: what does not fit is an error of XLA's, and no exception leaves a
 // handler.
 #include "xla.hpp"
@@ -30,6 +30,9 @@ const T& known(const T& structure) {
 
 DType dtype_of(DataType type) {
   switch (type) {
+    case DataType::pred:
+    case DataType::u8:
+      return DType::uint8;
     case DataType::s32:
       return DType::int32;
     case DataType::f16:
@@ -103,6 +106,7 @@ void run(const CallFrame& frame) {
 #undef ROIALIGN_NUMBER
   };
   call.rule = rule_of(values, kRuleNumbers);
+  call.channels_last = numbers.get("channels_last", 0) != 0;
   numbers.require_no_other();
   operation(call);
 }

@@ -35,7 +35,15 @@ struct MetadataExtension {
   Metadata* metadata;
 };
 
-enum class DataType : int32_t { s32 = 4, f16 = 10, f32 = 11, f64 = 12, bf16 = 16 };
+enum class DataType : int32_t {
+  pred = 1,
+  s32 = 4,
+  u8 = 6,
+  f16 = 10,
+  f32 = 11,
+  f64 = 12,
+  bf16 = 16
+};
 
 // Dense, in row-major order.
 struct Buffer {

@@ -181,16 +181,19 @@ void load_lines(const Plane<const T>& plane, int64_t first, int64_t count, Real*
           transpose(reinterpret_cast<const Real*>(from), c_step, to + at * lanes, lanes);
           return;
         }
+        if constexpr (sizeof(T) == 2) {
+          if (whole && channels == lanes) return widen_square(from, c_step, to + at * lanes);
+        }
         Real rows[lanes * lanes], tile[lanes * lanes];
         for (int c = 0; c < lanes; ++c) {
+          Real* row = rows + c * lanes;
           if (whole && c < channels) {
-            widen_line(from + c * c_step, rows + c * lanes);
+            widen_line(from + c * c_step, row);
             continue;
           }
-          for (int i = 0; i < lanes; ++i) {
-            rows[c * lanes + i] =
-                c < channels && i < pixels ? widen(from[c * c_step + i * i_step]) : 0;
-          }
+          store(row, Line<Real>{});
+          for (int i = 0; i < pixels && c < channels; ++i)
+            row[i] = widen(from[c * c_step + i * i_step]);
         }
         if (pixels == lanes) {
           transpose(rows, lanes, to + at * lanes, lanes);
@@ -285,6 +288,10 @@ Copy store_lines(const Plane<T>& plane, int64_t first, int64_t count, const Real
       if (same(to, block) && channels == lanes && pixels == lanes) {
         transpose(block + at * lanes, lanes, reinterpret_cast<Real*>(to), count);
         return;
+      }
+      if constexpr (sizeof(T) == 2) {
+        if (channels == lanes && pixels == lanes)
+          return narrow_square(block + at * lanes, to, count);
       }
       Real rows[lanes * lanes], tile[lanes * lanes];
       if (pixels == lanes) {

@@ -7,142 +7,22 @@
 //                 tile[p] = strip Ax^T. The finished tile leaves while the next one is made.
 //   adjoint       load d_output's tile; for every p: strip = tile[p] Ax; add Ay[p]^T strip to the
 //                 lines; unpack the pixels that the band was the last to touch.
-//   box_gradient  for every p the same strips, and dot products with the slopes.
+//   box_gradient  for every p the strips of both, and dot products with the slopes; the lines are
+//                 read once, unless slopes and values have other pixels.
 //
 // There are other ways, without packing: rows.hpp, bins.hpp and samples.hpp.
 //
 // This file is compiled once per instruction set, into a namespace named after it. It must not
 // instantiate anything with external linkage that another file instantiates too (no std::
 // containers or algorithms): the linker could keep the copy with the wrong instructions.
-#include "../engine.hpp"
-
-#include "../memory.hpp"
-#include "../parallel.hpp"
 #include "bins.hpp"
 #include "rows.hpp"
 #include "samples.hpp"
+#include "tasks.hpp"
 
 namespace roialign {
 namespace ROIALIGN_ISA {
 namespace {
-
-constexpr int64_t kAhead = 12;    // groups of pixels asked for ahead, while memory takes to answer
-constexpr int64_t kUnpacked = 8;  // groups of pixels that leave together: 8 cache lines a channel
-constexpr int64_t kStreamBytes = int64_t{2} << 20;  // larger results would drive out a second cache
-constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations, some 50 us: one thread
-
-// What a task works in, cut from the thread's scratch. Every array starts on a line.
-template <class T, class Real>
-struct Workspace : Scratch {
-  Real* map;     // [blocks] of the visit's groups: packed features, or the sums of d_features
-  Real* strips;  // [kRows] for each column of a window
-  Real* tile;    // [blocks][P][Q] lines
-  T* stage;      // a finished tile, or pixels of the map, in the array's dtype and order
-
-  int64_t map_step;  // from one block to the next
-  int64_t tile_step;
-
-  Workspace(const Visit<Real>& visit, int64_t max_columns, const int64_t bins[2], int64_t blocks)
-      : map_step(most_of(visit.groups, kUnpacked) * kGroup * kLanes<Real>),
-        tile_step(bins[0] * bins[1] * kLanes<Real>) {
-    const int64_t staged = most_of(bins[0] * bins[1], kUnpacked * kGroup) * blocks * kLanes<Real>;
-    take([&](Cut& cut) {
-      cut(map, blocks * map_step);
-      cut(strips, kRows * max_columns * kLanes<Real>);
-      cut(tile, blocks * tile_step);
-      cut(stage, staged);
-    });
-  }
-  Lines<Real> map_of(int64_t block, const Term<Real>& term) const {
-    return {map + block * map_step, term.rows};
-  }
-};
-
-// --- The operations
-// -------------------------------------------------------------------------------
-
-// Packs the pixels that the band is the first to touch.
-template <class T, class Real>
-void pack(const Plane<const T>& plane, const Groups& groups,
-          const Workspace<Pooled<T>, Real>& work) {
-  const Run *ahead = groups.runs, *end = ahead + groups.count;
-  int64_t asked = kAhead;  // of the run ahead
-  for (const Run* run = groups.runs; run < end; ++run) {
-    for (int64_t g = 0; g < run->count; ++g, ++asked) {
-      for (; ahead < end && asked >= ahead->count; ++ahead) asked -= ahead->count;
-      if (ahead < end) prefetch_pixels(plane, (ahead->index + asked) * kGroup, kGroup);
-      const int64_t first = (run->index + g) * kGroup;
-      load_lines(plane, first, least_of(kGroup, plane.pixels - first),
-                 work.map + (run->place + g) * kGroup * kLanes<Real>, work.map_step);
-    }
-  }
-}
-
-// What one task works on: a slice of the channels of one visit's map.
-template <class Real>
-struct Task {
-  const Visit<Real>& visit;
-  const Tensor& map;
-  Range channels;
-  int64_t first_block;
-};
-
-// The windows of a call; `slices_of(map)` are the slices of a map's channels.
-template <class Real, class SlicesOf>
-Windows<Real> windows_of(Operation operation, Maps maps, const Rois& rois, const void* tangent,
-                         const Rule& rule, const int64_t* bins, const SlicesOf& slices_of,
-                         int threads) {
-  const auto count = [](const void* context, int64_t map) {
-    return (*static_cast<const SlicesOf*>(context))(map).count();
-  };
-  return build_windows(operation, maps, rois, static_cast<const Real*>(tangent), rule, bins,
-                       Slicing{count, &slices_of}, threads);
-}
-
-// Runs body(task) for each slice of each visit.
-template <class Real, class SlicesOf, class Body>
-void for_tasks(const Windows<Real>& windows, Maps maps, const SlicesOf& slices_of, int threads,
-               Body body) {
-  const auto visits_of = [&](int64_t m) { return windows.ends[m] - (m ? windows.ends[m - 1] : 0); };
-  int64_t tasks = 0;
-  for (int64_t m = 0; m < maps.count; ++m) tasks += visits_of(m) * slices_of(m).count();
-  const int64_t work = windows.work * blocks_of<Real>(maps.first().shape[1]);
-  parallel_for(tasks, work < kSerialWork ? 1 : threads, [&](int64_t task) {
-    int64_t m = 0, visit = 0;
-    Slices slices = slices_of(m);
-    for (int64_t own; task >= (own = visits_of(m) * slices.count()); slices = slices_of(++m)) {
-      task -= own;
-      visit = windows.ends[m];
-    }
-    visit += task / slices.count();
-    const int64_t slice = task % slices.count();
-    body(Task<Real>{windows.visits[visit], maps[m].array, slices[slice], slice * slices.blocks});
-  });
-}
-
-// Calls enter(band), body(window, the next one or null) for its windows, and leave(band).
-template <class Real, class Enter, class Body, class Leave>
-void for_windows(const Visit<Real>& visit, Enter enter, Body body, Leave leave) {
-  for (int64_t b = 0; b < visit.count; ++b) {
-    const Band<Real>& band = visit.bands[b];
-    enter(band);
-    for (int64_t i = 0; i < band.count; ++i) {  // the windows of a visit lie one after another
-      const bool last = b + 1 == visit.count && i + 1 == band.count;
-      body(band.windows[i], last ? nullptr : band.windows + i + 1);
-    }
-    leave(band);
-  }
-}
-template <class Real, class Enter, class Body>
-void for_windows(const Visit<Real>& visit, Enter enter, Body body) {
-  for_windows(visit, enter, body, [](const Band<Real>&) {});
-}
-
-template <class Real, class Body>
-void for_windows(const Visit<Real>& visit, Body body) {
-  for (int64_t b = 0; b < visit.count; ++b)
-    for (int64_t i = 0; i < visit.bands[b].count; ++i) body(visit.bands[b].windows[i]);
-}
 
 // Calls body(range) for runs of at most kRows bins of y, ranges_of(bins) times.
 inline int64_t ranges_of(int64_t bins) {
@@ -151,10 +31,6 @@ inline int64_t ranges_of(int64_t bins) {
 template <class Body>
 inline void for_rows(int64_t bins, Body body) {
   for (int64_t p = 0; p < bins; p += kRows) body(Range{p, least_of(p + kRows, bins)});
-}
-
-int64_t count_of(const Tensor& t) {
-  return t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3];
 }
 
 template <class T, class Real>
@@ -264,7 +140,9 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
       return forward_rows(task, plane, windows.max_columns, output, streamed);
     const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
     Copy leaving;  // the tile before
-    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    const auto enter = [&](const Band<Real>& band) {
+      pack(plane, band.first, work.map, work.map_step);
+    };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (!window.term_count) {
         std::memset(work.tile, 0, size_t(plane.blocks() * work.tile_step) * sizeof(Real));
@@ -287,21 +165,6 @@ void forward(Maps features, const Rois& rois, const void* tangent, const Rule& r
     leaving.finish();
     if (streamed) stream_fence();
   });
-}
-
-template <class Real>
-Real sum_of(const Line<Real>& line) {
-  Real lanes[kLanes<Real>], sum = 0;
-  store(lanes, line);
-  for (int c = 0; c < kLanes<Real>; ++c) sum += lanes[c];
-  return sum;
-}
-
-template <class T, class Real>
-void load_tile(const Tensor& d_output, const Window<Real>& window, Range channels,
-               const Workspace<T, Real>& work) {
-  const auto tile = plane_of<const T>(d_output, window.roi, channels);
-  load_lines(tile, 0, tile.pixels, work.tile, work.tile_step);
 }
 
 template <class T, class Real>
@@ -373,6 +236,7 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
   };
   const Windows<Real> windows = windows_of<Real>(Operation::adjoint, d_features, rois, tangent,
                                                  rule, bins, slices_of, threads);
+  clear_sparse<T>(windows, d_features, threads);
   for_tasks(windows, d_features, slices_of, threads, [&](const Task<Real>& task) {
     const bool streamed = count_of(task.map) * int64_t(sizeof(T)) > kStreamBytes;
     const auto plane = plane_of<T>(task.map, task.visit.image, task.channels);
@@ -381,36 +245,9 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
         return adjoint_rows(task, plane, windows.max_columns, d_output);
     }
     const Workspace<T, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
-    const auto zero = [&](int64_t place, int64_t count) {
-      for (int64_t b = 0; b < plane.blocks(); ++b) {
-        std::memset(work.map + b * work.map_step + place * kGroup * line, 0,
-                    size_t(count * kGroup * kLineBytes));
-      }
-    };
-    // Groups of a run leave together, where pixels do too cut between cache lines.
-    // The lines of pixel i are at i * step.
-    const bool runs = plane.even() && plane.pixel_stride == 1;
-    const auto unpack = [&](const Groups& groups, int64_t step) {
-      for (const Run* run = groups.runs; run < groups.runs + groups.count; ++run) {
-        int64_t from = run->index * kGroup;
-        const int64_t end = least_of(from + run->count * kGroup, plane.pixels);
-        const Real* lines = work.map + run->place * kGroup * step;
-        while (from < end) {
-          int64_t to = least_of(from + kUnpacked * kGroup, end);
-          if (runs && to < end) {
-            to -= int64_t(reinterpret_cast<uintptr_t>(plane.data + to) % kLineBytes / sizeof(T));
-          }
-          store_lines(plane, from, to - from, lines, work.map_step, work.stage, streamed).finish();
-          lines += (to - from) * step;
-          from = to;
-        }
-      }
-    };
-    const auto enter = [&](const Band<Real>& band) {
-      for (int64_t r = 0; r < band.first.count; ++r)
-        zero(band.first.runs[r].place, band.first.runs[r].count);
-    };
-    const auto leave = [&](const Band<Real>& band) { unpack(band.last, line); };
+    const Sums<T, Real> sums{plane, work, streamed};
+    const auto enter = [&](const Band<Real>& band) { sums.enter(band); };
+    const auto leave = [&](const Band<Real>& band) { sums.unpack(band.last, line); };
     for_windows(
         task.visit, enter,
         [&](const Window<Real>& window, const Window<Real>* following) {
@@ -431,8 +268,7 @@ void adjoint(const Tensor& d_output, const Rois& rois, const void* tangent, cons
           }
         },
         leave);
-    zero(0, kUnpacked);
-    unpack(task.visit.untouched, 0);
+    if (!is_sparse(task.visit, task.map)) sums.clear_untouched(task.visit);
     if (streamed) stream_fence();
   });
 }
@@ -489,32 +325,26 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
   };
   const Windows<Real> windows = windows_of<Real>(Operation::box_gradient, features, rois, nullptr,
                                                  rule, bins, slices_of, threads);
-  // A row of sums per block of channels, added in order: the same bits for any threads and layout.
-  const int64_t count = rois.count * 4, blocks = blocks_of<Real>(d_output.shape[1]);
-  const size_t bytes = size_t(most_of<int64_t>(1, blocks * count)) * sizeof(Real);
-  Real* partial = static_cast<Real*>(map_memory(bytes));
-  struct Owner {
-    void* memory;
-    size_t bytes;
-    ~Owner() { unmap_memory(memory, bytes); }
-  } const owner{partial, bytes};
+  const BlockSums<Real> partial(rois.count, 4, blocks_of<Real>(d_output.shape[1]));
   for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
     const auto plane = plane_of<const T>(task.map, task.visit.image, task.channels);
     if (task.visit.way == Way::rows) {
-      Real* sums = partial + task.first_block * count;
-      box_gradient_rows(task, plane, windows.max_columns, d_output, sums);
+      box_gradient_rows(task, plane, windows.max_columns, d_output,
+                        partial.of(task.first_block, 0));
       for (int64_t b = 1; b < plane.blocks(); ++b) {  // the first has those of all
         for_windows(task.visit, [&](const Window<Real>& window) {
-          std::memset(sums + b * count + window.roi * 4, 0, 4 * sizeof(Real));
+          std::memset(partial.of(task.first_block + b, window.roi), 0, 4 * sizeof(Real));
         });
       }
       return;
     }
-    const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks());
-    const auto enter = [&](const Band<Real>& band) { pack(plane, band.first, work); };
+    const Workspace<Pooled<T>, Real> work(task.visit, windows.max_columns, bins, plane.blocks(), 2);
+    const auto enter = [&](const Band<Real>& band) {
+      pack(plane, band.first, work.map, work.map_step);
+    };
     for_windows(task.visit, enter, [&](const Window<Real>& window, const Window<Real>* following) {
       Upcoming<Pooled<T>> upcoming(d_output, following, task.channels,
-                                   4 * plane.blocks() * ranges_of(bins[0]));
+                                   3 * plane.blocks() * ranges_of(bins[0]));
       if (window.term_count) load_tile(d_output, window, task.channels, work);
       for (int64_t b = 0; b < plane.blocks(); ++b) {
         Line<Real> d_x[2] = {}, d_y[2] = {};
@@ -527,14 +357,18 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
             upcoming.ask();
             pull_columns(pulled.x, p.count(), d_out, bins[1], work.strips);
             upcoming.ask();
-            dot_y_slopes(pulled, p, work.map_of(b, pulled), work.strips, d_y);
+            Real* strips = work.strips + work.strips_step;
+            if (window.alike) {
+              dot_y_slopes(pulled, pooled.y, p, work.map_of(b, pulled), work.strips, strips, d_y);
+            } else {
+              dot_y_slopes(pulled, p, work.map_of(b, pulled), work.strips, d_y);
+              pool_columns(pooled, p, work.map_of(b, pooled), strips);
+            }
             upcoming.ask();
-            pool_columns(pooled, p, work.map_of(b, pooled), work.strips);
-            upcoming.ask();
-            dot_x_slopes(pooled.x, pooled.y.entries, p, bins[1], work.strips, d_out, d_x);
+            dot_x_slopes(pooled.x, pooled.y.entries, p, bins[1], strips, d_out, d_x);
           });
         }
-        Real* d_box = partial + (task.first_block + b) * count + window.roi * 4;
+        Real* d_box = partial.of(task.first_block + b, window.roi);
         d_box[0] = sum_of(d_x[0]);
         d_box[1] = sum_of(d_y[0]);
         d_box[2] = sum_of(d_x[1]);
@@ -542,33 +376,7 @@ void box_gradient(const Tensor& d_output, Maps features, const Rois& rois, const
       }
     });
   });
-  Real* result = static_cast<Real*>(d_boxes);
-  for (int64_t i = 0; i < count; ++i) {
-    double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += double(partial[block * count + i]);
-    result[i] = Real(sum);
-  }
-}
-
-// Calls run(an element) of the maps' dtype.
-template <class Run>
-void by_dtype(Maps maps, Run run) {
-  switch (maps.first().dtype) {
-    case DType::float16:
-      return run(half{});
-    case DType::bfloat16:
-      return run(bfloat16{});
-    case DType::float32:
-      return run(float{});
-    default:
-      return run(double{});
-  }
-}
-// Of maps that are read: of bytes too.
-template <class Run>
-void by_any_dtype(Maps maps, Run run) {
-  if (maps.first().dtype == DType::uint8) return run(uint8_t{});
-  by_dtype(maps, run);
+  partial.add_up(static_cast<Real*>(d_boxes));
 }
 
 }  // namespace
@@ -576,8 +384,10 @@ void by_any_dtype(Maps maps, Run run) {
 #define ROIALIGN_STRING(x) #x
 #define ROIALIGN_NAME(x) ROIALIGN_STRING(x)
 
+extern const Sampled sampled;
+
 extern const Engine engine;
-const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA),
+const Engine engine{ROIALIGN_NAME(ROIALIGN_ISA), sampled,
                     [](Maps features, const Rois& rois, const void* tangent, const Rule& rule,
                        const Tensor& output, int threads) {
                       by_any_dtype(features, [&](auto t) {

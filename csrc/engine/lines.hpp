@@ -251,6 +251,33 @@ ROIALIGN_NOINLINE void dot(const Axis<Real>& y, int64_t at, Lines<Real> map, con
   for (int t = 0; t < taps; ++t) sums[t] = sum[t];
 }
 
+// The same, and from the same lines pooled[j] (+)= sum over t of weight[t] * map[row t][column j].
+template <int taps, bool accumulate, class Real>
+ROIALIGN_NOINLINE void dot_and_gather(const Axis<Real>& y, int64_t at, const Real* weight,
+                                      Lines<Real> map, const Axis<Real>& x, const Real* strip,
+                                      Real* pooled, Line<Real>* sums) {
+  Line<Real> sum[taps] = {};
+  Vector<Real> w[taps];
+  const Real* row[taps];
+#pragma GCC unroll 8
+  for (int t = 0; t < taps; ++t) {
+    w[t] = broadcast(weight[t]);
+    row[t] = map.row(y, at + t);
+  }
+  for (int64_t j = 0; j < x.pixel_count; ++j) {
+    const Line<Real> line = load(strip + j * kLanes<Real>);
+    Line<Real> column = accumulate ? load(pooled + j * kLanes<Real>) : Line<Real>{};
+#pragma GCC unroll 8
+    for (int t = 0; t < taps; ++t) {
+      const Line<Real> pixel = load(row[t] + int64_t(x.pixels[j]) * kLanes<Real>);
+      multiply_add(sum[t], line, pixel);
+      multiply_add(column, w[t], pixel);
+    }
+    store(pooled + j * kLanes<Real>, column);
+  }
+  for (int t = 0; t < taps; ++t) sums[t] = sum[t];
+}
+
 // sums[t] = sum over p of d_out[p] * strips[p][index[t]]: of one bin of x, entries from `at` on. A
 // bin of y without entries has no samples: its d_out is not read.
 template <int taps, class Real, class InPlaces>
@@ -362,6 +389,26 @@ void dot_y_slopes(const Term<Real>& term, Range p, Lines<Real> map, const Real* 
       constexpr int n = decltype(taps)::value;
       Line<Real> sums[n];
       dot<n>(term.y, begin + first, map, term.x, strips, sums);
+      for (int t = 0; t < n; ++t) add_slopes(term.y, begin + first + t, sums[t], d);
+    });
+  }
+}
+
+// The same for `values` of y over the same pixels, and pooled = Ay F.
+template <class Real>
+void dot_y_slopes(const Term<Real>& term, const Axis<Real>& values, Range p, Lines<Real> map,
+                  const Real* strips, Real* pooled, Line<Real> d[2]) {
+  const int64_t strip = term.x.pixel_count * kLanes<Real>;
+  for (; p.begin < p.end; ++p.begin, strips += strip, pooled += strip) {
+    const int64_t begin = p.begin * term.y.taps;
+    for_taps<kDots>(term.y.entries[p.begin], [&](auto taps, int64_t first) ROIALIGN_LAMBDA {
+      constexpr int n = decltype(taps)::value;
+      const Real* weight = values.weight[0] + begin + first;
+      Line<Real> sums[n];
+      if (first)
+        dot_and_gather<n, true>(term.y, begin + first, weight, map, term.x, strips, pooled, sums);
+      else
+        dot_and_gather<n, false>(term.y, begin + first, weight, map, term.x, strips, pooled, sums);
       for (int t = 0; t < n; ++t) add_slopes(term.y, begin + first + t, sums[t], d);
     });
   }

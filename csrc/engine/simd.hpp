@@ -77,6 +77,34 @@ inline void multiply_add(Line<Real>& acc, const Line<Real>& a, const Line<Real>&
   ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) acc.vector[v] += a.vector[v] * b.vector[v];
 }
 
+// Whether any lane of a comparison holds.
+template <class Mask>
+inline bool any_of(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#elif defined(__SSE4_1__)
+  return !_mm_testz_si128(__m128i(mask), __m128i(mask));
+#else
+  int64_t halves[2];
+  std::memcpy(halves, &mask, sizeof halves);
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+inline bool any_of(bool holds) {
+  return holds;
+}
+
+// Where a comparison does not hold, and another one does.
+template <class Mask>
+ROIALIGN_INLINE Mask and_not(Mask mask, Mask other) {
+  return ~mask & other;
+}
+ROIALIGN_INLINE bool and_not(bool holds, bool other) {
+  return !holds & other;
+}
+
 // --- Transposition
 // --------------------------------------------------------------------------------
 
@@ -114,26 +142,35 @@ inline void transpose_vectors(V (&v)[n]) {
   }
 }
 
-// A square of as many elements as a line has, from rows `in_step` apart to columns `out_step`
-// apart; its first `rows` rows, or some more. Vectors of at most 32 bytes: those are faster here
-// than longer ones.
+// `rows` times `columns` elements, both rounded up to whole vectors, from rows `in_step` bytes
+// apart to columns `out_step` bytes apart. Vectors of at most 32 bytes: those are faster here than
+// longer ones.
+template <class Real>
+ROIALIGN_INLINE void transpose_bytes(const void* in, int64_t in_step, int rows, int columns,
+                                     void* out, int64_t out_step) {
+  constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
+  typedef Real Square __attribute__((vector_size(bytes)));
+  typedef Real Anywhere __attribute__((vector_size(bytes), aligned(1), may_alias));
+  for (int y = 0; y < rows; y += n) {
+    for (int x = 0; x < columns; x += n) {
+      const char* from = static_cast<const char*>(in) + y * in_step + x * int(sizeof(Real));
+      char* to = static_cast<char*>(out) + x * out_step + y * int(sizeof(Real));
+      Square v[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) v[i] = *reinterpret_cast<const Anywhere*>(from + i * in_step);
+      transpose_vectors<1>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) *reinterpret_cast<Anywhere*>(to + i * out_step) = v[i];
+    }
+  }
+}
+
+// A square of as many elements as a line has; its first `rows` rows, or some more.
 template <class Real>
 ROIALIGN_INLINE void transpose_rows(const Real* in, int64_t in_step, Real* out, int64_t out_step,
                                     int rows) {
-  constexpr int bytes = kVectorBytes < 32 ? kVectorBytes : 32, n = bytes / int(sizeof(Real));
-  typedef Real Square __attribute__((vector_size(bytes)));
-  typedef Real Anywhere __attribute__((vector_size(bytes), aligned(sizeof(Real)), may_alias));
-  for (int y = 0; y < rows; y += n) {
-    for (int x = 0; x < kLanes<Real>; x += n) {
-      Square v[n];
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i)
-        v[i] = *reinterpret_cast<const Anywhere*>(in + (y + i) * in_step + x);
-      transpose_vectors<1>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) *reinterpret_cast<Anywhere*>(out + (x + i) * out_step + y) = v[i];
-    }
-  }
+  constexpr int64_t size = sizeof(Real);
+  transpose_bytes<Real>(in, in_step * size, rows, kLanes<Real>, out, out_step * size);
 }
 template <class Real>
 inline void transpose(const Real* in, int64_t in_step, Real* out, int64_t out_step) {
@@ -272,6 +309,37 @@ inline void narrow_line(const float* from, half* to) {
   }
 }
 #endif
+
+// A square of 16-bit elements: their transposition moves pairs, half as many as there are elements.
+template <class T>
+inline void widen_square(const T* in, int64_t in_step, float* out) {
+  constexpr int lanes = kLanes<float>;
+  float pairs[lanes / 2 * lanes];
+  transpose_bytes<float>(in, in_step * int64_t(sizeof(T)), lanes, lanes / 2, pairs, kLineBytes);
+  for (int i = 0; i < lanes; i += 2) {
+    T even[lanes], odd[lanes];
+    for (int c = 0; c < lanes; ++c) {
+      const uint32_t pair = bits_of(pairs[i / 2 * lanes + c]);
+      even[c].bits = uint16_t(pair);
+      odd[c].bits = uint16_t(pair >> 16);
+    }
+    widen_line(even, out + i * lanes);
+    widen_line(odd, out + (i + 1) * lanes);
+  }
+}
+template <class T>
+inline void narrow_square(const float* in, T* out, int64_t out_step) {
+  constexpr int lanes = kLanes<float>;
+  float pairs[lanes / 2 * lanes];
+  for (int i = 0; i < lanes; i += 2) {
+    T even[lanes], odd[lanes];
+    narrow_line(in + i * lanes, even);
+    narrow_line(in + (i + 1) * lanes, odd);
+    for (int c = 0; c < lanes; ++c)
+      pairs[i / 2 * lanes + c] = float_of(even[c].bits | uint32_t(odd[c].bits) << 16);
+  }
+  transpose_bytes<float>(pairs, kLineBytes, lanes / 2, lanes, out, out_step * int64_t(sizeof(T)));
+}
 
 // --- Parts of a line
 // -------------------------------------------------------------------------------

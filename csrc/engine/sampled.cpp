@@ -1,0 +1,707 @@
+// The second engine, for what is no product of matrices: each bin is its largest sample, "max", or
+// the largest weighted pixel of its samples, "max_corner" (docs/spec.md, 9); or the box is turned,
+// and each bin a sum of pixels of its own (10).
+//
+// A bin's candidates come in the order of the definition, and the first of the largest wins. What
+// is linear in features, d_output and a tangent is then taken at the winner, for each channel its
+// own. Kernels run over vectors of channels, of packed lines or of a map where it is, or over
+// single channels there.
+//
+// Compiled as engine.cpp is, but without fused multiply-adds: every language has the same samples.
+#include "tasks.hpp"
+
+namespace roialign {
+namespace ROIALIGN_ISA {
+namespace {
+
+// What bins are: largest samples, or weighted pixels of them; or sums, of boxes that are turned.
+enum class Kind { largest, corner, turned };
+
+// The pixels of one window and block of channels: packed lines,
+template <class Real>
+struct PackedPixels {
+  using Element = Real;
+  Real* data;
+  const int32_t* rows;  // by the number of a pixel of y
+  static constexpr int64_t channel_step = 1;
+
+  Real* row(int32_t y) const { return data + int64_t(rows[y]) * kLanes<Real>; }
+  int64_t column(int32_t x) const { return int64_t(x) * kLanes<Real>; }
+};
+// or a map where it is.
+template <class E>
+struct Pixels {
+  using Element = E;
+  E* data;
+  const int32_t* rows;
+  int64_t row_step, step, channel_step;
+
+  E* row(int32_t y) const { return data + rows[y] * row_step; }
+  int64_t column(int32_t x) const { return x * step; }
+};
+
+// What a kernel runs over: a vector of channels, or one.
+template <class V, class E>
+ROIALIGN_INLINE V load_channels(const E* p) {
+  if constexpr (sizeof(V) == kVectorBytes)
+    return *reinterpret_cast<const V*>(p);
+  else
+    return widen(*p);
+}
+template <class V, class E>
+ROIALIGN_INLINE void store_channels(E* p, V value) {
+  *reinterpret_cast<V*>(p) = value;
+}
+template <class V>
+struct IdOf {
+  using type = decltype(V{} < V{});
+};
+template <>
+struct IdOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IdOf<double> {
+  using type = int64_t;
+};
+template <class V>
+using Id = typename IdOf<V>::type;
+
+// Calls body(V{}, c) for the channels of a block: vectors where all pixels allow, single ones.
+template <class Real, class Body, class... P>
+ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
+  constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(Real));
+  int64_t c = 0;
+  if constexpr (((sizeof(typename P::Element) == sizeof(Real)) && ...)) {
+    if (((pixels.channel_step == 1) && ...)) {
+      for (; c + lanes <= channels; c += lanes) body(Vector<Real>{}, c);
+    }
+  }
+  for (; c < channels; ++c) body(Real{}, c);
+}
+
+// Weights of the pixels (low, low), (low, high), (high, low), (high, high) in y and x. Those of 0
+// are not read.
+template <class Real>
+struct Weights {
+  Real of[4];
+};
+
+template <class Real>
+ROIALIGN_INLINE Weights<Real> product(const Real y[2], const Real x[2]) {
+  return {{y[0] * x[0], y[0] * x[1], y[1] * x[0], y[1] * x[1]}};
+}
+
+// One sample of a bin: its weights in each axis and, among the pixels of an array, where they are.
+template <class E, class Real>
+struct Sample {
+  int32_t i, j;
+  E *low, *high;  // rows
+  int64_t left, right;
+  const Real *y, *x;
+
+  E* at(int k) const { return (k < 2 ? low : high) + (k % 2 ? right : left); }
+  Weights<Real> values() const { return product(y, x); }
+  // Whether all four pixels are read. No product of what is larger is 0.
+  bool whole() const { return y[1] > Real(0x1p-60) && x[1] > Real(0x1p-60); }
+  // Its value, if it is whole: a product of vectors costs less than one to be spread.
+  template <class V>
+  V value() const {
+    const V zero{}, wy[] = {y[0] - zero, y[1] - zero}, wx[] = {x[0] - zero, x[1] - zero};
+    const auto term = [&](int k) ROIALIGN_LAMBDA {
+      return wy[k / 2] * wx[k % 2] * load_channels<V>(at(k));
+    };
+    return ((term(0) + term(1)) + term(2)) + term(3);
+  }
+};
+
+template <class V, class S, class Real>
+ROIALIGN_INLINE V dot(const Weights<Real>& w, const S& sample) {
+  V sum{};
+  for (int k = 0; k < 4; ++k)
+    if (w.of[k] != 0) sum += w.of[k] * load_channels<V>(sample.at(k));
+  return sum;
+}
+template <class V, class S>
+ROIALIGN_INLINE V value_of(const S& sample) {
+  return sample.whole() ? sample.template value<V>() : dot<V>(sample.values(), sample);
+}
+
+template <class V, class S, class Real>
+ROIALIGN_INLINE void add(const Weights<Real>& w, bool whole, const V d, const S& sample) {
+  const auto add_to = [&](int k) ROIALIGN_LAMBDA {
+    auto* at = sample.at(k);
+    store_channels(at, load_channels<V>(at) + w.of[k] * d);
+  };
+  if (whole) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add_to(k);
+    return;
+  }
+  for (int k = 0; k < 4; ++k)
+    if (w.of[k] != 0) add_to(k);
+}
+
+// The largest candidate so far, and the number of the first that is as large: -1 for samples that
+// are not inside, which are 0. Nothing is larger than a NaN, which is kept apart: so a candidate
+// waits for one maximum alone.
+template <class V, bool identified>
+struct Largest {
+  V number = V{} - INFINITY, nan{};
+  Id<V> id{};
+
+  ROIALIGN_INLINE void consider(V candidate, int32_t candidate_id) {
+    if (identified) {
+      const auto wins = and_not(candidate <= number, nan == nan);
+      id = wins ? Id<V>{} + candidate_id : id;
+    }
+    number = candidate > number ? candidate : number;
+    nan = candidate != candidate ? candidate : nan;
+  }
+  V value() const { return nan == nan ? number : nan; }
+};
+
+// The samples of a window, and one of its bins.
+template <class Real>
+struct Grid {
+  Samples<Real> y, x;
+};
+struct Bin {
+  int64_t p, q;
+};
+
+// Calls body(sample, number) for the samples of a bin among an array's pixels, and
+// outside() where the first of those that are not inside comes. Gives whether there are any.
+template <class Real, class P, class Body, class Outside>
+ROIALIGN_INLINE bool for_samples(const Grid<Real>& grid, Bin bin, const P& pixels, int64_t c,
+                                 const Body& body, const Outside& outside) {
+  const auto& [y, x] = grid;
+  const auto [p, q] = bin;
+  const int32_t rows = y.first[p + 1] - y.first[p], first = x.first[q], end = x.first[q + 1];
+  int32_t outside_at = -1;  // before so many rows
+  if (y.before[p] || x.before[q])
+    outside_at = 0;
+  else if (x.after[q])
+    outside_at = rows ? 1 : 0;
+  else if (y.after[p])
+    outside_at = rows;
+  Sample<typename P::Element, Real> sample;
+  int32_t number = 0;
+  for (int32_t k = 0; k < rows; ++k) {
+    if (k == outside_at) outside();
+    sample.i = y.first[p] + k;
+    const auto& in_y = y.at[sample.i];
+    sample.y = in_y.weight;
+    sample.low = pixels.row(in_y.low) + c * pixels.channel_step;
+    sample.high = pixels.row(in_y.high) + c * pixels.channel_step;
+    for (int32_t j = first; j < end; ++j) {
+      const auto& in_x = x.at[j];
+      sample.j = j;
+      sample.x = in_x.weight;
+      sample.left = pixels.column(in_x.low);
+      sample.right = pixels.column(in_x.high);
+      body(sample, number++);
+    }
+  }
+  if (outside_at == rows) outside();
+  return outside_at >= 0 || number;
+}
+
+// The largest sample of a bin, or its largest weighted corner.
+template <bool corner, bool identified, class V, class Real, class P>
+ROIALIGN_INLINE Largest<V, identified> largest_of(const Grid<Real>& grid, Bin bin, const P& pixels,
+                                                  int64_t c) {
+  Largest<V, identified> largest;
+  const bool any = for_samples(
+      grid, bin, pixels, c,
+      [&](const auto& sample, int32_t number) ROIALIGN_LAMBDA {
+        if constexpr (!corner) {
+          largest.consider(value_of<V>(sample), number);
+        } else {
+          const auto& w = sample.values();
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) {
+            V value{};
+            if (w.of[k] != 0) value = w.of[k] * load_channels<V>(sample.at(k));
+            largest.consider(value, number * 4 + k);
+          }
+        }
+      },
+      [&]() ROIALIGN_LAMBDA { largest.consider(V{}, -1); });
+  if (!any) largest.number = V{};
+  return largest;
+}
+
+// Calls body(sample, its value's weights, whether all are read, mask of the channels that it wins)
+// among `pixels`, for the winners of a bin.
+template <bool corner, class V, class Real, class S, class P, class Body>
+ROIALIGN_INLINE void for_winners(const Grid<Real>& grid, Bin bin, const S& selectors,
+                                 const P& pixels, int64_t c, const Body& body) {
+  const Id<V> winner = largest_of<corner, true, V>(grid, bin, selectors, c).id;
+  for_samples(
+      grid, bin, pixels, c,
+      [&](const auto& sample, int32_t number) ROIALIGN_LAMBDA {
+        if constexpr (!corner) {
+          const auto wins = winner == number;
+          if (any_of(wins)) body(sample, sample.values(), sample.whole(), wins);
+        } else {
+          for (int k = 0; k < 4; ++k) {
+            const auto wins = winner == number * 4 + k;
+            if (!any_of(wins)) continue;
+            auto one = sample.values();
+            for (int other = 0; other < 4; ++other) one.of[other] *= other == k;
+            body(sample, one, false, wins);
+          }
+        }
+      },
+      []() ROIALIGN_LAMBDA {});
+}
+
+// The weights of how a sample's value changes when it moves.
+template <class E, class Real>
+ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, Real dy, Real dx) {
+  const Real my[] = {-dy, dy}, mx[] = {-dx, dx};
+  Weights<Real> weights = product(my, sample.x);
+  const Weights<Real> along_x = product(sample.y, mx);
+  for (int k = 0; k < 4; ++k) weights.of[k] += along_x.of[k];
+  return weights;
+}
+// Along the tangent.
+template <class E, class Real>
+ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, const Grid<Real>& grid) {
+  return slopes_of(sample, grid.y.moves[0][sample.i], grid.x.moves[0][sample.j]);
+}
+
+// Calls body(V{}, bin, c, line of the bin) for all bins of a window and the channels of a block.
+template <class Real, class Tile, class Body, class... P>
+ROIALIGN_INLINE void for_bins(const int64_t* bins, int64_t channels, Tile* lines, const Body& body,
+                              const P&... pixels) {
+  for (int64_t p = 0; p < bins[0]; ++p) {
+    for (int64_t q = 0; q < bins[1]; ++q, lines += kLanes<Real>) {
+      for_channels<Real>(
+          channels, [&](auto v, int64_t c) ROIALIGN_LAMBDA { body(v, Bin{p, q}, c, lines + c); },
+          pixels...);
+    }
+  }
+}
+
+// out = the bins of a window.
+template <bool corner, class Real, class P>
+ROIALIGN_NOINLINE void pool(const Grid<Real> grid, const int64_t* bins, int64_t channels,
+                            const P pixels, Real* out) {
+  for_bins<Real>(
+      bins, channels, out,
+      [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
+        store_channels(to, largest_of<corner, false, decltype(v)>(grid, bin, pixels, c).value());
+      },
+      pixels);
+}
+
+// The same of the samples that `selectors` choose, or their derivative along the tangent.
+template <bool corner, bool moved, class Real, class P>
+ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
+                                     const P pixels, const P selectors, Real* out) {
+  for_bins<Real>(
+      bins, channels, out,
+      [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        V result{};
+        for_winners<corner, V>(
+            grid, bin, selectors, pixels, c,
+            [&](const auto& sample, const Weights<Real>& values, bool, auto wins) ROIALIGN_LAMBDA {
+              const V found = dot<V>(moved ? slopes_of(sample, grid) : values, sample);
+              result = wins ? found : result;
+            });
+        store_channels(to, result);
+      },
+      pixels, selectors);
+}
+
+// sums += d_out at the samples that `selectors` choose, or its product with their derivative along
+// the tangent.
+template <bool corner, bool moved, class Real, class S, class P>
+ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
+                                       const Real* d_out, const S selectors, const P sums) {
+  for_bins<Real>(
+      bins, channels, d_out,
+      [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        const V d = load_channels<V>(from);
+        for_winners<corner, V>(grid, bin, selectors, sums, c,
+                               [&](const auto& sample, const Weights<Real>& values, bool whole,
+                                   auto wins) ROIALIGN_LAMBDA {
+                                 const V won = wins ? d : V{};
+                                 if constexpr (moved)
+                                   add<V>(slopes_of(sample, grid), false, won, sample);
+                                 else
+                                   add<V>(values, whole, won, sample);
+                               });
+      },
+      selectors, sums);
+}
+
+// lanes[e][c] += the derivatives in the numbers of the box, x1, y1, x2, y2.
+template <class Real, class P>
+ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
+                                    const Real* d_out, const P pixels, const P selectors,
+                                    Real (*lanes)[kLanes<Real>]) {
+  for_bins<Real>(
+      bins, channels, d_out,
+      [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        const V d = load_channels<V>(from);
+        for_winners<false, V>(
+            grid, bin, selectors, pixels, c,
+            [&](const auto& sample, const Weights<Real>&, bool, auto wins) ROIALIGN_LAMBDA {
+              for (int axis = 0; axis < 2; ++axis) {
+                const Real* const* moves = axis == 0 ? grid.y.moves : grid.x.moves;
+                const int32_t k = axis == 0 ? sample.i : sample.j;
+                if (moves[0][k] == 0 && moves[1][k] == 0) continue;
+                const V slope =
+                    d * dot<V>(slopes_of<typename P::Element, Real>(sample, axis == 0, axis == 1),
+                               sample);
+                for (int e = 0; e < 2; ++e) {
+                  Real* lane = lanes[2 * e + 1 - axis] + c;
+                  const V before = load_channels<V>(lane);
+                  store_channels(lane, wins ? before + moves[e][k] * slope : before);
+                }
+              }
+            });
+      },
+      pixels, selectors);
+}
+
+// Calls body(V{}, c, bin, its pixels and weights from `at` to `end` on) for all bins of a window
+// that is turned.
+template <class Real, class Body, class... P>
+ROIALIGN_INLINE void for_patches(const Patches<Real>& patches, int64_t bins, int64_t channels,
+                                 const Body& body, const P&... pixels) {
+  for (int64_t k = 0; k < bins; ++k) {
+    for_channels<Real>(
+        channels,
+        [&](auto v, int64_t c)
+            ROIALIGN_LAMBDA { body(v, c, k, patches.first[k], patches.first[k + 1]); },
+        pixels...);
+  }
+}
+
+// Where pixel i of a patch is, in channel c.
+template <class P, class Real>
+ROIALIGN_INLINE auto pixel_at(const P& pixels, const Patches<Real>& patches, int64_t i, int64_t c) {
+  return pixels.row(patches.pixel[i].y) + pixels.column(patches.pixel[i].x) +
+         c * pixels.channel_step;
+}
+
+// out = the bins.
+template <class Real, class P>
+ROIALIGN_NOINLINE void pool_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
+                                    const P pixels, Real* out) {
+  for_patches(
+      patches, bins, channels,
+      [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        const auto term = [&](int64_t i) ROIALIGN_LAMBDA {
+          return patches.weight[i] * load_channels<V>(pixel_at(pixels, patches, i, c));
+        };
+        V sums[4] = {};  // four at a time: each sum waits for the one before
+        for (; at + 4 <= end; at += 4) {
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < 4; ++i) sums[i] += term(at + i);
+        }
+        for (; at < end; ++at) sums[0] += term(at);
+        store_channels(out + k * kLanes<Real> + c, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+      },
+      pixels);
+}
+
+// sums += d_out.
+template <class Real, class P>
+ROIALIGN_NOINLINE void spread_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
+                                      const Real* d_out, const P sums) {
+  for_patches(
+      patches, bins, channels,
+      [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        const V d = load_channels<V>(d_out + k * kLanes<Real> + c);
+        for (; at < end; ++at) {
+          auto* to = pixel_at(sums, patches, at, c);
+          store_channels(to, load_channels<V>(to) + patches.weight[at] * d);
+        }
+      },
+      sums);
+}
+
+// lanes[e][c] += the derivatives in the numbers of the box.
+template <class Real, class P>
+ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
+                                   const Real* d_out, const P pixels, Real (*lanes)[kLanes<Real>]) {
+  constexpr int numbers = kTurnedNumbers;
+  for_patches(
+      patches, bins, channels,
+      [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
+        using V = decltype(v);
+        if (at == end) return;
+        const V d = load_channels<V>(d_out + k * kLanes<Real> + c);
+        V sums[numbers];
+#pragma GCC unroll 5
+        for (int e = 0; e < numbers; ++e) sums[e] = load_channels<V>(lanes[e] + c);
+        for (; at < end; ++at) {
+          const V product = d * load_channels<V>(pixel_at(pixels, patches, at, c));
+#pragma GCC unroll 5
+          for (int e = 0; e < numbers; ++e) sums[e] += patches.slopes[at * numbers + e] * product;
+        }
+#pragma GCC unroll 5
+        for (int e = 0; e < numbers; ++e) store_channels(lanes[e] + c, sums[e]);
+      },
+      pixels);
+}
+
+// The pixels of block b of a window: packed in `lines`, whose blocks are `step` apart,
+template <class Real>
+PackedPixels<Real> pixels_of(Real* lines, int64_t step, const Window<Real>& window, int64_t b) {
+  return {lines + b * step, window.term->rows};
+}
+// or where the map is.
+template <class T, class Real>
+Pixels<T> pixels_of(const Plane<T>& plane, const Window<Real>& window, int64_t b) {
+  return {plane.data + b * kLanes<Real> * plane.channel_stride, window.term->y.pixels,
+          plane.row_stride, plane.pixel_stride, plane.channel_stride};
+}
+
+// How many channels block b has.
+template <class Real>
+int64_t channels_of(int64_t all, int64_t b) {
+  return least_of<int64_t>(kLanes<Real>, all - b * kLanes<Real>);
+}
+
+// The slices of a map's channels; all in one where it is pooled in place by vectors.
+template <class T>
+Slices slices_of_map(const Tensor& map, const Tensor* target, bool whole) {
+  if (whole && map.stride[1] == 1 && sizeof(T) == sizeof(Accumulator<T>))
+    return Slices::all<T>(map);
+  return Slices::of(map, target, Pooled<T>{});
+}
+
+// What the bins of a window are made of, if it is on a map.
+template <Kind kind, class Real>
+auto parts_of(const Window<Real>& window) {
+  if constexpr (kind == Kind::turned)
+    return window.term_count ? patches_of(window) : Patches<Real>{};
+  else
+    return window.term_count ? Grid<Real>{window.samples[0], window.samples[1]} : Grid<Real>{};
+}
+
+template <Kind kind, class T>
+void forward(Maps features, Maps selectors, const Rois& rois, const void* tangent, const Rule& rule,
+             const Tensor& output, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = output.shape + 2;
+  const bool moved = tangent;
+  const auto slices_of = [&](int64_t m) {
+    return slices_of_map<T>(features[m].array, &output, true);
+  };
+  const bool streamed = count_of(output) * int64_t(sizeof(Pooled<T>)) > kStreamBytes;
+  const Windows<Real> windows =
+      windows_of<Real>(Operation::forward, features, rois, tangent, rule, bins, slices_of, threads);
+  for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
+    const Visit<Real>& visit = task.visit;
+    const auto plane = plane_of<const T>(task.map, visit.image, task.channels);
+    const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
+    const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
+    const int64_t blocks = plane.blocks();
+    const bool apart = selectors.count && visit.way == Way::packed;
+    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
+    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const auto enter = [&](const Band<Real>& band) {
+      pack(plane, band.first, work.map, work.map_step);
+      if (apart) pack(chosen, band.first, second, work.map_step);
+    };
+    Copy leaving;
+    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
+      if (!window.term_count)
+        std::memset(work.tile, 0, size_t(blocks * work.tile_step) * sizeof(Real));
+      const auto parts = parts_of<kind>(window);
+      const auto fill = [&](int64_t b, int64_t channels, const auto& pixels, const auto& deciding) {
+        Real* out = work.tile + b * work.tile_step;
+        if constexpr (kind == Kind::turned)
+          pool_patches(parts, bins[0] * bins[1], channels, pixels, out);
+        else if (moved)
+          pool_selected<kind == Kind::corner, true>(parts, bins, channels, pixels, deciding, out);
+        else if (selectors.count)
+          pool_selected<kind == Kind::corner, false>(parts, bins, channels, pixels, deciding, out);
+        else
+          pool<kind == Kind::corner>(parts, bins, channels, pixels, out);
+      };
+      leaving.finish();
+      for (int64_t b = 0; window.term_count && b < blocks; ++b) {
+        if (visit.way == Way::packed)
+          fill(b, kLanes<Real>, pixels_of(work.map, work.map_step, window, b),
+               pixels_of(second, work.map_step, window, b));
+        else
+          fill(b, channels_of<Real>(plane.channels, b), pixels_of(plane, window, b),
+               pixels_of(chosen, window, b));
+      }
+      leaving = store_lines(plane_of<Pooled<T>>(output, window.roi, task.channels), 0,
+                            bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
+    });
+    leaving.finish();
+    if (streamed) stream_fence();
+  });
+}
+
+template <Kind kind, class T>
+void adjoint(const Tensor& d_output, Maps selectors, const Rois& rois, const void* tangent,
+             const Rule& rule, Maps d_features, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = d_output.shape + 2;
+  const bool moved = tangent;
+  const auto slices_of = [&](int64_t m) {
+    return slices_of_map<T>(d_features[m].array, &d_features[m].array, false);
+  };
+  const Windows<Real> windows = windows_of<Real>(Operation::adjoint, d_features, rois, tangent,
+                                                 rule, bins, slices_of, threads);
+  clear_sparse<T>(windows, d_features, threads);
+  for_tasks(windows, d_features, slices_of, threads, [&](const Task<Real>& task) {
+    const bool streamed = count_of(task.map) * int64_t(sizeof(T)) > kStreamBytes;
+    const Visit<Real>& visit = task.visit;
+    const auto plane = plane_of<T>(task.map, visit.image, task.channels);
+    const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
+    const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
+    const int64_t blocks = plane.blocks();
+    const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
+    const Workspace<T, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
+    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const Sums<T, Real> sums{plane, work, streamed};
+    const auto enter = [&](const Band<Real>& band) {
+      sums.enter(band);
+      if (apart) pack(chosen, band.first, second, work.map_step);
+    };
+    const auto leave = [&](const Band<Real>& band) { sums.unpack(band.last, kLanes<Real>); };
+    if (!packed) clear(plane);
+    const auto body = [&](const Window<Real>& window, const Window<Real>*) {
+      if (!window.term_count) return;
+      load_tile(d_output, window, task.channels, work);
+      const auto parts = parts_of<kind>(window);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Real* d_out = work.tile + b * work.tile_step;
+        const auto spread = [&](int64_t channels, const auto& deciding, const auto& into) {
+          if constexpr (kind == Kind::turned)
+            spread_patches(parts, bins[0] * bins[1], channels, d_out, into);
+          else if (moved)
+            spread_selected<kind == Kind::corner, true>(parts, bins, channels, d_out, deciding,
+                                                        into);
+          else
+            spread_selected<kind == Kind::corner, false>(parts, bins, channels, d_out, deciding,
+                                                         into);
+        };
+        if (packed) {
+          spread(kLanes<Real>, pixels_of(second, work.map_step, window, b),
+                 pixels_of(work.map, work.map_step, window, b));
+        } else if constexpr (sizeof(T) == sizeof(Real)) {
+          spread(channels_of<Real>(plane.channels, b), pixels_of(chosen, window, b),
+                 pixels_of(plane, window, b));
+        }
+      }
+    };
+    for_windows(visit, enter, body, leave);
+    if (packed && !is_sparse(visit, task.map)) sums.clear_untouched(visit);
+    if (streamed) stream_fence();
+  });
+}
+
+template <Kind kind, class T>
+void box_gradient(const Tensor& d_output, Maps features, Maps selectors, const Rois& rois,
+                  const Rule& rule, void* d_boxes, int threads) {
+  using Real = Accumulator<T>;
+  const int64_t* bins = d_output.shape + 2;
+  const auto slices_of = [&](int64_t m) {
+    return slices_of_map<T>(features[m].array, nullptr, false);
+  };
+  const Windows<Real> windows = windows_of<Real>(Operation::box_gradient, features, rois, nullptr,
+                                                 rule, bins, slices_of, threads);
+  constexpr int numbers = kind == Kind::turned ? kTurnedNumbers : 4;
+  const BlockSums<Real> partial(rois.count, numbers, blocks_of<Real>(d_output.shape[1]));
+  for_tasks(windows, features, slices_of, threads, [&](const Task<Real>& task) {
+    const Visit<Real>& visit = task.visit;
+    const auto plane = plane_of<const T>(task.map, visit.image, task.channels);
+    const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
+    const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
+    const int64_t blocks = plane.blocks();
+    const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
+    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
+    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const auto enter = [&](const Band<Real>& band) {
+      pack(plane, band.first, work.map, work.map_step);
+      if (apart) pack(chosen, band.first, second, work.map_step);
+    };
+    for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
+      if (window.term_count) load_tile(d_output, window, task.channels, work);
+      const auto parts = parts_of<kind>(window);
+      for (int64_t b = 0; b < blocks; ++b) {
+        Real lanes[numbers][kLanes<Real>] = {};
+        const Real* d_out = work.tile + b * work.tile_step;
+        const auto dot = [&](int64_t channels, const auto& pixels, const auto& deciding) {
+          if constexpr (kind == Kind::turned)
+            dot_patches(parts, bins[0] * bins[1], channels, d_out, pixels, lanes);
+          else
+            dot_selected(parts, bins, channels, d_out, pixels, deciding, lanes);
+        };
+        if (window.term_count && packed) {
+          dot(kLanes<Real>, pixels_of(work.map, work.map_step, window, b),
+              pixels_of(second, work.map_step, window, b));
+        } else if (window.term_count) {
+          dot(channels_of<Real>(plane.channels, b), pixels_of(plane, window, b),
+              pixels_of(chosen, window, b));
+        }
+        Real* d_box = partial.of(task.first_block + b, window.roi);
+        for (int e = 0; e < numbers; ++e) d_box[e] = sum_of(load(lanes[e]));
+      }
+    });
+  });
+  partial.add_up(static_cast<Real*>(d_boxes));
+}
+
+// Calls run(KindOf<of the bins>).
+template <Kind k>
+struct KindOf {
+  static constexpr Kind value = k;
+};
+template <class Run>
+void by_kind(const Rule& rule, Run run) {
+  if (rule.turn != 0) return run(KindOf<Kind::turned>{});
+  rule.reduction == 2 ? run(KindOf<Kind::corner>{}) : run(KindOf<Kind::largest>{});
+}
+
+}  // namespace
+
+extern const Sampled sampled;
+const Sampled sampled{[](Maps features, Maps selectors, const Rois& rois, const void* tangent,
+                         const Rule& rule, const Tensor& output, int threads) {
+                        by_any_dtype(features, [&](auto t) {
+                          by_kind(rule, [&](auto kind) {
+                            forward<decltype(kind)::value, decltype(t)>(
+                                features, selectors, rois, tangent, rule, output, threads);
+                          });
+                        });
+                      },
+                      [](const Tensor& d_output, Maps selectors, const Rois& rois,
+                         const void* tangent, const Rule& rule, Maps d_features, int threads) {
+                        by_dtype(d_features, [&](auto t) {
+                          by_kind(rule, [&](auto kind) {
+                            adjoint<decltype(kind)::value, decltype(t)>(
+                                d_output, selectors, rois, tangent, rule, d_features, threads);
+                          });
+                        });
+                      },
+                      [](const Tensor& d_output, Maps features, Maps selectors, const Rois& rois,
+                         const Rule& rule, void* d_boxes, int threads) {
+                        by_any_dtype(features, [&](auto t) {
+                          by_kind(rule, [&](auto kind) {
+                            box_gradient<decltype(kind)::value, decltype(t)>(
+                                d_output, features, selectors, rois, rule, d_boxes, threads);
+                          });
+                        });
+                      }};
+
+}  // namespace ROIALIGN_ISA
+}  // namespace roialign
