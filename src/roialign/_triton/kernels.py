@@ -56,6 +56,9 @@ def whole(number):
     return tl.full((), number, tl.int64)
 
 
+INTERPRETED = tl.constexpr(not isinstance(whole, triton.JITFunction))
+
+
 @triton.jit
 def real(number):
     return tl.full((), number, tl.float64)
@@ -97,7 +100,7 @@ def place_of(tile, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
 @triton.jit
 def rounded(sums, dtype: tl.constexpr):
     """To the nearest, ties to even: Triton's interpreter would cut float32 to bfloat16."""
-    if dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = sums.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(sums == sums, bits, 0x7FC00000)
@@ -319,20 +322,17 @@ def axis_taps(
         tl.store(at + 2, backwards, known)
 
 
-@kernel("count", "words")
-def touched(
-    image_of, extents,
-    count, height, width, words,
-    bits,
+@triton.jit
+def reached_by(
+    program, image_of, extents, count, height, width, words, bits,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Which RoIs reach a tile of a map. One program: some words of one tile.
+    """Which RoIs reach a tile of a map: some words of one tile.
 
     In `bits` (images, tiles, words) the first RoI is the lowest bit.
     """
-    count, words = whole(count), whole(words)
-    block, tile = divided(tl.program_id(0), tl.cdiv(words, BLOCK_W))
-    image, tile_y, tile_x = place_of(tile, whole(height), whole(width), TILE_Y, TILE_X)
+    block, tile = divided(program, tl.cdiv(words, BLOCK_W))
+    image, tile_y, tile_x = place_of(tile, height, width, TILE_Y, TILE_X)
     y, x = tile_y * TILE_Y, tile_x * TILE_X
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
     bit = tl.arange(0, ROIS_PER_WORD)[None, :]
@@ -347,6 +347,20 @@ def touched(
     found = tl.sum(hit.to(tl.int64) << bit.to(tl.int64), 1)
     word = block * BLOCK_W + tl.arange(0, BLOCK_W)
     tl.store(bits + tile * words + word, found, word < words)
+
+
+@kernel("count", "words")
+def touched(
+    image_of, extents,
+    count, height, width, words,
+    bits,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Which RoIs reach the tiles of a map."""
+    reached_by(
+        tl.program_id(0), image_of, extents, whole(count), whole(height), whole(width),
+        whole(words), bits, TILE_Y, TILE_X, BLOCK_W,
+    )  # fmt: skip
 
 
 @kernel("count", "output_q")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton.language as tl
 
-from . import geometry, kernels
+from . import geometry, kernels, rows
 
 if TYPE_CHECKING:
     from roialign._rois import Rois
@@ -32,6 +32,16 @@ MAX_PROGRAMS = 2**31 - 1  # of one launch: CUDA's grids have no more on their fi
 TILE = (8, 16)  # pixels of a map, y and x, that one program of the adjoint writes: a lane each
 WORDS = 8  # of a tile, that one program writes: with the bits of a word, 256 lanes
 BOXES = 128  # whose sums one program adds: a lane each
+# the forward by sorted rows, `rows`
+FEW = 4  # taps of a bin on an axis, of one or two samples
+LANES = 128, 64  # of a step: bins, each with a block of channels; of few taps in float32, others
+SORTED = (8, 8), (16, 16)  # pixels of a tile by which rows are sorted: of few taps, others
+STEPS, ENOUGH = 8, 400  # of a program at most; programs that keep a GPU busy
+MOST_PLACES = 2**24  # RoIs times tiles: each tile's program looks at each RoI
+# the adjoint by rows of the map
+TILE_OF_ROW = 16  # pixels of a row that one program writes
+MOST_BITS = 2**26  # RoIs times tiles: a bit each
+PACKED = (32, 128)  # channels and pixels that one program packs
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # coordinates are defined to the bit; sums say `fma` themselves
@@ -126,6 +136,10 @@ class Job:
         return dtype_of(self.pooled) == "float64"
 
     @property
+    def has_few_taps(self) -> bool:
+        return 1 <= self.rule[0] <= 2
+
+    @property
     def tables(self) -> int:
         """Of weights, where no slope is asked for."""
         return 1 if self.tangent is None else 2
@@ -133,18 +147,33 @@ class Job:
     def taps(
         self, kernel: Any, grid: tuple[int], level: int, outputs: tuple, *spread: int, **constants
     ) -> list[Array]:
-        """What a kernel makes for one of the maps. Any array stands for one that is none."""
+        """What a kernel makes for one of the maps."""
+        boxes = self.rois.boxes
+        inputs = *self.arrays, boxes if self.tangent is None else self.tangent
+        inputs += self.numbers(level, *spread)
+        constants |= {"RULE": self.rule, "LEVELS": self.rois.levels is not None}
+        return self.call(kernel, grid, inputs, outputs, **constants)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Boxes, index, levels; any array stands for one that is none."""
         boxes, index, levels = self.rois
-        levels = index if levels is None else levels
+        return boxes, index, index if levels is None else levels
+
+    def numbers(self, level: int, *spread: int) -> tuple[float, ...]:
+        """What kernels that read boxes are told of one of the maps, from `map` on."""
+        boxes, index, levels = self.arrays
         images, _, *size = self.maps[level].shape
         count, _, *bins = self.pooled.shape
-        inputs = (
-            *(boxes, index, levels, boxes if self.tangent is None else self.tangent),
+        return (
             *(level, len(self.maps), count, images, *size, *bins, *spread),
             *(*self.scales[2 * level :][:2], *strides(boxes), *strides(index), *strides(levels)),
         )
-        constants |= {"RULE": self.rule, "LEVELS": self.rois.levels is not None}
-        return self.call(kernel, grid, inputs, outputs, **constants)
+
+    def spread(self, level: int) -> list[int]:
+        """Of the bins of y and of x."""
+        sides = zip(self.maps[level].shape[2:], self.pooled.shape[2:], strict=True)
+        return [geometry.spread_of(self.rule, *side, self.is_double) for side in sides]
 
 
 class Taps(NamedTuple):
@@ -163,9 +192,7 @@ def axis_taps(job: Job, level: int, tables: int, *, columns: bool) -> Taps:
     """Of one of the maps, for weights in so many tables."""
     count, _, *bins = job.pooled.shape
     size, double = job.maps[level].shape[2:], job.is_double
-    spread = tuple(
-        geometry.spread_of(job.rule, n, b, double) for n, b in zip(size, bins, strict=True)
-    )
+    spread = job.spread(level)
     room = sum(length + s * b for length, s, b in zip(size, spread, bins, strict=True))
     block_p = power(max(bins), 64)
     block_k = max(1, 32 // block_p)
@@ -190,7 +217,7 @@ def axis_taps(job: Job, level: int, tables: int, *, columns: bool) -> Taps:
         BLOCK_P=block_p,
         **OPTIONS | {"num_warps": 1},
     )
-    return Taps(*made, room, spread)
+    return Taps(*made, room, tuple(spread))
 
 
 class _Blocks(NamedTuple):
@@ -255,6 +282,183 @@ def sum_blocks(
     return d_boxes
 
 
+def has_sixteens(steps: Sequence[int]) -> bool:
+    """Whether channels are innermost in memory, and all else is multiples of 16 apart."""
+    n, c, h, w = steps
+    return c == 1 and not any(step % 16 for step in (n, h, w))
+
+
+def reach(array: Array) -> int:
+    """How far offsets go in one image or RoI."""
+    return sum(s * side for s, side in zip(strides(array)[1:], array.shape[1:], strict=True))
+
+
+def by_rows(job: Job, features: Array) -> bool:
+    """Whether the forward from this map goes by sorted rows of bins; the shapes alone say so.
+
+    It takes channels in sixteens, and float32 sums of values. It packs a map only where the RoIs
+    have about as many samples as the map has pixels: then its pixels are read again and again.
+    """
+    images, channels, height, width = features.shape
+    count, _, *bins = job.pooled.shape
+    n, c, h, w = strides(features)
+    of_output = strides(job.pooled)
+    if c == 1:
+        fits = not any(step % 16 for step in (n, h, w))
+    else:
+        fits = (h, w) == (width, 1) and 4 * count * math.prod(bins) >= images * height * width
+    if of_output[1] == 1:
+        fits = fits and not any(step % 16 for step in (of_output[0], *of_output[2:]))
+    tile_y, tile_x = SORTED[not job.has_few_taps]
+    places = count * images * quotient(height, tile_y) * quotient(width, tile_x)
+    return (
+        fits
+        and not (channels % 16 or job.is_double)
+        and job.tangent is None
+        and bins[1] <= min(LANES)
+        and places <= MOST_PLACES
+        # kernels count these in 31 bits
+        and max(channels * height * width, h * height, reach(job.pooled), 16 * count * sum(bins))
+        < 2**31
+    )
+
+
+def _gather(job: Job, level: int, output: Array | New) -> Array:
+    """The forward from one of the maps, by sorted rows of bins."""
+    features = job.maps[level]
+    images, channels, *size = features.shape
+    count, _, *bins = output.shape
+    many = not job.has_few_taps
+    spread = [number + 3 for number in job.spread(level)]  # entries of x come in fours
+    room = sum(side + s * b for side, s, b in zip(size, spread, bins, strict=True))
+    room, rest = (room, 2 * sum(bins)) if many else (sum(bins) * FEW, 0)
+    n, c, h, w = strides(features)
+    pack, last, levels = c != 1, strides(output)[1] == 1, job.rois.levels is not None
+    tile, pixels = SORTED[many], math.prod(size)
+    tiles = images * math.prod(map(quotient, size, tile)) * (rows.CLASSES.value if many else 1)
+    grid = quotient(count * sum(bins), 128) + tiles + levels
+    grid += images * quotient(channels, PACKED[0]) * quotient(pixels, PACKED[1]) if pack else 0
+    packed = New((images, *size, channels), dtype_of(features)) if pack else features
+    table, packed = job.call(
+        rows.plan,
+        programs(grid),
+        (*job.arrays, features, *job.numbers(level, *spread), channels // 16, n, c),
+        (New((count * (room + 1 + bins[0] + rest),), "int64"), packed),
+        RULE=job.rule,
+        LEVELS=levels,
+        TAPS=0 if many else FEW,
+        PACK=pack,
+        TILE_Y=tile[0],
+        TILE_X=tile[1],
+        BLOCK=128,
+        BLOCK_C=PACKED[0],
+        BLOCK_X=PACKED[1],
+        **OPTIONS,
+    )
+    if pack:
+        n, h, w = pixels * channels, size[1] * channels, channels
+    steps = [step // 16 if last and step != 1 else step for step in strides(output)]
+    short = not many and dtype_of(features) != "float32"
+    lanes, block_b = LANES[many or short], power(bins[1], min(LANES))
+    block_c = math.gcd(channels, 64 if short else 32)
+    blocks = quotient(count * bins[0], lanes // block_b) * (channels // block_c)
+    turns = max(1, min(STEPS, blocks // ENOUGH))
+    chunks = quotient(count * bins[0], lanes // block_b * turns)
+    (output,) = job.call(
+        rows.gather,
+        programs(chunks * (channels // block_c)),
+        (
+            *(packed, table, count, channels // 16, *bins, room, turns),
+            *(n // 16, h // 16, w // 16, *steps, before(output, features)),
+        ),
+        (output,),
+        TAPS=0 if many else FEW,
+        LEVELS=levels,
+        LAST=last,
+        BLOCK_C=block_c,
+        ROWS=lanes // block_b,
+        BINS=block_b,
+        **OPTIONS | {"num_warps": lanes // 16},
+    )
+    return output
+
+
+def by_map_rows(job: Job, level: int) -> bool:
+    """Whether the adjoint to this map goes by its rows; the shapes alone say so."""
+    d_map = job.maps[level]
+    images, channels, height, width = d_map.shape
+    count, _, *bins = job.pooled.shape
+    of_map, of_pooled = strides(d_map), strides(job.pooled)
+    places = count * images * height * quotient(width, TILE_OF_ROW)
+    spread = job.spread(level)
+    room = height + width + sum(s * b for s, b in zip(spread, bins, strict=True))
+    return (
+        (has_sixteens(of_map) or of_map[2:] == (width, 1))
+        and (has_sixteens(of_pooled) or of_pooled[2:] == (bins[1], 1))
+        and not (channels % 16 or job.is_double)
+        and job.tangent is None
+        and places <= MOST_BITS
+        # kernels count these in 31 bits
+        and max(room, reach(d_map), reach(job.pooled), channels * math.prod(bins)) < 2**31
+    )
+
+
+def _scatter(job: Job, level: int) -> Array:
+    """The adjoint to one of the maps, by its rows."""
+    d_output, d_map = job.pooled, job.maps[level]
+    images, channels, *size = d_map.shape
+    count, _, *bins = d_output.shape
+    taps = axis_taps(job, level, 1, columns=True)
+    words = quotient(count, ROIS_PER_WORD)
+    tiles = images * size[0] * quotient(size[1], TILE_OF_ROW)
+    k, c, p, q = strides(d_output)
+    pack, last = not has_sixteens((k, c, p, q)), has_sixteens(strides(d_map))
+    block_x = power(math.prod(bins), PACKED[1])
+    grid = tiles * quotient(words, WORDS) + 2 * count
+    if pack:
+        grid += count * quotient(channels, PACKED[0]) * quotient(math.prod(bins), block_x)
+    bits, pairs, most, packed = job.call(
+        rows.columns,
+        programs(grid),
+        (
+            *(taps.image_of, taps.ranges, taps.extents, taps.weights, d_output),
+            *(count, *size, *bins, *taps.spread, words, channels // 16, k, c),
+        ),
+        (
+            New((tiles, words), "int64"),
+            New((count, sum(size), 2), "int64"),
+            New((count, 2), "int32"),
+            New((count, *bins, channels) if pack else (1,), dtype_of(d_output)),
+        ),
+        PACK=pack,
+        TILE=TILE_OF_ROW,
+        BLOCK=128,
+        BLOCK_W=WORDS,
+        BLOCK_C=PACKED[0],
+        BLOCK_X=block_x,
+        **OPTIONS,
+    )
+    if pack:
+        k, p, q = math.prod(bins) * channels, bins[1] * channels, channels
+    steps = [step // 16 if last and step != 1 else step for step in strides(d_map)]
+    block_c = math.gcd(channels, 256)
+    (d_map,) = job.call(
+        rows.scatter,
+        programs(tiles * (channels // block_c)),
+        (
+            *(packed if pack else d_output, pairs, most),
+            *(taps.ranges, taps.extents, taps.weights, bits),
+            *(channels // 16, *size, *bins, *taps.spread, words, k // 16, p // 16, q // 16, *steps),
+        ),
+        (d_map,),
+        LAST=last,
+        TILE=TILE_OF_ROW,
+        BLOCK_C=block_c,
+        **OPTIONS | {"num_warps": max(1, block_c // 64)},
+    )
+    return d_map
+
+
 def forward(call, maps, rois, tangent, scales, rule, output) -> Array:
     """Writes ``output`` (K, C, P, Q)."""
     job = Job(call, maps, output, rois, tangent, scales, rule)
@@ -262,6 +466,9 @@ def forward(call, maps, rois, tangent, scales, rule, output) -> Array:
         return output.zero_()
     count, channels, *bins = output.shape
     for level, features in enumerate(maps):
+        if by_rows(job, features):
+            output = _gather(job, level, output)
+            continue
         taps = axis_taps(job, level, job.tables, columns=False)
         block = _blocks((features, output), math.prod(bins), job.tables if job.is_double else 1)
         blocks = quotient(math.prod(bins), block.others) * quotient(channels, block.channels)
@@ -292,6 +499,9 @@ def adjoint(call, d_output, rois, tangent, scales, rule, d_features) -> list[Arr
     block_c = power(channels, 16)
     results = []
     for level, d_map in enumerate(d_features):
+        if by_map_rows(job, level):
+            results.append(_scatter(job, level))
+            continue
         taps = axis_taps(job, level, job.tables, columns=True)
         bits = touched(call, taps.image_of, taps.extents, d_map.shape, TILE)
         tiles, words = bits.shape
