@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from roialign import _checks, _core, numpy as _numpy
-from roialign._rois import Rois
 
 from . import calls, kernels, routes
-from .calls import Call, Result, columns, with_index_column as with_index_column
+from .calls import Call, Result, columns as columns, with_index_column as with_index_column
 
 float32 = torch.float32
 byte_types = kernels.BYTES
+takes_any_form = takes_numpy = False
+reductions: tuple[str, ...] = ("mean", "max", "max_corner")
+takes_rotated = True
 
 
 # Types
@@ -80,6 +82,10 @@ class _Addresses:
         }
 
 
+def is_view(reshaped: Tensor, array: Tensor) -> bool:
+    return reshaped.data_ptr() == array.data_ptr()
+
+
 # Forms of RoIs
 
 
@@ -96,6 +102,22 @@ def repeated(counts: list[int], like: Tensor) -> Tensor:
     return torch.cat(index) if index else like.new_zeros(0, dtype=torch.int64)
 
 
+def numbered(images: int, each: int, like: Tensor) -> Tensor:
+    ones = like.new_ones((images, each), dtype=torch.int64)  # a DTensor, if that is one
+    return (ones.cumsum(0) - 1).flatten()
+
+
+def from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device)
+
+
+def as_numpy(boxes: Tensor) -> np.ndarray | None:
+    is_seen = routes.is_traced() or routes.is_watched() or not routes.are_plain((boxes,))
+    if is_seen or not boxes.is_cpu or not kernels.have_memory((boxes,)):
+        return None
+    return boxes.detach().numpy()
+
+
 def split(array: Tensor, counts: list[int]) -> Sequence[Tensor]:
     return torch.split(array, counts)
 
@@ -109,9 +131,9 @@ def cast(array: Tensor, dtype: torch.dtype) -> Tensor:
 
 def takes_rows(features: object, rois: object) -> bool:
     return (
-        type(features) is Tensor
+        not (routes.is_traced() or routes.is_watched() or routes.in_forward_mode())
+        and type(features) is Tensor
         and type(rois) is Tensor
-        and not (routes.is_traced() or routes.is_watched() or routes.in_forward_mode())
         and not (features.is_neg() or rois.is_neg())
         and _core.takes_rows(features, rois)
         and features.untyped_storage().nbytes() > 0  # not freed
@@ -119,40 +141,48 @@ def takes_rows(features: object, rois: object) -> bool:
     )
 
 
-def forward_rows(features, rows, output_size, scales, rule, out) -> Tensor:
-    if out is not None and (out.device != features.device or not kernels.have_memory((out,))):
-        return forward((features,), Rois(*columns(rows)), output_size, scales, rule, out=out)
+def forward_rows(features, rows, output_size, scales, rule, out) -> Tensor | None:
+    if out is not None:
+        if out.device != features.device or not kernels.have_memory((out,)):
+            return None
+        shape = (rows.shape[0], features.shape[1], *output_size)
+        check_out_values("out", out, shape, [features, rows])
     images, _, *size = features.shape
     call = Call("forward", output_size, images, (size,), scales, rule)
     return routes.pool(call, features, rows, out=out)
 
 
-def forward(maps, rois, output_size, scales, rule, *, out=None) -> Tensor:
+def forward(maps, rois, output_size, scales, rule, *, layout="NCHW", out=None) -> Tensor:
     shapes = [m.shape for m in maps]
-    return _run("forward", (None, *rois, None, *maps), output_size, shapes, scales, rule, out)
+    return _run("forward", (None, *rois, None, *maps), output_size, shapes, scales, rule, maps, out)
 
 
-def adjoint(d_output, rois, feature_shapes, scales, rule, *, out=None) -> tuple[Tensor, ...]:
+def adjoint(
+    d_output, rois, feature_shapes, scales, rule, *, layout="NCHW", selectors=None, out=None
+) -> tuple[Tensor, ...]:
     tensors, bins = (d_output, *rois, None), d_output.shape[2:]
-    return _run("adjoint", tensors, bins, feature_shapes, scales, rule, out)
+    return _run("adjoint", tensors, bins, feature_shapes, scales, rule, selectors, out)
 
 
-def box_gradient(d_output, maps, rois, scales, rule) -> Tensor:
+def box_gradient(d_output, maps, rois, scales, rule, *, layout="NCHW") -> Tensor:
     tensors, shapes = (d_output, *rois, None, *maps), [m.shape for m in maps]
-    return _run("box_gradient", tensors, d_output.shape[2:], shapes, scales, rule)
+    return _run("box_gradient", tensors, d_output.shape[2:], shapes, scales, rule, maps)
 
 
-def _run(operation, tensors, bins, shapes, scales, rule, out=None) -> Result:
+def _run(operation, tensors, bins, shapes, scales, rule, selectors, out=None) -> Result:
     """Checks that all are on the device of the first; an empty list of rois has none."""
+    sizes = tuple([shape[2:] for shape in shapes])
+    call = Call(operation, bins, shapes[0][0], sizes, scales, rule)
+    if call.selects:
+        tensors = *tensors, *selectors
     device = calls.source(tensors).device
     outs = out if type(out) is tuple else (out,)
     for i, tensor in enumerate((*tensors, *outs)):
         if tensor is not None and tensor.device != device and tensor.numel():
-            name = {**dict(enumerate(calls.names(tensors))), 1: "rois"}.get(i, "out")
+            name = {**dict(enumerate(calls.names(call, tensors))), 1: "rois"}.get(i, "out")
             raise TypeError(
                 f"`{name}` must be on the device of "
                 f"`{'d_output' if tensors[0] is not None else 'features'}`, {device}, "
                 f"got {tensor.device}"
             )
-    sizes = tuple([shape[2:] for shape in shapes])
-    return routes.run(Call(operation, bins, shapes[0][0], sizes, scales, rule), tensors, out)
+    return routes.run(call, tensors, out)

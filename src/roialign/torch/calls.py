@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The tensors of a call: these and then its maps, "features". None: the call has no such.
+from roialign import _checks, _core, _rule
+
+# The tensors of a call: these, then its maps, "features", if it takes them, and as many
+# "selectors", if it has them. None: the call has no such.
 ORDER = ("d_output", "boxes", "image_index", "levels", "tangent")
+_REDUCTION = _core.rule_names.index("reduction")
+
 Tensors = Sequence[Tensor | None]
 Result = Tensor | tuple[Tensor, ...]  # the adjoint gives a tuple: one for each map
 
@@ -26,6 +31,16 @@ class Call:
     scales: tuple[float, ...]  # scale_y, scale_x of each
     rule: tuple[float, ...]
 
+    @property
+    def selects(self) -> bool:
+        """Whether bins are their largest samples, so that the call has selectors."""
+        return self.rule[_REDUCTION] != 0
+
+    def require_slopes(self) -> None:
+        """Refuses a derivative in the boxes where there is none."""
+        if self.rule[_REDUCTION] == _rule.REDUCTIONS.index("max_corner"):
+            _checks.has_box_gradient("max_corner")
+
     def to(self, operation: str) -> Call:
         """Another operation of the same maps and bins."""
         return Call(operation, self.bins, self.images, self.maps, self.scales, self.rule)
@@ -33,19 +48,31 @@ class Call:
 
 def flat(arrays: Mapping[str, Any]) -> tuple:
     """In the order of a call's tensors."""
-    return *map(arrays.get, ORDER), *arrays.get("features", ())
+    return *map(arrays.get, ORDER), *arrays.get("features", ()), *arrays.get("selectors", ())
 
 
-def named(tensors: Sequence) -> dict[str, Any]:
+def named(call: Call, tensors: Sequence) -> dict[str, Any]:
     """`flat` backwards: without what is None."""
     arrays = {name: x for name, x in zip(ORDER, tensors) if x is not None}
-    maps = tuple(tensors[len(ORDER) :])
-    return arrays if all([x is None for x in maps]) else {**arrays, "features": maps}
+    for name, maps in zip(("features", "selectors"), maps_of(call, tensors)):
+        if not all([x is None for x in maps]):
+            arrays[name] = tuple(maps)
+    return arrays
 
 
-def names(tensors: Sequence) -> tuple[str, ...]:
+def maps_of(call: Call, tensors: Sequence) -> tuple[Sequence, Sequence]:
+    """The features and the selectors."""
+    maps = tensors[len(ORDER) :]
+    if not call.selects:
+        return maps, ()
+    count = len(maps) - len(call.maps)
+    return maps[:count], maps[count:]
+
+
+def names(call: Call, tensors: Sequence) -> tuple[str, ...]:
     """Of each of the tensors of a call."""
-    return *ORDER, *["features"] * (len(tensors) - len(ORDER))
+    features, selectors = maps_of(call, tensors)
+    return *ORDER, *["features"] * len(features), *["selectors"] * len(selectors)
 
 
 def source(tensors: Tensors) -> Tensor:
@@ -54,7 +81,7 @@ def source(tensors: Tensors) -> Tensor:
 
 
 def columns(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows.narrow(1, 1, 4), rows.select(1, 0)
+    return rows.narrow(1, 1, rows.shape[1] - 1), rows.select(1, 0)
 
 
 def with_index_column(d_boxes: Tensor) -> Tensor:

@@ -8,13 +8,11 @@ import importlib
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from roialign import _checks, _core, _threads
-from roialign._rois import Rois
 
 from . import calls
 from .calls import Call, Result, Tensors
@@ -22,6 +20,7 @@ from .calls import Call, Result, Tensors
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BYTES = (torch.uint8, torch.bool)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_KINDS = {**dict.fromkeys(FLOATS, "float"), **dict.fromkeys(_INTEGERS, "integer")}
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _LARGE = 4 << 20  # bytes: from here on results live on huge pages
 
@@ -38,9 +37,7 @@ def home(tensor: Tensor) -> str | None:
 
 
 def kind(dtype: torch.dtype) -> str:
-    if dtype in FLOATS:
-        return "float"
-    return "integer" if dtype in _INTEGERS else "other"
+    return _KINDS.get(dtype, "other")
 
 
 def have_memory(tensors: Tensors) -> bool:
@@ -104,6 +101,11 @@ def empty(like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor
     return like.new_empty(shape, dtype=dtype)
 
 
+def coordinate(dtype: torch.dtype) -> torch.dtype:
+    """In which boxes are read for arrays of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of a gradient in boxes of ``dtype``: float32 for integers."""
     return dtype if dtype in FLOATS else torch.float32
@@ -117,42 +119,37 @@ def run(call: Call, tensors: Tensors, out: Result | None = None) -> Result:
 
     Of tensors that have memory and are aligned there.
     """
-    d_output, boxes, image_index, levels, tangent, *maps = tensors
+    d_output, boxes, image_index, levels, tangent, *_ = tensors
+    maps, selectors = calls.maps_of(call, tensors)
     operation, like, dtype = call.operation, calls.source(tensors), boxes.dtype
-    real = torch.float64 if like.dtype is torch.float64 else torch.float32
+    real = coordinate(like.dtype)
     if dtype not in FLOATS:
         boxes = converted("boxes", boxes, real)
     if tangent is not None:
         tangent = tangent.to(real, copy=True).contiguous()
     if operation == "box_gradient":
-        out = like.new_empty((boxes.shape[0], 4), dtype=real)
+        out = like.new_empty(boxes.shape, dtype=real)
     elif out is None:
         out = results(call, tensors, empty)
     if home(like) is None:
-        taken = d_output, boxes, image_index, levels, tangent, *maps
-        on_core(operation, taken, call.scales, call.rule, out)
+        given = call.scales, (boxes, image_index), levels
+        rest = call.rule, out, threads(), selectors or None
+        if operation == "forward":
+            _core.forward(maps, *given, tangent, *rest)
+        elif operation == "adjoint":
+            _core.adjoint(d_output, *given, tangent, *rest)
+        else:
+            _core.box_gradient(d_output, maps, *given, *rest)
     else:
         # its kernels read floats
-        maps = [converted("features", m, real) if m.dtype in BYTES else m for m in maps]
-        given = [array for array in (d_output, maps or None) if array is not None]
-        tangents = () if operation == "box_gradient" else (tangent,)
-        rois = Rois(boxes, image_index, levels)
-        _on_device(like, operation, given, rois, *tangents, call.scales, call.rule, out)
+        maps = [
+            converted("features", m, real) if m.dtype in BYTES else m for m in (*maps, *selectors)
+        ]
+        rois = boxes, image_index, levels
+        _on_device(like, call, (d_output, *rois, tangent), out, maps)
     if operation == "box_gradient" and dtype is not real:
         return out.to(gradient_dtype(dtype))
     return out
-
-
-def on_core(operation: str, tensors: Tensors, scales: Any, rule: Any, out: Result) -> None:
-    """By the core, which refuses what does not fit. Tensors have memory, boxes are floats."""
-    d_output, boxes, image_index, levels, tangent, *maps = tensors
-    rois = boxes, image_index
-    if operation == "forward":
-        _core.forward(maps, scales, rois, levels, tangent, rule, out, threads())
-    elif operation == "adjoint":
-        _core.adjoint(d_output, scales, rois, levels, tangent, rule, out, threads())
-    else:
-        _core.box_gradient(d_output, maps, scales, rois, levels, rule, out, threads())
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,12 +160,17 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def pool(call: Call, features: Tensor, *rois: Tensor, out: Tensor | None = None) -> Tensor:
     """`run` for most calls: forward, from one map. RoIs are of floats: rows (K, 5), or a pair."""
     if home(features) is not None:
-        return run(call, (None, *pair(*rois), None, None, features), out)
+        return run(call, flat(call, features, *rois), out)
     if out is None:
         out = laid_out(features, (rois[0].shape[0], features.shape[1], *call.bins), empty)
     given = rois[0] if len(rois) == 1 else rois
     _core.forward(features, call.scales, given, None, None, call.rule, out, threads())
     return out
+
+
+def flat(call: Call, features: Tensor, *rois: Tensor) -> tuple[Tensor | None, ...]:
+    """The tensors of a forward of one map, whose selectors are the features themselves."""
+    return None, *pair(*rois), None, None, *[features] * (1 + call.selects)
 
 
 def pair(*rois: Tensor) -> tuple[Tensor, ...]:
@@ -183,27 +185,46 @@ def threads() -> int:
 # Kernels of a device
 
 
-def _on_device(tensor: Tensor, operation: str, given: list, rois: Rois, *rest: Any) -> None:
-    folder = home(tensor)
+def _on_device(like: Tensor, call: Call, tensors: Tensors, out: Result, maps: Tensors) -> None:
+    folder, operation = home(like), call.operation
+    if tensors[1].shape[1] != 4:
+        raise NotImplementedError(
+            f"boxes that turn are there for tensors on the CPU alone: on {like.device} take (K, 4)"
+        )
+    if call.selects and folder == "_ascend":
+        raise NotImplementedError(
+            f"largest samples are not there on {like.device}: take `reduction` 'mean'"
+        )
     if _core.logging:
-        _core.log(f"{operation} on {tensor.device} by the kernels of roialign.{folder}")
+        _core.log(f"{operation} on {like.device} by the kernels of roialign.{folder}")
     if folder == "_ascend":  # for devices without float64
-        if tensor.dtype is torch.float64:
+        if like.dtype is torch.float64:
             name = "features" if operation == "forward" else "d_output"
             raise TypeError(
-                f"`{name}` must be float16, bfloat16 or float32 on {tensor.device}, got float64"
+                f"`{name}` must be float16, bfloat16 or float32 on {like.device}, got float64"
             )
-        index = rois.image_index
+        d_output, boxes, index, *rest = tensors
         index = index.float() if index.dtype in FLOATS else index.long()
-        rois = rois._replace(boxes=rois.boxes.float(), image_index=index)
-    with _device_of(tensor):
-        getattr(_launches(folder), operation)(launch, *given, rois, *rest)
+        tensors = d_output, boxes.float(), index, *rest
+    results = out if isinstance(out, tuple) else (out,)
+    arrays = [*tensors, *results, *maps]
+    launches, compiled = _launches(folder)
+    kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in arrays])
+    with _device_of(like):
+        kept = compiled.steps(launches, operation, len(results), kinds, call.scales, call.rule)
+        compiled.run(kept, arrays, launch)
+        if not kept:
+            for result in results:
+                result.zero_()
 
 
 @functools.cache
-def _launches(folder: str) -> ModuleType:
+def _launches(folder: str) -> tuple[ModuleType, ModuleType]:
+    """Which kernels run on a device, and what launches them."""
     try:
-        return importlib.import_module(f"roialign.{folder}.launch")
+        from roialign._triton import compiled
+
+        return importlib.import_module(f"roialign.{folder}.launch"), compiled
     except ImportError as error:
         raise ImportError(
             "roialign needs Triton for tensors on a GPU: pip install 'roialign[gpu]'"
@@ -225,5 +246,6 @@ def launch(kernel, grid, inputs, outputs, **constants) -> list[Tensor]:
         else torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=inputs[0].device)
         for output in outputs
     ]
-    kernel[grid](*inputs, *results, **constants)
+    _, compiled = _launches("_triton")
+    compiled.start(kernel, grid, [*inputs, *results], constants)
     return results

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import roialign
 
-from . import adapter
+from . import adapter, script
 
 
 class ROIAlign(torch.nn.Module):
@@ -39,21 +41,32 @@ class ROIAlign(torch.nn.Module):
         roi_end_mode: int = 1,
     ) -> None:
         super().__init__()
-        self.operator = roialign.ROIAlign(
+        operator = roialign.ROIAlign(
             pooled_height, pooled_width, spatial_scale, sample_num, roi_end_mode
         )
+        self.__setstate__({**vars(self), "operator": operator})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).update(vars(self.operator))  # its numbers, which TorchScript reads here
 
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
-        adapter.check_array("features", features)
-        return self.operator(features, rois)
+        if torch.jit.is_scripting() or script.is_recorded(features):
+            return torch.ops.roialign.ROIAlign(
+                features,
+                rois,
+                self.pooled_height,
+                self.pooled_width,
+                self.spatial_scale,
+                self.sample_num,
+                self.roi_end_mode,
+            )
+        else:  # TorchScript reads none of it
+            adapter.check_array("features", features)
+            return self.operator(features, rois)
 
     def extra_repr(self) -> str:
         return repr(self.operator)[len("ROIAlign(") : -1]
-
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(
-            "roialign.torch.ROIAlign cannot be scripted: use torch.compile or torch.export"
-        )
 
 
 ROIAlign.__module__ = "roialign.torch"  # what pickles and pages call it

@@ -22,11 +22,13 @@ from .calls import Call, Result, Tensors
 
 _SCHEMAS = {
     "forward": "(Tensor[] features, Tensor boxes, Tensor image_index, Tensor? levels, "
-    "Tensor? tangent, SymInt[] output_size, float[] scales, float[] rule) -> Tensor",
+    "Tensor? tangent, SymInt[] output_size, float[] scales, float[] rule, "
+    "Tensor[]? selectors=None) -> Tensor",
     "adjoint": "(Tensor d_output, Tensor boxes, Tensor image_index, Tensor? levels, "
-    "Tensor? tangent, SymInt[] feature_shapes, float[] scales, float[] rule) -> Tensor[]",
+    "Tensor? tangent, SymInt[] feature_shapes, float[] scales, float[] rule, "
+    "Tensor[]? selectors=None) -> Tensor[]",
     "box_gradient": "(Tensor d_output, Tensor[] features, Tensor boxes, Tensor image_index, "
-    "Tensor? levels, float[] scales, float[] rule) -> Tensor",
+    "Tensor? levels, float[] scales, float[] rule, Tensor[]? selectors=None) -> Tensor",
 }
 
 
@@ -45,23 +47,33 @@ _LEAST = -sys.float_info.max  # stands for -infinity
 
 
 def run(call: Call, tensors: Tensors) -> Result:
-    d_output, boxes, image_index, levels, tangent, *maps = tensors
-    rois, rule = (boxes, image_index, levels), [max(number, _LEAST) for number in call.rule]
+    d_output, boxes, image_index, levels, tangent, *_ = tensors
+    maps, selectors = calls.maps_of(call, tensors)
+    rule = [max(number, _LEAST) for number in call.rule]
+    rois, rest = (boxes, image_index, levels), (call.scales, rule, selectors or None)
     operator = OPERATORS[call.operation]
     if call.operation == "forward":
-        return operator(maps, *rois, tangent, call.bins, call.scales, rule)
+        return operator(maps, *rois, tangent, call.bins, *rest)
     if call.operation == "adjoint":
         sizes = [n for shape in calls.result_shapes(call, tensors) for n in shape]
-        return tuple(operator(d_output, *rois, tangent, sizes, call.scales, rule))
-    return operator(d_output, maps, *rois, call.scales, rule)
+        return tuple(operator(d_output, *rois, tangent, sizes, *rest))
+    return operator(d_output, maps, *rois, *rest)
 
 
-# The arguments that are arrays, or what there is for each of them, as a call has it.
-_FLAT: dict[str, Callable[..., tuple]] = {
-    "forward": lambda features, *rest: (None, *rest[:4], *features),
-    "adjoint": lambda *args: args[:5],
-    "box_gradient": lambda d_output, features, *rest: (d_output, *rest[:3], None, *features),
-}
+# How many arguments there are without the selectors, which may be missing.
+LENGTHS = {"forward": 8, "adjoint": 8, "box_gradient": 7}
+
+
+def _flat(operation: str, *args: Any) -> tuple:
+    """The arguments that are arrays, or what there is for each of them, as a call has it."""
+    selectors = [each for given in args[LENGTHS[operation] :] for each in given or ()]
+    if operation == "adjoint":
+        return *args[:5], *selectors
+    if operation == "forward":
+        features, *rest = args
+        return None, *rest[:4], *features, *selectors
+    d_output, features, *rest = args
+    return d_output, *rest[:3], None, *features, *selectors
 
 
 def _numbers(rule: Sequence[float]) -> list[float]:
@@ -72,21 +84,24 @@ def _numbers(rule: Sequence[float]) -> list[float]:
 
 def _parsed(operation: str, args: Sequence, tensors: Tensors) -> Call:
     """The call of these arguments, `tensors` among them; refuses what is none."""
-    *sizes, scales, rule = args[len(ORDER[operation]) :]
+    *sizes, scales, rule = args[len(ORDER[operation]) : LENGTHS[operation]]
     maps, odd = divmod(len(scales), 2)
+    numbers = tuple(_numbers(rule))
     expected = {"forward": [2], "adjoint": [4 * maps], "box_gradient": []}[operation]
-    given = tensors[len(calls.ORDER) :]
+    call = Call(operation, (), 0, ((),) * maps, tuple(scales), numbers)  # sizes are filled in below
+    given, selectors = calls.maps_of(call, tensors)
     fits = [
         name not in ORDER[operation] or name in ("levels", "tangent")
         if tensor is None
         else tensor.dim() == len(DIMENSIONS[name])
-        for name, tensor in zip(calls.names(tensors), tensors)
+        for name, tensor in zip(calls.names(call, tensors), tensors)
     ]
     if (
         not maps
         or odd
         or [len(size) for size in sizes] != expected
         or len(given) != maps * ("features" in TAKES[operation])
+        or len(selectors) != maps * call.selects
         or not all(fits)
     ):
         raise ValueError(f"roialign::{operation}: the arguments do not fit")
@@ -94,9 +109,9 @@ def _parsed(operation: str, args: Sequence, tensors: Tensors) -> Call:
         shapes = [sizes[0][i : i + 4] for i in range(0, 4 * maps, 4)]
     else:
         shapes = [features.shape for features in given]
-    bins = sizes[0] if operation == "forward" else tensors[0].shape[2:]
-    pixels = tuple([tuple(shape[2:]) for shape in shapes])
-    return Call(operation, tuple(bins), shapes[0][0], pixels, tuple(scales), tuple(_numbers(rule)))
+    call.bins = tuple(sizes[0] if operation == "forward" else tensors[0].shape[2:])
+    call.images, call.maps = shapes[0][0], tuple([tuple(shape[2:]) for shape in shapes])
+    return call
 
 
 def _listed(result: Result) -> Tensor | list[Tensor]:
@@ -106,63 +121,73 @@ def _listed(result: Result) -> Tensor | list[Tensor]:
 # What is registered of each
 
 
+def _forward(
+    features, boxes, image_index, levels, tangent, output_size, scales, rule, selectors=None
+) -> Tensor:
+    (like, *_), rois = features, (boxes, image_index)
+    shape = boxes.shape[0], like.shape[1], *output_size
+    out = kernels.laid_out(like, shape, kernels.empty)
+    rest = rule, out, kernels.threads(), selectors
+    _core.forward(features, scales, rois, levels, tangent, *rest)
+    return out
+
+
+def _adjoint(
+    d_output, boxes, image_index, levels, tangent, feature_shapes, scales, rule, selectors=None
+) -> list[Tensor]:
+    rois, channels, out = (boxes, image_index), d_output.shape[1], []
+    for i in range(0, len(feature_shapes), 4):
+        images, _, height, width = feature_shapes[i : i + 4]
+        shape = images, channels, height, width
+        out.append(kernels.laid_out(d_output, shape, kernels.empty))
+    rest = rule, out, kernels.threads(), selectors
+    _core.adjoint(d_output, scales, rois, levels, tangent, *rest)
+    return out
+
+
+def _box_gradient(
+    d_output, features, boxes, image_index, levels, scales, rule, selectors=None
+) -> Tensor:
+    rois, real = (boxes, image_index), kernels.coordinate(d_output.dtype)
+    out = d_output.new_empty(boxes.shape, dtype=real)
+    rest = rule, out, kernels.threads(), selectors
+    _core.box_gradient(d_output, features, scales, rois, levels, *rest)
+    return out.to(boxes.dtype)
+
+
+# The short way of most calls.
+_ON_CORE = {"forward": _forward, "adjoint": _adjoint, "box_gradient": _box_gradient}
+
+
 def _kernel(operation: str, *args: Any) -> Tensor | list[Tensor]:
-    tensors = _FLAT[operation](*args)
-    like, boxes, tangent = calls.source(tensors), tensors[1], tensors[4]
-    ready = (
-        like is not None
-        and boxes is not None
-        and boxes.is_cpu
-        and kernels.home(boxes) is None
-        and boxes.dtype in kernels.FLOATS
-        and kernels.have_memory(tensors)
-    )
-    short = ready and tangent is None and boxes.dim() == 2 and like.dim() == 4
-    if not short:
-        call = _parsed(operation, args, tensors)
-        tensors = tensors if ready else _checked(operation, tensors)
+    tensors = _flat(operation, *args)
+    kept = [t is None or t.untyped_storage().nbytes() for t in tensors]  # not freed
+    if tensors[1] is not None and kernels.home(tensors[1]) is None and all(kept):
+        try:
+            return _ON_CORE[operation](*args)
+        except (AttributeError, TypeError, ValueError):  # the core refuses what it does not read
+            pass
+    call = _parsed(operation, args, tensors)
+    tensors = _checked(call, tensors)
     try:
-        if short:
-            return _on_core(operation, args, tensors, like)
         return _listed(kernels.run(call, tensors))
     except (TypeError, ValueError) as error:
-        _parsed(operation, args, tensors)  # its error says more
         raise type(error)(f"roialign::{operation}: {error}") from None
 
 
-def _on_core(
-    operation: str, args: Sequence, tensors: Tensors, like: Tensor
-) -> Tensor | list[Tensor]:
-    """The short way of most calls: `kernels.run` without a record of the call."""
-    *sizes, scales, rule = args[len(ORDER[operation]) :]
-    boxes, channels = tensors[1], like.shape[1]
-    if operation == "forward":
-        shape = boxes.shape[0], channels, *sizes[0]
-        out = kernels.laid_out(like, shape, kernels.empty)
-    elif operation == "adjoint":
-        (n,), out = sizes, []
-        for i in range(0, len(n), 4):
-            shape = n[i], channels, *n[i + 2 : i + 4]
-            out.append(kernels.laid_out(like, shape, kernels.empty))
-    else:
-        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-        out = like.new_empty((boxes.shape[0], 4), dtype=dtype)
-    kernels.on_core(operation, tensors, scales, _numbers(rule), out)
-    return out.to(boxes.dtype) if operation == "box_gradient" else out
-
-
-def _checked(operation: str, tensors: Tensors) -> Tensors:
+def _checked(call: Call, tensors: Tensors) -> Tensors:
     """With copies of what is not aligned; refuses what a kernel would read otherwise."""
-    device = calls.source(tensors).device
-    for name, tensor in zip(calls.names(tensors), tensors):
+    operation, device = call.operation, calls.source(tensors).device
+    names = calls.names(call, tensors)
+    for name, tensor in zip(names, tensors):
         if tensor is not None:
             kernels.check_memory(name, tensor)
-            is_bytes = name == "features" and tensor.dtype in kernels.BYTES
+            is_bytes = name in ("features", "selectors") and tensor.dtype in kernels.BYTES
             if kernels.kind(tensor.dtype) == "other" and not is_bytes:
                 raise TypeError(f"roialign::{operation}: arrays must be of floats or integers")
             if tensor.device != device and tensor.numel():
                 raise TypeError(f"roialign::{operation}: tensors must be on one device")
-    return [_aligned(*pair) for pair in zip(calls.names(tensors), tensors)]
+    return [_aligned(*pair) for pair in zip(names, tensors)]
 
 
 def _aligned(name: str, tensor: Tensor | None) -> Tensor | None:
@@ -174,31 +199,33 @@ def _aligned(name: str, tensor: Tensor | None) -> Tensor | None:
 
 def _fake(operation: str, *args: Any) -> Tensor | list[Tensor]:
     """A result of the same shape, dtype and strides, without memory."""
-    tensors = _FLAT[operation](*args)
+    tensors = _flat(operation, *args)
     call = _parsed(operation, args, tensors)
     if operation == "box_gradient":
         _, boxes, *_ = tensors
         dtype = kernels.gradient_dtype(boxes.dtype)
-        return boxes.new_empty((boxes.shape[0], 4), dtype=dtype)
+        return boxes.new_empty(boxes.shape, dtype=dtype)
     return _listed(kernels.results(call, tensors, Tensor.new_empty))
 
 
 def _setup_context(operation: str, ctx: Any, inputs: tuple, output: Any) -> None:
-    tensors = _FLAT[operation](*inputs)
+    tensors = _flat(operation, *inputs)
     transforms.keep(ctx, _parsed(operation, inputs, tensors), tensors)
 
 
 def _backward(operation: str, ctx: Any, d_result: Any) -> tuple:
-    needs = _FLAT[operation](*ctx.needs_input_grad)
+    needs = _flat(operation, *ctx.needs_input_grad)
     d_results = d_result if operation == "adjoint" else [d_result]
     flat = transforms.backward(run, ctx, needs, d_results)
-    gradients = dict(zip(calls.ORDER, flat)) | {"features": list(flat[len(calls.ORDER) :])}
-    others = len(ctx.needs_input_grad) - len(ORDER[operation])
-    return *[gradients[name] for name in ORDER[operation]], *[None] * others
+    features, _ = calls.maps_of(ctx.call, flat)
+    gradients = dict(zip(calls.ORDER, flat)) | {"features": list(features)}
+    others = ctx.needs_input_grad[len(ORDER[operation]) :]
+    none = [[None] * len(need) if type(need) is list else None for need in others]
+    return *[gradients[name] for name in ORDER[operation]], *none
 
 
 def _batch(operation: str, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    dims, tensors = _FLAT[operation](*in_dims), _FLAT[operation](*args)
+    dims, tensors = _flat(operation, *in_dims), _flat(operation, *args)
     result, axis = _batched(operation, args, info.batch_size, dims, tensors)
     return _listed(result), [axis] * len(result) if operation == "adjoint" else axis
 
@@ -214,7 +241,7 @@ def _batch_gradients(operation: str, *args: Any) -> Tensor | list[Tensor]:
     torch._C._vmapmode_decrement_nesting()
     batched = torch._C._parse_dispatch_key("Batched")
     dims, tensors = [], []
-    for x in _FLAT[operation](*args):
+    for x in _flat(operation, *args):
         is_batched = x is not None and torch._C._dispatch_keys(x).has(batched)
         dims.append(0 if is_batched else None)
         tensors.append(torch._remove_batch_dim(x, level, 0, 0) if is_batched else x)

@@ -128,6 +128,8 @@ def pool(call: Call, features: Tensor, *rois: Tensor, out: Tensor | None = None)
     if out is not None:
         return _written(kernels.pool(call, features, *rois, out=out))
     if torch.is_grad_enabled() and (features.requires_grad or rois[0].requires_grad):
+        if call.selects:
+            return _run_and_record(call, *kernels.flat(call, features, *rois))
         return _pool_and_record(call, features, *rois)
     return kernels.pool(call, features, *rois)
 
@@ -138,7 +140,7 @@ def on_memory(call: Call, tensors: Tensors, out: Result | None = None) -> Result
         return _written(kernels.run(call, tensors, out))
     if call.operation == "forward":
         _, boxes, image_index, levels, tangent, *maps = tensors
-        if levels is tangent is None and boxes.is_floating_point():
+        if levels is tangent is None and boxes.is_floating_point() and not call.selects:
             return pool(call, *maps, boxes, image_index)
     if needs_gradient(tensors):
         return _run_and_record(call, *tensors)

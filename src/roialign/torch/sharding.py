@@ -8,7 +8,7 @@ from typing import Any
 
 from roialign import _operations
 
-from .operators import OPERATORS, ORDER
+from .operators import LENGTHS, OPERATORS, ORDER
 
 
 def register() -> None:
@@ -50,11 +50,15 @@ def _strategy(operation: str, schema: Any) -> Any:
 
     given = [
         name
-        for name, x in zip(ORDER[operation], schema.args_schema)
-        for _ in ([] if x is None else getattr(x, "children", [x]))
+        for name, x in [
+            *zip(ORDER[operation], schema.args_schema),
+            *[("selectors", x) for x in schema.args_schema[LENGTHS[operation] :]],
+        ]
+        for _ in ([] if x is None else getattr(x, "children", x if isinstance(x, list) else [x]))
     ]
     gives = _operations.GIVES[operation]
-    *_, scales, _ = schema.args_schema
+    length = LENGTHS[operation]
+    *_, scales, _ = schema.args_schema[:length]
     results = len(scales) // 2 if operation == "adjoint" else 1
     choices = [[Replicate()] * (results + len(given))]
     for dimension in "kc":

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from roialign import _operations
-from roialign._operations import DIMENSIONS, GIVES, ROIS, TAKES
+from roialign._operations import BESIDE, DIMENSIONS, GIVES, TAKES
 
 from . import calls
-from .calls import ORDER, Call, Result, Tensors
+from .calls import Call, Result, Tensors
 
 Run = Callable[[Call, Tensors], Result]
 
@@ -35,7 +35,7 @@ _GRADIENTS = {
 
 def keep(ctx: Any, call: Call, tensors: Tensors) -> None:
     """For `backward`. What alone needs a gradient is not kept: a call is linear in that."""
-    pairs = list(zip(calls.names(tensors), tensors))
+    pairs = list(zip(calls.names(call, tensors), tensors))
     moving = {name for name, x in pairs if x is not None and x.requires_grad}
     moving.intersection_update(_GRADIENTS[call.operation])
     unneeded = moving - {"boxes"} if len(moving) == 1 else ()
@@ -45,19 +45,21 @@ def keep(ctx: Any, call: Call, tensors: Tensors) -> None:
 
 
 def backward(run: Run, ctx: Any, needs: Sequence[bool], d_results: Tensors) -> tuple:
-    """The gradients in those tensors that need one, but in no index."""
-    gradients = {"features": [None] * (len(needs) - len(ORDER))}
+    """The gradients in those tensors that need one, but in no index and no selector."""
+    features, selectors = calls.maps_of(ctx.call, needs)
+    gradients = {"features": [None] * len(features), "selectors": [None] * len(selectors)}
     if all([d is None for d in d_results]):
         return calls.flat(gradients)
-    call, arrays = ctx.call, calls.named(ctx.saved_tensors)
+    call, arrays = ctx.call, calls.named(ctx.call, ctx.saved_tensors)
     gives = GIVES[call.operation]
     arrays[gives] = _filled(call, d_results) if gives == "features" else d_results[0]
-    moving = {name for name, need in zip(calls.names(needs), needs) if need}
+    moving = {name for name, need in zip(calls.names(call, needs), needs) if need}
     for name, operation in _GRADIENTS[call.operation].items():
         if name in moving:
             if name == "boxes":
+                call.require_slopes()
                 _operations.require_first_order(call.operation, arrays)
-            taken = {n: x for n, x in arrays.items() if n in (*ROIS, *TAKES[operation])}
+            taken = {n: x for n, x in arrays.items() if n in (*BESIDE, *TAKES[operation])}
             gradients[name] = run(call.to(operation), calls.flat(taken))
     return calls.flat(gradients)
 
@@ -65,11 +67,13 @@ def backward(run: Run, ctx: Any, needs: Sequence[bool], d_results: Tensors) -> t
 def jvp(run: Run, call: Call, tensors: Tensors, moved: Tensors) -> Result | None:
     """The derivative along the tangents `moved`, of which any may be None."""
     known = _GRADIENTS[call.operation]
-    along = {name: x for name, x in calls.named(moved).items() if name in known}
+    along = {name: x for name, x in calls.named(call, moved).items() if name in known}
     if "features" in along:
         along["features"] = _filled(call, along["features"])
+    if "boxes" in along:
+        call.require_slopes()
     total = None
-    for given in _operations.terms(call.operation, calls.named(tensors), along):
+    for given in _operations.terms(call.operation, calls.named(call, tensors), along):
         term = run(call, calls.flat(given))
         if total is None:
             total = term
@@ -95,7 +99,7 @@ def batch(
 
     `dims`: which axis counts them in the tensors, or None.
     """
-    names, lengths = calls.names(tensors), {}
+    names, lengths = calls.names(call, tensors), {}
     into = _operations.folded(call.operation, [n for n, d in zip(names, dims) if d is not None])
     folded = []
     for name, x, dim in zip(names, tensors, dims):
