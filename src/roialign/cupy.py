@@ -25,6 +25,9 @@ __all__: list[str] = []
 
 float32 = np.dtype(np.float32)
 byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
+takes_any_form = takes_numpy = False
+reductions: tuple[str, ...] = ("mean",)
+takes_rotated = False
 
 
 def kind(dtype: np.dtype) -> str:
@@ -94,6 +97,8 @@ def _as_torch(name: str) -> Callable:
 
 columns = _as_torch("columns")
 repeated = _as_torch("repeated")
+numbered = _as_torch("numbered")
+is_view = _as_torch("is_view")
 split = _as_torch("split")
 with_index_column = _as_torch("with_index_column")
 check_out_values = _as_torch("check_out_values")
@@ -108,6 +113,14 @@ def joined(boxes: list[cupy.ndarray]) -> cupy.ndarray:
 
 def cast(array: cupy.ndarray, dtype: np.dtype) -> cupy.ndarray:
     return array.astype(dtype, copy=False)
+
+
+def from_numpy(array: np.ndarray, like: cupy.ndarray) -> cupy.ndarray:
+    return cupy.asarray(array)
+
+
+def as_numpy(boxes: cupy.ndarray) -> None:
+    return None
 
 
 def is_compiling() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,17 +24,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from roialign import _checks, _core, _dense, _threads
-from roialign._operations import (
-    DIMENSIONS,
-    GIVES,
-    ROIS,
-    TAKES,
-    folded,
-    giving,
-    result_shapes,
-    terms,
-)
+from roialign import _checks, _core, _dense, _layout, _rule, _threads
+from roialign._operations import BESIDE, DIMENSIONS, GIVES, ROIS, TAKES, folded, giving, terms
 from roialign._rois import Rois
 
 try:
@@ -47,8 +38,11 @@ _FLOATS = frozenset(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.f
 
 # Arrays
 
-float32 = np.dtype(np.float32)
-byte_types = ()
+float32, int32 = np.dtype(np.float32), np.dtype(np.int32)
+byte_types = frozenset(map(np.dtype, (np.uint8, np.bool_)))
+takes_any_form = takes_numpy = True
+reductions: tuple[str, ...] = ("mean", "max", "max_corner")
+takes_rotated = True
 
 
 def kind(dtype: Any) -> str:
@@ -74,6 +68,11 @@ def check_out_values(name: str, out: object, shape: tuple[int, ...], inputs: lis
     """There is none: `check_out` refuses all."""
 
 
+def is_view(reshaped: Array, array: Array) -> bool:
+    """Asked of `out` alone."""
+    return False
+
+
 def is_compiling() -> bool:
     return False
 
@@ -96,7 +95,7 @@ def joined(boxes: list[Array]) -> Array:
     if len({array.dtype for array in boxes}) > 1:  # the widest float that JAX has been allowed
         boxes = [array.astype(float) for array in boxes]
     # Not concatenate: XLA of JAX 0.6 and before ends the process where that feeds a custom call.
-    whole, at = jnp.zeros((sum(map(len, boxes)), 4), boxes[0].dtype), 0
+    whole, at = jnp.zeros((sum(map(len, boxes)), boxes[0].shape[1]), boxes[0].dtype), 0
     for array in boxes:
         whole = jax.lax.dynamic_update_slice(whole, array, (at, 0))
         at += len(array)
@@ -107,25 +106,42 @@ def repeated(counts: list[int], like: Array) -> Array:
     return jnp.asarray(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
 
 
+def from_numpy(array: np.ndarray, like: Array | None) -> Array:
+    """Of 64 bits if JAX has been allowed them; an index that does not fit then is still bad."""
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype != array.dtype and array.dtype.kind in "iu":
+        array = array.clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return jnp.asarray(array)
+
+
+def as_numpy(boxes: Array) -> np.ndarray | None:
+    return np.asarray(boxes) if _is_at_hand(boxes) else None
+
+
 def split(array: Array, counts: list[int]) -> list[Array]:
     return jnp.split(array, np.cumsum(counts)[:-1]) if counts else []
 
 
 def cast(array: Array, dtype: np.dtype) -> Array:
-    return array.astype(dtype)
+    return array if array.dtype == dtype else array.astype(dtype)  # which would take 5 us
 
 
 def with_index_column(d_boxes: Array) -> Array:
     return jnp.pad(d_boxes, ((0, 0), (1, 0)))
 
 
+def _is_at_hand(array: Array) -> bool:
+    """Not traced, and on the CPU."""
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in array.devices())
+
+
 def _check_index(name: str, index: Array, end: int, least: int = 0) -> None:
-    """Raises where an index is bad, if its values are at hand: not traced, and on the CPU."""
-    if isinstance(index, jax.core.Tracer) or not index.is_fully_addressable:
+    """Raises where an index is bad, if its values are at hand."""
+    if not _is_at_hand(index):
         return
-    if any(device.platform != "cpu" for device in index.devices()):
-        return
-    values = np.asarray(index)
+    values = np.asarray(index).ravel()
     if values.itemsize == 2:  # some of these are not types of the core, or of NumPy
         values = values.astype(np.int32 if kind(index.dtype) == "integer" else np.float32)
     _core.check_index(name, values, end, least)
@@ -134,8 +150,8 @@ def _check_index(name: str, index: Array, end: int, least: int = 0) -> None:
 def _int32(index: Array, end: int) -> Array:
     """An index as the primitive takes it; -1 where it is not an integer in [0, end)."""
     if kind(index.dtype) == "integer":
-        if index.dtype.itemsize < 4 or index.dtype == np.int32:
-            return index.astype(np.int32)
+        if index.dtype.itemsize < 4 or index.dtype == int32:
+            return cast(index, int32)
     elif index.dtype.itemsize < 4:
         index = index.astype(np.float32)
     end = min(end, 2**31 - 1) if isinstance(end, int) else end
@@ -147,6 +163,10 @@ def _int32(index: Array, end: int) -> Array:
 # image index and levels are int32.
 
 
+def _numbers(rule: tuple[float, ...]) -> dict[str, float]:
+    return dict(zip(_core.rule_names, rule, strict=True))
+
+
 class _Call(NamedTuple):
     """All that is no array."""
 
@@ -156,8 +176,19 @@ class _Call(NamedTuple):
     maps: tuple[tuple[int, int], ...]  # H, W of each
     scales: tuple[float, ...]
     rule: tuple[float, ...]
+    layout: str = "NCHW"
+    per_image: bool = False  # boxes (N, M, 4); the image index is 0 then, or bad
     dense: bool = False  # plain JAX on the CPU too
     names: tuple[str, ...] = ()  # of the arrays, in their order: "features" once for each map
+
+    @property
+    def reduction(self) -> str:
+        return _rule.REDUCTIONS[int(_numbers(self.rule)["reduction"])]
+
+    @property
+    def is_mean_along_axes(self) -> bool:
+        """A product of matrices."""
+        return self.reduction == "mean" and not _numbers(self.rule)["turn"]
 
     def named(self, operands: Sequence[Any]) -> dict[str, list]:
         groups: dict[str, list] = {}
@@ -165,27 +196,35 @@ class _Call(NamedTuple):
             groups.setdefault(name, []).append(operand)
         return groups
 
-    def sizes(self, shapes: Sequence[tuple]) -> dict[str, Any]:
-        """The length of each named dimension. Height and width are a map's own: `maps` has them."""
-        sizes = dict(zip("npq", (self.images, *self.bins), strict=True))
-        for name, shape in zip(self.names, shapes, strict=True):
-            sizes.update(zip(DIMENSIONS[name], shape, strict=True))
-        return sizes
+    def dimensions(self, name: str) -> tuple[str, ...]:
+        """Those of an array. In the table channels are first, and RoIs are in one row."""
+        dimensions = DIMENSIONS[name]
+        if "c" in dimensions:
+            dimensions = _layout.shape_as_given(dimensions, self.layout)
+        return ("n", *dimensions) if self.per_image and "k" in dimensions else dimensions
 
     def results(self, operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-        first = "boxes" if self.operation == "box_gradient" else TAKES[self.operation][0]
+        gives = GIVES[self.operation]
+        first = "boxes" if gives == "tangent" else TAKES[self.operation][0]
         dtype = operands[self.names.index(first)].dtype
-        sizes = self.sizes([x.shape for x in operands])
-        shapes = result_shapes(self.operation, sizes, self.maps)
+        sizes = dict(zip("npq", (self.images, *self.bins), strict=True))
+        for name, operand in zip(self.names, operands, strict=True):
+            sizes.update(zip(self.dimensions(name), operand.shape, strict=True))
+        shapes = [
+            tuple([{**sizes, "h": height, "w": width}[d] for d in self.dimensions(gives)])
+            for height, width in self.maps[: len(self.maps) if gives == "features" else 1]
+        ]
+        dtype = float32 if dtype in byte_types else dtype
         return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
 def _bind(call: _Call, given: Mapping[str, Sequence[Array]]) -> list[Array]:
     """The operation on those of the arrays that it takes."""
-    taken = [(name, x) for name in (*ROIS, *TAKES[call.operation]) for x in given.get(name, ())]
+    taken = [(name, x) for name in (*BESIDE, *TAKES[call.operation]) for x in given.get(name, ())]
     names, operands = zip(*taken, strict=True)
     axes = frozenset().union(*map(_dense.manual_axes, operands))
-    operands = [_dense.varying(x, axes) for x in operands]
+    if axes:
+        operands = [_dense.varying(x, axes) for x in operands]
     return _roi_align_p.bind(*operands, call=call._replace(names=names))
 
 
@@ -203,6 +242,32 @@ def _apply(
     return [run(given["features"], rois, tangent, *numbers, *results)]
 
 
+def _of_rows(layouts: Collection[str] = ("NCHW",)) -> Callable:
+    """Makes a function of calls one that takes boxes per image too, and any layout."""
+
+    def decorate(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def run_any(call: _Call, *operands: Array) -> list[Array]:
+            inner = call.layout if call.layout in layouts else "NCHW"
+            outer = call.layout if inner != call.layout else "NCHW"
+            rows = []
+            for name, x in zip(call.names, operands, strict=True):
+                if call.per_image and name == "image_index":
+                    x = jnp.where(x == 0, lax.broadcasted_iota(x.dtype, x.shape, 0), -1)
+                if call.per_image and "k" in DIMENSIONS[name]:
+                    x = lax.collapse(x, 0, 2)
+                rows.append(_layout.channels_first(x, outer) if "c" in DIMENSIONS[name] else x)
+            results = run(call._replace(per_image=False, layout=inner), *rows)
+            if "c" in DIMENSIONS[GIVES[call.operation]]:
+                results = [_layout.as_given(x, outer) for x in results]
+            shapes = [new.shape for new in call.results(operands)]
+            return [x.reshape(shape) for x, shape in zip(results, shapes, strict=True)]
+
+        return run_any
+
+    return decorate
+
+
 # On the CPU: the core
 
 for _name, _handler in _core.xla_handlers.items():
@@ -210,13 +275,16 @@ for _name, _handler in _core.xla_handlers.items():
 _core.set_xla_threads(_threads.get_num_threads())
 
 
+@_of_rows(_layout.LAYOUTS)
 def _native(call: _Call, *operands: Array) -> list[Array]:
     # Scalars alone can be exported by every version.
     scales = [f"scale_{axis}_{i}" for i in range(len(call.maps)) for axis in "yx"]
     names = "maps", *scales, *_core.rule_names
-    numbers = map(np.float64, (len(call.maps), *call.scales, *call.rule))
+    numbers = dict(zip(names, (len(call.maps), *call.scales, *call.rule), strict=True))
+    if call.layout == "NHWC":
+        numbers["channels_last"] = 1
     run = ffi.ffi_call(f"roialign_{call.operation}_maps", call.results(operands))
-    return run(*operands, **dict(zip(names, numbers, strict=True)))
+    return run(*operands, **{name: np.float64(number) for name, number in numbers.items()})
 
 
 # On GPUs: the kernels in Triton
@@ -235,6 +303,7 @@ def _triton_call() -> Callable | None:
     return functools.partial(jax_triton.triton_call, compute_capability=capability)
 
 
+@_of_rows()
 def _kernels(call: _Call, *operands: Array) -> list[Array]:
     from roialign._triton import launch
 
@@ -248,6 +317,7 @@ def _kernels(call: _Call, *operands: Array) -> list[Array]:
             constants["input_output_aliases"] = {last: 0}
         return triton_call(*inputs, kernel=kernel, grid=grid, out_shape=shapes, **constants)
 
+    operands = tuple([cast(x, float32) if x.dtype in byte_types else x for x in operands])
     functions = {name: functools.partial(getattr(launch, name), run) for name in TAKES}
     results = [launch.New(new.shape, str(new.dtype)) for new in call.results(operands)]
     return _apply(functions, call, operands, results)
@@ -256,7 +326,13 @@ def _kernels(call: _Call, *operands: Array) -> list[Array]:
 # Elsewhere: plain JAX
 
 
+@_of_rows()
 def _plain(call: _Call, *operands: Array) -> list[Array]:
+    if not call.is_mean_along_axes:
+        raise NotImplementedError(
+            "largest samples and boxes that turn are there for JAX on the CPU alone: elsewhere "
+            "take `reduction` 'mean' and boxes (K, 4)"
+        )
     _core.log(f"{call.operation} is compiled to plain JAX: there is no kernel for this platform")
     return _apply(vars(_dense), call, operands, call.results(operands))
 
@@ -272,19 +348,20 @@ def _partitioned(run: Callable, call: _Call) -> custom_partitioning:
     gives = (given,) * (len(call.maps) if given == "features" else 1)
 
     def infer(mesh: Mesh, arguments: tuple, _results: Any) -> list[NamedSharding]:
-        return _shardings(mesh, gives, _cut(mesh, zip(call.names, arguments, strict=True)))
+        return _shardings(mesh, call, gives, _cut(mesh, call, call.names, arguments))
 
     def partition(mesh: Mesh, arguments: tuple, results: Any) -> tuple:
-        cut = _cut(mesh, zip((*call.names, *gives), (*arguments, *results), strict=True))
+        cut = _cut(mesh, call, (*call.names, *gives), (*arguments, *results))
         if mesh.empty:  # the arrays have no named axes: everything is everywhere
             devices = results[0].sharding.device_set
             mesh = Mesh(np.array(sorted(devices, key=lambda d: d.id)), "all")
         images = call.images // math.prod(mesh.shape[axis] for axis in cut.get("n", ()))
-        summed = [axis for d, axes in cut.items() if d not in DIMENSIONS[given] for axis in axes]
+        result = call.dimensions(given)
+        summed = [axis for d, axes in cut.items() if d not in result for axis in axes]
 
         def run_local(*operands: Array) -> list[Array]:
             operands, index = list(operands), call.names.index("image_index")
-            if "n" in cut:
+            if "n" in cut and not call.per_image:
                 operands[index] -= images * lax.axis_index(cut["n"])
             parts = run(call._replace(images=images), *operands)
             return lax.psum(parts, tuple(summed)) if summed else parts
@@ -292,44 +369,52 @@ def _partitioned(run: Callable, call: _Call) -> custom_partitioning:
         return (
             mesh,
             run_local,
-            _shardings(mesh, gives, cut),
-            tuple(_shardings(mesh, call.names, cut)),
+            _shardings(mesh, call, gives, cut),
+            tuple(_shardings(mesh, call, call.names, cut)),
         )
 
     function = custom_partitioning(functools.partial(run, call))
-    options = {"sharding_rule": f"{_factors(call.names)} -> {_factors(gives)}"}
+    options = {"sharding_rule": f"{_factors(call, call.names)} -> {_factors(call, gives)}"}
     if jax.__version_info__ < (0, 5):
         options = {}
     function.def_partition(partition, infer_sharding_from_operands=infer, **options)
     return function
 
 
-def _factors(names: Sequence[str]) -> str:
+def _factors(call: _Call, names: Sequence[str]) -> str:
     """The dimensions of these arrays, as Shardy reads them. Height and width are a map's own."""
-    own = [names[:i].count("features") for i in range(len(names))]
+    own = [names[:i].count(name) for i, name in enumerate(names)]
     arrays = [
-        [f"{d}{i}" if d in "hw" else d for d in DIMENSIONS[n]]
+        [f"{d}{i}" if d in "hw" else d for d in call.dimensions(n)]
         for n, i in zip(names, own, strict=True)
     ]
     return ", ".join(map(" ".join, arrays))
 
 
-def _shardings(mesh: Mesh, names: Iterable[str], cut: Mapping[str, tuple]) -> list[NamedSharding]:
-    specs = [PartitionSpec(*[cut.get(d) for d in DIMENSIONS[name]]) for name in names]
+def _shardings(
+    mesh: Mesh, call: _Call, names: Iterable[str], cut: Mapping[str, tuple]
+) -> list[NamedSharding]:
+    specs = [PartitionSpec(*[cut.get(d) for d in call.dimensions(name)]) for name in names]
     return [NamedSharding(mesh, spec) for spec in specs]
 
 
-def _cut(mesh: Mesh, arrays: Iterable[tuple[str, Any]]) -> dict[str, tuple]:
+def _cut(
+    mesh: Mesh, call: _Call, names: Iterable[str], operands: Iterable[Any]
+) -> dict[str, tuple]:
     """The mesh axes of images, channels and RoIs. An axis cuts one of them, into equal parts; the
     features stay where they are if that is possible."""
     cut: dict[str, tuple] = {}
-    arrays = [(name, a) for name, a in arrays if isinstance(a.sharding, NamedSharding)]
+    arrays = [
+        (call.dimensions(name), array)
+        for name, array in zip(names, operands, strict=True)
+        if isinstance(array.sharding, NamedSharding)
+    ]
     for dimension in "nck":
-        for name, array in arrays:
-            if dimension not in DIMENSIONS[name] or dimension in cut:
+        for dimensions, array in arrays:
+            if dimension not in dimensions or dimension in cut:
                 continue
-            i = DIMENSIONS[name].index(dimension)
-            axes = (*array.sharding.spec, *[None] * 4)[i] or ()
+            i = dimensions.index(dimension)
+            axes = (*array.sharding.spec, *[None] * 5)[i] or ()
             axes = axes if isinstance(axes, tuple) else (axes,)
             free = not any(axis in used for used in cut.values() for axis in axes)
             parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -360,7 +445,7 @@ def _abstract(*operands, call):
     meshes = [x.sharding.mesh for x in operands]  # a type's, where its axes are explicit
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     gives = [GIVES[call.operation]] * len(results)
-    shardings = _shardings(mesh, gives, _cut(mesh, zip(call.names, operands, strict=True)))
+    shardings = _shardings(mesh, call, gives, _cut(mesh, call, call.names, operands))
     return [
         operands[0].update(shape=new.shape, dtype=new.dtype, weak_type=False, sharding=sharding)
         for new, sharding in zip(results, shardings, strict=True)
@@ -387,7 +472,7 @@ def _on_cpu(*operands, call):
 def _on_gpu(*operands, call):
     shapes = [x.shape for x in (*operands, *call.results(operands))]
     known = all(isinstance(n, int) and n > 0 for shape in shapes for n in shape)
-    if not known or _triton_call() is None:
+    if not (known and call.is_mean_along_axes) or _triton_call() is None:
         return _plain(call, *operands)
     return _over_devices(_kernels, call, *operands)
 
@@ -405,7 +490,9 @@ for _platform, _way in _WAYS.items():
 def _jvp(primals, tangents, *, call):
     given, moved = call.named(primals), {}
     for name, group in call.named(tangents).items():
-        if name not in ("image_index", "levels") and any(type(d) is not ad.Zero for d in group):
+        if name == "boxes" and all(type(d) is not ad.Zero for d in group):
+            _checks.has_box_gradient(call.reduction)
+        if any(type(d) is not ad.Zero and d.dtype != jax.dtypes.float0 for d in group):
             moved[name] = [ad.instantiate_zeros(d) for d in group]
     changes = [_bind(call, term) for term in terms(call.operation, given, moved)]
     return _bind(call, given), [
@@ -438,35 +525,40 @@ def _placed(array, aval):
 
 
 def _batch(operands, dims, *, call):
-    """The axis of the batch becomes more channels, or more RoIs and images."""
+    """The axis of the batch becomes more channels, or more RoIs, or more images."""
     arrays = list(zip(call.names, operands, dims, strict=True))
     size = next(x.shape[d] for _, x, d in arrays if d is not None)
-    into = folded(call.operation, {name for name, _, d in arrays if d is not None})
     shapes = [x.shape if d is None else (*x.shape[:d], *x.shape[d + 1 :]) for _, x, d in arrays]
-    lengths = call.sizes(shapes)
+    into = folded(call.operation, {name for name, _, d in arrays if d is not None})
+    maps_differ = into.get("features") == "n"
+    per_image = call.per_image or (maps_differ and call.images == 1)
+    batched = call._replace(images=size * call.images if maps_differ else call.images)
+    if maps_differ and per_image:
+        into, batched = dict.fromkeys(into, "n"), batched._replace(per_image=True)
 
     def fold(name, array, d):
         if into[name] is None:
             return array
-        axis = DIMENSIONS[name].index(into[name])
+        axis = batched.dimensions(name).index(into[name])
         if d is None:
             array, d = jnp.broadcast_to(array, (size, *array.shape)), 0
-        return lax.collapse(jnp.moveaxis(array, d, axis), axis, axis + 2)
+        array = jnp.moveaxis(array, d, axis)
+        whole = array.ndim == len(batched.dimensions(name))
+        return array if whole else lax.collapse(array, axis, axis + 2)
 
     given = call.named([fold(*each) for each in arrays])
-    if into.get("features") == "n":
+    if maps_differ and not per_image:
         (index,) = given["image_index"]
         first = call.images * jnp.arange(size, dtype=index.dtype)
         own = (index >= 0) & (index < call.images)
-        index = jnp.where(own, index + jnp.repeat(first, lengths["k"]), -1)
+        (count,) = shapes[call.names.index("image_index")]
+        index = jnp.where(own, index + jnp.repeat(first, count), -1)
         given["image_index"] = [index]
-        call = call._replace(images=size * call.images)
     result = GIVES[call.operation]
-    axis = DIMENSIONS[result].index(into[result])
-    unfolded = size, lengths[into[result]]
-    results = [
-        x.reshape(*x.shape[:axis], *unfolded, *x.shape[axis + 1 :]) for x in _bind(call, given)
-    ]
+    axis = batched.dimensions(result).index(into[result])
+    one = map(jax.ShapeDtypeStruct, shapes, [x.dtype for x in operands])
+    shapes = [(*new.shape[:axis], size, *new.shape[axis:]) for new in call.results(list(one))]
+    results = [x.reshape(s) for x, s in zip(_bind(batched, given), shapes, strict=True)]
     return results, [axis] * len(results)
 
 
@@ -483,36 +575,53 @@ if not hasattr(jax, "shard_map"):  # jax < 0.6: there a rule by primitive
 # Operations. Their arguments have been checked, but for the indices.
 
 
-def _run(operation, arrays, rois, bins, shapes, scales, rule) -> list[Array]:
+def _run(operation, arrays, rois, bins, shapes, scales, rule, layout, selectors) -> list[Array]:
     images = shapes[0][0]
     (first, *_), *_ = arrays.values()
-    coordinate = np.float64 if first.dtype == np.float64 else np.float32
-    _check_index("image_index", rois.image_index, images)
-    given = {
-        "boxes": [rois.boxes.astype(coordinate)],
-        "image_index": [_int32(rois.image_index, images)],
-        **arrays,
-    }
-    if rois.levels is not None:
-        _check_index("levels", rois.levels, len(shapes), least=-1)
-        given["levels"] = [_int32(rois.levels, len(shapes))]
-    sizes = tuple([tuple(shape[2:]) for shape in shapes])
-    call = _Call(operation, tuple(bins), images, sizes, scales, rule, _dense_everywhere)
-    return _bind(call, given)
+    coordinate = first.dtype if first.dtype == np.float64 else float32
+    boxes, index, levels = rois
+    per_image = index is None
+    if per_image:
+        index = jnp.zeros(boxes.shape[:2], np.int32)
+    else:
+        _check_index("image_index", index, images)
+        index = _int32(index, images)
+    given = {"boxes": [cast(boxes, coordinate)], "image_index": [index], **arrays}
+    if selectors is not None and _numbers(rule)["reduction"]:
+        given["selectors"] = [lax.stop_gradient(x) for x in selectors]
+    if levels is not None:
+        _check_index("levels", levels, len(shapes), least=-1)
+        levels = _int32(levels, len(shapes))
+        if len(shapes) > 1:
+            given["levels"] = [levels]
+        else:  # the primitive takes levels of several maps alone
+            given["image_index"] = [jnp.where(levels == 0, index, -1)]
+    maps = tuple([tuple(shape[2:]) for shape in shapes])
+    numbers = tuple(bins), images, maps, scales, rule, layout, per_image, _dense_everywhere
+    return _bind(_Call(operation, *numbers), given)
 
 
-def forward(maps, rois, output_size, scales, rule, *, out=None) -> Array:
-    shapes = [features.shape for features in maps]
-    (output,) = _run("forward", {"features": maps}, rois, output_size, shapes, scales, rule)
+def _shapes(arrays: Sequence[Array], layout: str) -> list[tuple[int, ...]]:
+    return [_layout.shape_first(array.shape, layout) for array in arrays]
+
+
+def forward(maps, rois, output_size, scales, rule, *, layout="NCHW", out=None) -> Array:
+    given, shapes = {"features": maps}, _shapes(maps, layout)
+    (output,) = _run("forward", given, rois, output_size, shapes, scales, rule, layout, maps)
     return output
 
 
-def adjoint(d_output, rois, feature_shapes, scales, rule, *, out=None) -> tuple[Array, ...]:
-    given, bins = {"d_output": [d_output]}, d_output.shape[2:]
-    return tuple(_run("adjoint", given, rois, bins, feature_shapes, scales, rule))
+def adjoint(
+    d_output, rois, feature_shapes, scales, rule, *, layout="NCHW", selectors=None, out=None
+) -> tuple[Array, ...]:
+    ((*_, p, q),) = _shapes([d_output], layout)
+    given = {"d_output": [d_output]}
+    numbers = (p, q), feature_shapes, scales, rule, layout
+    return tuple(_run("adjoint", given, rois, *numbers, selectors))
 
 
-def box_gradient(d_output, maps, rois, scales, rule) -> Array:
-    given, shapes = {"d_output": [d_output], "features": maps}, [x.shape for x in maps]
-    (d_boxes,) = _run("box_gradient", given, rois, d_output.shape[2:], shapes, scales, rule)
+def box_gradient(d_output, maps, rois, scales, rule, *, layout="NCHW") -> Array:
+    (*shapes, (*_, p, q)) = _shapes([*maps, d_output], layout)
+    given = {"d_output": [d_output], "features": maps}
+    (d_boxes,) = _run("box_gradient", given, rois, (p, q), shapes, scales, rule, layout, maps)
     return d_boxes

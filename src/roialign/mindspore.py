@@ -1,13 +1,14 @@
 """The MindSpore adapter: which tensors are accepted, the operators, their derivatives, the layer.
 
 In reading order: checks; the rules of differentiation; the primitives, which are entries of the
-core; the operations; what a graph has in place of the public functions; the layer. MindSpore's
-compiler reads the source of all that runs in a graph, and knows a part of Python only.
+core; the operations; the layer. MindSpore's compiler reads the source of all that runs in a graph,
+the public functions too, and knows a part of Python only.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common import _Function
 
 import roialign
-from roialign import _checks, _core, _operations, _rois, _threads
+from roialign import _checks, _core, _layout, _levels, _operations, _rule, _threads
 
 __all__ = ["ROIAlign"]
 
@@ -41,7 +42,10 @@ def _is_traced() -> bool:
 # Types
 
 float32 = mindspore.float32
-byte_types = ()
+byte_types = (mindspore.uint8, mindspore.bool_)
+takes_any_form, takes_numpy = True, False
+reductions: tuple[str, ...] = ("mean", "max", "max_corner")
+takes_rotated = True
 
 
 def kind(dtype: Any) -> str:
@@ -84,7 +88,7 @@ def check_out_values(name: str, out: object, shape: tuple[int, ...], inputs: lis
 
 def columns(rows: Tensor) -> tuple[Tensor, Tensor]:
     if rows.shape[0] == 0:  # the compiler slices nothing of no rows
-        return ops.zeros((0, 4), rows.dtype), ops.zeros((0,), rows.dtype)
+        return ops.zeros((0, rows.shape[1] - 1), rows.dtype), ops.zeros((0,), rows.dtype)
     return rows[:, 1:], rows[:, 0]
 
 
@@ -103,6 +107,18 @@ def _repeated(counts: tuple[int, ...]) -> Tensor:
     return Tensor(np.repeat(np.arange(len(counts)), np.array(counts, np.int64)))
 
 
+def numbered(images: int, each: int, like: Tensor) -> Tensor:
+    return _repeated((each,) * images)
+
+
+def from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
+    return Tensor(array)
+
+
+def as_numpy(boxes: Tensor) -> np.ndarray:
+    return boxes.asnumpy()
+
+
 def repeated(counts: list[int], like: Tensor) -> Tensor:
     return _repeated(tuple(counts))
 
@@ -110,7 +126,8 @@ def repeated(counts: list[int], like: Tensor) -> Tensor:
 def split(array: Tensor, counts: list[int]) -> list[Tensor]:
     pieces, start = [], 0
     for count in counts:
-        piece = array[start : start + count] if count else ops.zeros((0, 4), array.dtype)
+        none = ops.zeros((0, array.shape[1]), array.dtype)
+        piece = array[start : start + count] if count else none
         pieces.append(piece)
         start += count
     return pieces
@@ -124,166 +141,283 @@ def with_index_column(d_boxes: Tensor) -> Tensor:
     return ops.cat([ops.zeros((d_boxes.shape[0], 1), d_boxes.dtype), d_boxes], 1)
 
 
-# Derivatives, of one map. Where there is no tangent, there is a vector in its place.
+# Derivatives. `names` says which the arrays of a call are; several maps are one of them, a tuple,
+# because MindSpore differentiates no operator of any number of arrays.
 
-_INPUTS = {
-    name: ("numbers", "boxes", "image_index", *takes) for name, takes in _operations.TAKES.items()
-}
 _GIVES = _operations.GIVES
 _SIBLINGS = {array: _operations.giving(array) for array in _GIVES.values()}
+_BESIDE = "numbers", *_operations.BESIDE, "corners"  # these are selectors of "max_corner"
+_ORDER = {name: (*_BESIDE, *takes) for name, takes in _operations.TAKES.items()}
 
 
-def _second_order(operation: str, boxes: Tensor) -> Tensor:
-    if _is_traced():  # runs only if its result is used; MindSpore's error then has its name
-        return _primitive("has_no_second_derivative_in_the_boxes", ())(boxes)
-    return _operations.require_first_order(operation, ("tangent",))
-
-
-def _named(name: str, names: tuple[str, ...], arrays: tuple[Tensor, ...]) -> Tensor:
+def _named(name: str, names: tuple[str, ...], arrays: tuple) -> Any:
     for i in range(len(names)):  # the compiler unrolls it; a dict would stay in the graph
         if names[i] == name:
             return arrays[i]
-    return arrays[0]
+    return None
 
 
-def _apply(operation: str, names: tuple[str, ...], arrays: tuple[Tensor, ...]) -> Tensor:
-    size, inputs = (), ()
+def _first(array: Any) -> Any:
+    return array[0] if isinstance(array, tuple) else array
+
+
+def _apply(operation: str, names: tuple[str, ...], arrays: tuple) -> Any:
+    """On those of the arrays that the operation takes, to a result of the shape that is there."""
+    size, found, taken = (), (), ()
     if operation == "forward":
-        size = _named("d_output", names, arrays).shape[2:]
+        size = _named("d_output", names, arrays).shape[1:]
     if operation == "adjoint":
-        size = _named("features", names, arrays).shape
-    for name in _INPUTS[operation]:
-        inputs += (_named(name, names, arrays),)
-    return _call(operation, size, *inputs)
+        size = _shapes(_named("features", names, arrays))
+    for name in _ORDER[operation]:
+        if name in names:
+            found, taken = (*found, name), (*taken, _named(name, names, arrays))
+    return _call(operation, found, size, taken)
 
 
-def _gradients(operation, wanted, inputs, d_result):
-    """In each of the inputs of an operation, None where that is not wanted or has none."""
-    names, gradients = _INPUTS[operation], ()
-    given = (_GIVES[operation], *names), (d_result, *inputs)
-    has_tangent = _named("tangent", *given).ndim == 2
+def _shapes(maps: Any) -> tuple:
+    return tuple([m.shape for m in maps]) if isinstance(maps, tuple) else maps.shape
+
+
+def _refused(operation: str, names: tuple[str, ...], boxes: Tensor) -> Tensor:
+    """The derivatives in the boxes that are not there."""
+    if _is_traced():  # runs only if its result is used; MindSpore's error then has its name
+        reason = "has_no_second_derivative_in_the_boxes"
+        if "corners" in names:
+            reason = "max_corner_has_no_gradient_in_the_boxes"
+        return _primitive(reason, ("boxes",), ())(boxes)
+    if "corners" in names:
+        _checks.has_box_gradient("max_corner")
+    return _operations.require_first_order(operation, ("tangent",))
+
+
+def _gradients(operation, names, wanted, arrays, d_result) -> tuple:
+    """In each of the arrays of an operation, None where that is not wanted or has none."""
+    given = (_GIVES[operation], *names), (d_result, *arrays)
+    gradients = ()
     for i in range(len(names)):
+        name, is_wanted, array = names[i], wanted[i], arrays[i]
         gradient = None
-        if wanted[i] and names[i] == "boxes" and (has_tangent or operation == "box_gradient"):
-            gradient = _second_order(operation, inputs[i])
-        elif wanted[i] and names[i] == "boxes":
-            gradient = _apply("box_gradient", *given).astype(inputs[i].dtype)
-        elif wanted[i] and names[i] in _SIBLINGS and (has_tangent or names[i] != "tangent"):
-            gradient = _apply(_SIBLINGS[names[i]], *given)
+        refused = "tangent" in names or "corners" in names or operation == "box_gradient"
+        if is_wanted and name == "boxes" and refused:
+            gradient = _refused(operation, names, array)
+        elif is_wanted and name == "boxes":
+            gradient = _apply("box_gradient", *given).astype(array.dtype)
+        elif is_wanted and name in _SIBLINGS and _first(array).dtype in _FLOATS:
+            gradient = _apply(_SIBLINGS[name], *given)
         gradients += (gradient,)
     return gradients
 
 
-def _bprop(operation: str) -> Callable:
+def _bprop(operation: str, names: tuple[str, ...]) -> Callable:
     """In a graph: all gradients are wanted, what nothing uses is dropped, and zeros are None."""
 
-    def bprop(a, b, c, d, e, result, d_result):
-        inputs, filled = (a, b, c, d, e), ()
-        gradients = _gradients(operation, (True,) * 5, inputs, d_result)
-        for i in range(5):
-            filled += (ops.zeros_like(inputs[i]) if gradients[i] is None else gradients[i],)
+    def gradients(arrays, d_result):
+        filled = ()
+        found = _gradients(operation, names, (True,) * len(names), arrays, d_result)
+        for i in range(len(names)):
+            filled += (_zeros_like(arrays[i]) if found[i] is None else found[i],)
         return filled
 
-    return bprop
+    def of_four(a, b, c, d, result, d_result):
+        return gradients((a, b, c, d), d_result)
+
+    def of_five(a, b, c, d, e, result, d_result):
+        return gradients((a, b, c, d, e), d_result)
+
+    def of_six(a, b, c, d, e, f, result, d_result):
+        return gradients((a, b, c, d, e, f), d_result)
+
+    def of_seven(a, b, c, d, e, f, g, result, d_result):
+        return gradients((a, b, c, d, e, f, g), d_result)
+
+    return {4: of_four, 5: of_five, 6: of_six, 7: of_seven}[len(names)]
 
 
-def _function(operation: str) -> type[_Function]:
-    """In PyNative mode, which knows what is wanted."""
-
-    def forward(ctx, primitive, *inputs):
-        ctx.save_for_backward(*inputs)
-        return primitive(*inputs)
-
-    def backward(ctx, d_result):
-        wanted = ctx.needs_input_grad[1:]
-        return None, *_gradients(operation, wanted, ctx.saved_tensors, d_result)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(operation, (_Function,), methods)
+def _zeros_like(array: Any) -> Any:
+    if isinstance(array, tuple):
+        return tuple([ops.zeros_like(each) for each in array])
+    return ops.zeros_like(array)
 
 
-_BPROPS = {name: _bprop(name) for name in _INPUTS}
-_FUNCTIONS = {name: _function(name) for name in _INPUTS}
+class _Recorded(_Function):
+    """In PyNative mode, which knows what is wanted. It takes no tuples."""
+
+    @staticmethod
+    def forward(ctx, call, *flat):
+        ctx.call = call
+        ctx.save_for_backward(*flat)
+        return _primitive(*call)(*_grouped(call[1], flat))
+
+    @staticmethod
+    def backward(ctx, *d_results):
+        operation, names, _ = ctx.call
+        arrays = _grouped(names, ctx.saved_tensors)
+        wanted = [np.any(each) for each in _grouped(names, ctx.needs_input_grad[1:])]
+        d_result = d_results if len(d_results) > 1 else d_results[0]
+        found = _gradients(operation, names, wanted, arrays, d_result)
+        gradients = ()
+        for array, gradient in zip(arrays, found):
+            if isinstance(array, tuple):
+                gradients += gradient or (None,) * len(array)
+            else:
+                gradients += (gradient,)
+        return None, *gradients
+
+
+def _flat(arrays: tuple) -> tuple[Tensor, ...]:
+    flat: tuple = ()
+    for array in arrays:
+        flat += array if isinstance(array, tuple) else (array,)
+    return flat
+
+
+def _grouped(names: tuple[str, ...], flat: tuple) -> tuple:
+    """`_flat` backwards."""
+    several = {"features", "selectors", "corners"}.intersection(names)
+    maps = 1 + (len(flat) - len(names)) // max(1, len(several))
+    grouped, left = (), flat
+    for name in names if maps > 1 else ():
+        taken = maps if name in several else 1
+        grouped += (left[:taken] if name in several else left[0],)
+        left = left[taken:]
+    return grouped or flat
 
 
 # The core's operations as primitives, made at their first call: Ascend's want more to be made.
 
 
-def _call(name: str, size: tuple[int, ...], *inputs: Tensor) -> Tensor:
-    primitive = _primitive(name, size)
+def _call(operation: str, names: tuple[str, ...], size: tuple, arrays: tuple) -> Any:
     if _is_traced():
-        return primitive(*inputs)
-    return _FUNCTIONS[name].apply(primitive, *inputs)
+        return _primitive(operation, names, size)(*arrays)
+    return _Recorded.apply((operation, names, size), *_flat(arrays))
 
 
 @ops.constexpr
 @functools.lru_cache
-def _primitive(name: str, size: tuple[int, ...]) -> ops.Custom:
-    """The core's entry `name`; `size` is the bins of a forward, the feature shape of an adjoint."""
+def _primitive(name: str, names: tuple[str, ...], size: tuple) -> ops.Custom:
+    """The core's entry `name`; `size`: a forward's C, P, Q, and the shapes of an adjoint's maps."""
+    several = bool(size) and isinstance(size[0], tuple)
+    source = next(each for each in ("d_output", "features", "boxes") if each in names)
 
     def shape(*inputs):
-        if name == "forward":
-            return (inputs[1][0], inputs[3][1], *size)
-        return size if name == "adjoint" else inputs[1 if name == "box_gradient" else 0]
+        boxes = _named("boxes", names, inputs)
+        return (boxes[0], *size) if name == "forward" else size or boxes
 
     def dtype(*inputs):
-        if name in ("forward", "adjoint"):
-            return inputs[3]
-        wide = inputs[3 if name == "box_gradient" else 0].element_type() == mindspore.float64
-        return mindspore.TensorType(mindspore.float64 if wide else mindspore.float32)
+        found = _first(_named(source, names, inputs)).element_type()
+        if found not in _FLOATS or (found != mindspore.float64 and name not in _POOLED):
+            found = mindspore.float32
+        result = mindspore.TensorType(found)
+        return (result,) * len(size) if several else result
 
     entry = f"{_core.__file__}:roialign_{name}"
-    primitive = ops.Custom(entry, shape, dtype, "aot", _BPROPS.get(name))
-    primitive.add_prim_attr(
-        "size", size
-    )  # to MindSpore, primitives of equal attributes are the same
+    bprop = _bprop(name, names) if name in _ORDER else None
+    primitive = ops.Custom(entry, shape, dtype, "aot", bprop)
+    # to MindSpore, primitives of equal attributes are the same
+    primitive.add_prim_attr("call", str((names, size)))
     return primitive
 
 
-# Operations. Their arguments have been checked, but for the image index.
+_POOLED = ("forward", "adjoint")  # their results have the dtype of what they take
+
+
+# Operations. Their arguments have been checked, but for indices. In a graph these are not read.
 
 
 @functools.lru_cache
-def _vector(scales: tuple[float, ...], rule: tuple[float, ...], threads: int) -> Tensor:
+def _vector(*numbers: float) -> Tensor:
+    return Tensor(np.array(numbers, np.float64))
+
+
+@ops.constexpr
+def _numbers(scales: tuple[float, ...], rule: tuple[float, ...], layout: str) -> Tensor:
     """The numbers of a call as the core's entries take them."""
-    return Tensor(np.array([threads, len(scales) // 2, *scales, *rule]))
+    maps = len(scales) // 2 if layout == "NCHW" else -(len(scales) // 2)
+    return _vector(_threads.get_num_threads(), maps, *scales, *rule)
 
 
-def _numbers(scales: tuple[float, ...], rule: tuple[float, ...]) -> Tensor:
-    return _vector(scales, rule, _threads.get_num_threads())
+def _check_index(name: str, index: Tensor, end: int, least: int = 0) -> None:
+    if index.dtype == mindspore.bfloat16:  # NumPy reads it as uint16
+        index = index.astype(mindspore.float32)
+    elif index.dtype == mindspore.uint16:
+        index = index.astype(mindspore.int32)
+    _core.check_index(name, index.asnumpy(), end, least)
 
 
-_NO_TANGENT = Tensor(np.zeros(1, np.float32))
-
-
-def _run(operation, size, boxes, index, images, numbers, *arrays) -> Tensor:
-    """An operation on one map, in dtypes that the core takes. In a graph no index is read."""
+def _run(operation, size, rois, images, scales, rule, layout, names, arrays, selectors) -> Any:
+    """An operation on arrays (K, ...) and maps, in dtypes that the core takes."""
+    boxes, index, levels = rois
+    traced = _is_traced()
+    if index is None:
+        index = numbered(boxes.shape[0], boxes.shape[1], boxes)
+        boxes = boxes.reshape((index.shape[0], 4))
     if boxes.dtype not in _FLOATS:
-        wide = arrays[0].dtype == mindspore.float64
+        wide = _first(arrays[0]).dtype == mindspore.float64
         boxes = boxes.astype(mindspore.float64 if wide else mindspore.float32)
-        if not _is_traced():
+        if not traced:
             _core.log("`boxes` is converted from integers")
-    if not _is_traced():
-        readable = index  # by NumPy, in which uint16 stands for bfloat16
-        if index.dtype == mindspore.bfloat16:
-            readable = index.astype(mindspore.float32)
-        elif index.dtype == mindspore.uint16:
-            readable = index.astype(mindspore.int32)
-        _core.check_index("image_index", readable.asnumpy(), images)
-    return _call(operation, size, numbers, boxes, index, *arrays)
+    if not traced:
+        _check_index("image_index", index, images)
+    if selectors is not None:
+        name = "selectors" if rule[_REDUCTION] == _MAX else "corners"
+        names, arrays = (name, *names), (_maps(selectors), *arrays)
+    if levels is not None:
+        levels = levels.reshape(index.shape)
+        if not traced:
+            _check_index("levels", levels, len(scales) // 2, -1)
+        names, arrays = ("levels", *names), (levels, *arrays)
+    names = ("numbers", "boxes", "image_index", *names)
+    numbers = _numbers(scales, rule, layout)
+    return _call(operation, names, size, (numbers, boxes, index, *arrays))
 
 
-def _forward(features, boxes, index, bins, numbers):
-    return _run("forward", bins, boxes, index, features.shape[0], numbers, features, _NO_TANGENT)
+def _maps(maps: Any) -> Any:
+    """As a call has them."""
+    return tuple(maps) if len(maps) > 1 else maps[0]
 
 
-def _adjoint(d_output, boxes, index, shape, numbers):
-    return _run("adjoint", shape, boxes, index, shape[0], numbers, d_output, _NO_TANGENT)
+_MAX = _rule.REDUCTIONS.index("max")
+_REDUCTION = _core.rule_names.index("reduction")
 
 
-def _box_gradient(d_output, features, boxes, index, numbers):
-    images = features.shape[0]
-    return _run("box_gradient", (), boxes, index, images, numbers, d_output, features)
+def _selectors(maps: tuple, rule: tuple[float, ...]) -> Any:
+    """The maps whose samples are compared, if they are."""
+    return maps if rule[_REDUCTION] else None
+
+
+def forward(maps, rois, output_size, scales, rule, *, layout="NCHW", out=None) -> Tensor:
+    images, channels, *_ = _layout.shape_first(maps[0].shape, layout)
+    size = _layout.shape_as_given((channels, *output_size), layout)
+    given = rois, images, scales, rule, layout
+    selectors = _selectors(maps, rule)
+    output = _run("forward", size, *given, ("features",), (_maps(maps),), selectors)
+    return output.reshape((*rois[0].shape[:-1], *size))
+
+
+def adjoint(
+    d_output, rois, feature_shapes, scales, rule, *, layout="NCHW", selectors=None, out=None
+) -> tuple[Tensor, ...]:
+    size = _maps([_layout.shape_as_given(shape, layout) for shape in feature_shapes])
+    given = rois, feature_shapes[0][0], scales, rule, layout
+    d_maps = _run("adjoint", size, *given, ("d_output",), (_rows(d_output, rois),), selectors)
+    return d_maps if isinstance(d_maps, tuple) else (d_maps,)
+
+
+def box_gradient(d_output, maps, rois, scales, rule, *, layout="NCHW") -> Tensor:
+    given = rois, maps[0].shape[0], scales, rule, layout
+    arrays = _rows(d_output, rois), _maps(maps)
+    selectors = _selectors(maps, rule)
+    return _run("box_gradient", (), *given, ("d_output", "features"), arrays, selectors)
+
+
+def _rows(d_output: Tensor, rois: tuple) -> Tensor:
+    """(K, ...) of (N, M, ...)"""
+    return d_output.reshape((math.prod(rois[0].shape[:-1]), *d_output.shape[-3:]))
+
+
+def is_view(reshaped: Tensor, array: Tensor) -> bool:
+    """Asked of `out` alone."""
+    return False
 
 
 def is_compiling() -> bool:
@@ -294,102 +428,18 @@ def takes_rows(features: object, rois: object) -> bool:
     return False
 
 
-def forward(maps, rois, output_size, scales, rule, *, out=None) -> Tensor:
-    (features,) = maps
-    return _forward(features, rois.boxes, rois.image_index, output_size, _numbers(scales, rule))
+# In a graph all but tensors are constants. Of these Python finds what the compiler cannot read.
+
+rule = ops.constexpr(_checks.rule)
+rotated_rule = ops.constexpr(_checks.rotated_rule)
+range_of = ops.constexpr(_levels.range_of)
+level_setting = ops.constexpr(_levels.setting)
+borders = ops.constexpr(_levels.borders)
+_tensor = ops.constexpr(Tensor)
 
 
-def adjoint(d_output, rois, feature_shapes, scales, rule, *, out=None) -> tuple[Tensor]:
-    (shape,) = feature_shapes
-    numbers = _numbers(scales, rule)
-    return (_adjoint(d_output, rois.boxes, rois.image_index, shape, numbers),)
-
-
-def box_gradient(d_output, maps, rois, scales, rule) -> Tensor:
-    (features,) = maps
-    numbers = _numbers(scales, rule)
-    return _box_gradient(d_output, features, rois.boxes, rois.image_index, numbers)
-
-
-# Graph mode: what the compiler reads in place of the public functions, with their checks in their
-# order. All but tensors are constants there, and checked by Python while it compiles.
-
-
-_integers = ops.constexpr(_checks.integers)
-_bins = ops.constexpr(_checks.bins)
-_feature_shape = ops.constexpr(_checks.feature_shape)
-
-
-@ops.constexpr
-def _numbers_in_graph(given: tuple) -> Tensor:
-    return _numbers(*_checks.rule(*given))
-
-
-@ops.constexpr
-def _with_pixels(numbers: Tensor, name: str, shape: tuple[int, ...], count: int) -> Tensor:
-    """The numbers, after a check: the compiler warns of a call whose result nobody uses."""
-    _checks.pixels(name, shape, count)
-    return numbers
-
-
-def roi_align_in_graph(features, rois, output_size, rule, out):
-    _checks.features(_SELF, "features", features)
-    _rois.check(_SELF, rois)
-    bins = _integers("output_size", output_size)
-    if out is not None:
-        check_out("out", out, features.dtype)
-    numbers = _numbers_in_graph(rule)
-    return _pool(features, rois, _bins("output_size", bins), numbers)
-
-
-def layer_in_graph(features, rois, bins, rule):
-    _checks.features(_SELF, "features", features)
-    check_array("rois", rois)
-    _rois.check(_SELF, rois, False)
-    return _pool(features, rois, bins, _numbers_in_graph(rule))
-
-
-def _pool(features, rois, bins, numbers):
-    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    boxes, index = _rois.boxes_and_index(_SELF, rois, features.shape[0])
-    numbers = _with_pixels(numbers, "features", features.shape, boxes.shape[0])
-    return _forward(features, boxes, index, bins, numbers)
-
-
-def roi_align_adjoint_in_graph(d_output, rois, feature_shape, rule, features, out):
-    _checks.features(_SELF, "d_output", d_output)
-    if features is not None:
-        _checks.features(_SELF, "features", features)
-        _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
-    _rois.check(_SELF, rois)
-    _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
-    shape = _integers("feature_shape", feature_shape)
-    if out is not None:
-        check_out("out", out, d_output.dtype)
-    numbers = _numbers_in_graph(rule)
-    shape = _feature_shape(shape)
-    boxes, index = _rois.boxes_and_index(_SELF, rois, shape[0])
-    _checks.d_output(d_output.shape, boxes.shape[0], shape[1])
-    numbers = _with_pixels(numbers, "feature_shape", shape, boxes.shape[0])
-    if features is not None:
-        _checks.shape("features", str(shape), features.shape, features.shape == shape)
-    return _adjoint(d_output, boxes, index, shape, numbers)
-
-
-def roi_align_box_gradient_in_graph(d_output, features, rois, rule, out):
-    _checks.features(_SELF, "d_output", d_output)
-    _checks.features(_SELF, "features", features)
-    _checks.same_dtype("d_output", d_output.dtype, "features", features.dtype)
-    _rois.check(_SELF, rois)
-    if out is not None:
-        check_out("out", out, features.dtype)
-    numbers = _numbers_in_graph(rule)
-    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    boxes, index = _rois.boxes_and_index(_SELF, rois, features.shape[0])
-    _checks.d_output(d_output.shape, boxes.shape[0], features.shape[1])
-    numbers = _with_pixels(numbers, "features", features.shape, boxes.shape[0])
-    d_boxes = _box_gradient(d_output, features, boxes, index, numbers)
-    return _rois.like_given(_SELF, rois, d_boxes)
+def own_index(index):
+    return index if isinstance(index, Tensor) else _tensor(index)
 
 
 # The layer

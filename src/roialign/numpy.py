@@ -26,6 +26,9 @@ def is_array(value: object) -> bool:
 
 float32 = np.dtype(np.float32)
 byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
+takes_any_form = takes_numpy = False
+reductions: tuple[str, ...] = ("mean", "max", "max_corner")
+takes_rotated = True
 
 
 def _is_bfloat16(dtype: np.dtype) -> bool:
@@ -49,6 +52,8 @@ def check_array(name: str, value: Any) -> None:
 
 
 def check_out(name: str, out: Any, dtype: np.dtype) -> None:
+    if type(out) is np.ndarray and out.dtype == dtype:
+        return
     check_array(name, out)
     if out.dtype != dtype:
         raise TypeError(f"`{name}` must have dtype {dtype}, got {out.dtype}")
@@ -73,6 +78,18 @@ def repeated(counts: list[int], like: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(counts)), counts)
 
 
+def numbered(images: int, each: int, like: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(images), each)
+
+
+def from_numpy(array: np.ndarray, like: object) -> np.ndarray:
+    return array
+
+
+def as_numpy(boxes: np.ndarray) -> np.ndarray:
+    return boxes
+
+
 def split(array: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     return np.split(array, np.cumsum(counts)[:-1]) if counts else []
 
@@ -83,7 +100,8 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def with_index_column(d_boxes: np.ndarray) -> np.ndarray:
-    result = np.zeros((len(d_boxes), 5), d_boxes.dtype)  # np.pad takes 10 us
+    rows, numbers = d_boxes.shape
+    result = np.zeros((rows, 1 + numbers), d_boxes.dtype)  # np.pad takes 10 us
     result[:, 1:] = d_boxes
     return result
 
@@ -103,6 +121,10 @@ def check_out_values(name: str, out: np.ndarray, shape: tuple[int, ...], inputs:
             raise ValueError(f"`{name}` must not overlap an input, got overlapping memory")
 
 
+def is_view(reshaped: np.ndarray, array: np.ndarray) -> bool:
+    return np.may_share_memory(reshaped, array)
+
+
 def overlaps_itself(array: np.ndarray) -> bool:
     """Whether two elements share memory: along some axis, the first slice with a later one.
 
@@ -110,6 +132,13 @@ def overlaps_itself(array: np.ndarray) -> bool:
     """
     if array.flags.c_contiguous or array.size == 0:
         return False
+    extent = array.itemsize
+    for stride, count in sorted(zip(array.strides, array.shape)):
+        if count > 1 and stride < extent:
+            break
+        extent += (count - 1) * stride
+    else:
+        return False  # each stride is beyond what the smaller ones span
     while array.ndim:
         if share_memory(array[:1], array[1:]):
             return True
@@ -177,43 +206,60 @@ def _converted(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     return cast(array, dtype)
 
 
-def _native_rois(
-    rois: Rois, coordinate: np.dtype
-) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray | None]:
-    """(boxes, image index), and levels, in dtypes that the core reads."""
-    boxes, index, levels = rois
-    if kind(boxes.dtype) != "float":  # a box that is too large for the coordinate type is infinite
-        boxes = _converted("boxes", boxes, coordinate)
-    pair = _native("boxes", boxes), _native_index("image_index", index)
-    return pair, None if levels is None else _native_index("levels", levels)
-
-
 def _native_index(name: str, index: np.ndarray) -> np.ndarray:
-    if kind(index.dtype) == "wide float":
-        return _converted(name, index, _FLOAT64)
     if index.dtype == _UINT16:  # which stands for bfloat16
         return _converted(name, index, np.int32)
-    return _native(name, index)
+    if index.dtype in _FLOATS or index.dtype.kind in "iu":
+        return _native(name, index)
+    return _converted(name, index, _FLOAT64)
 
 
-def _coordinate(dtype: np.dtype) -> np.dtype:
-    return _FLOAT64 if dtype == _FLOAT64 else float32
+def _run(
+    operation: Callable[..., None],
+    arrays: tuple[Any, ...],
+    scales: tuple[float, ...],
+    rois: Rois,
+    tangents: tuple[np.ndarray | None, ...],
+    rule: tuple[float, ...],
+    out: np.ndarray | tuple[np.ndarray, ...],
+    selectors: Any = None,
+) -> None:
+    """Has the core write `out`. Where it refuses an array, another takes its place."""
+    (boxes, index, levels), threads = rois, _threads.get_num_threads()
+    given, rest = (scales, (boxes, index), levels, *tangents, rule), (threads, selectors)
+    try:
+        return operation(*arrays, *given, out, *rest)
+    except (TypeError, ValueError):
+        pass
+    results = out if isinstance(out, tuple) else (out,)
+    coordinate = _FLOAT64 if results[0].dtype == _FLOAT64 else float32
+    arrays = tuple([_native_maps(array) for array in arrays])
+    selectors = None if selectors is None else _native_maps(selectors)
+    if boxes.dtype not in _FLOATS:  # one that is too large for the coordinate type is infinite
+        boxes = _converted("boxes", boxes, coordinate)
+    pair = _native("boxes", boxes), _native_index("image_index", index)
+    levels = None if levels is None else _native_index("levels", levels)
+    tangents = tuple([_tangent(tangent, coordinate) for tangent in tangents])
+    targets = [r if _addressable(r) else np.empty(r.shape, r.dtype) for r in results]
+    native = [_bits(target) for target in targets]
+    into = native if isinstance(out, tuple) else native[0]
+    operation(*arrays, scales, pair, levels, *tangents, rule, into, threads, selectors)
+    for result, target in zip(results, targets):
+        if target is not result:
+            _core.log("`out` is copied from another array: it is not aligned")
+            result[...] = target
+
+
+def _native_maps(given: Any) -> Any:
+    if isinstance(given, np.ndarray):
+        return _native("d_output", given)
+    return [_native("features", array) for array in given]
 
 
 def _tangent(tangent: np.ndarray | None, coordinate: np.dtype) -> np.ndarray | None:
     if tangent is None:
         return None
     return np.require(cast(tangent, coordinate), requirements=["C", "A"])
-
-
-def _write(results: tuple[np.ndarray, ...], run: Callable[[list[np.ndarray]], None]) -> None:
-    """Has the core write `results`, through others where it cannot address them."""
-    targets = [r if _addressable(r) else np.empty(r.shape, r.dtype) for r in results]
-    run([_bits(target) for target in targets])
-    for result, target in zip(results, targets):
-        if target is not result:
-            _core.log("`out` is copied from another array: it is not aligned")
-            result[...] = target
 
 
 def is_compiling() -> bool:
@@ -228,51 +274,55 @@ def takes_rows(features: object, rois: object) -> bool:
     )
 
 
-def forward_rows(features, rows, output_size, scales, rule, out) -> np.ndarray:
+def forward_rows(features, rows, output_size, scales, rule, out) -> np.ndarray | None:
     if out is None:
         out = _empty_output(features, rows, output_size)
-    elif not _addressable(out):
-        return forward((features,), Rois(*columns(rows)), output_size, scales, rule, out=out)
-    _core.forward(features, scales, rows, None, None, rule, out, _threads.get_num_threads())
+        _core.forward(features, scales, rows, None, None, rule, out, _threads.get_num_threads())
+    elif not _core.forward_rows(
+        features, rows, out, *output_size, scales, rule, _threads.get_num_threads()
+    ):
+        return None
     return out
 
 
-def forward(maps, rois, output_size, scales, rule, *, tangent=None, out=None) -> np.ndarray:
+def forward(
+    maps, rois, output_size, scales, rule, *, layout="NCHW", tangent=None, out=None
+) -> np.ndarray:
     """With a ``tangent`` (K, 4): the derivative along it."""
     if out is None:
-        out = _empty_output(maps[0], rois.boxes, output_size)
-    coordinate, threads = _coordinate(maps[0].dtype), _threads.get_num_threads()
-    pair, levels = _native_rois(rois, coordinate)
-    maps = [_native("features", array) for array in maps]
-    given = maps, scales, pair, levels, _tangent(tangent, coordinate)
-    _write((out,), lambda to: _core.forward(*given, rule, *to, threads))
+        out = _empty_output(maps[0], rois.boxes, output_size, layout)
+    _run(_core.forward, (maps,), scales, rois, (tangent,), rule, out)
     return out
 
 
-def _empty_output(features, boxes, output_size) -> np.ndarray:
+def _empty_output(features, boxes, output_size, layout="NCHW") -> np.ndarray:
     shape = (boxes.shape[0], features.shape[1], *output_size)
     dtype = float32 if features.itemsize == 1 else features.dtype
-    return empty(shape, dtype, is_channels_last(features))
+    return empty(shape, dtype, layout == "NHWC" or is_channels_last(features))
 
 
 def adjoint(
-    d_output, rois, feature_shapes, scales, rule, *, tangent=None, out=None
+    d_output,
+    rois,
+    feature_shapes,
+    scales,
+    rule,
+    *,
+    layout="NCHW",
+    selectors=None,
+    tangent=None,
+    out=None,
 ) -> tuple[np.ndarray, ...]:
     """With a ``tangent`` (K, 4): the derivative along it."""
     if out is None:
-        last = is_channels_last(d_output)
+        last = layout == "NHWC" or is_channels_last(d_output)
         out = tuple([empty(shape, d_output.dtype, last) for shape in feature_shapes])
-    coordinate, threads = _coordinate(d_output.dtype), _threads.get_num_threads()
-    pair, levels = _native_rois(rois, coordinate)
-    given = _native("d_output", d_output), scales, pair, levels, _tangent(tangent, coordinate), rule
-    _write(out, lambda to: _core.adjoint(*given, to, threads))
+    _run(_core.adjoint, (d_output,), scales, rois, (tangent,), rule, out, selectors)
     return out
 
 
-def box_gradient(d_output, maps, rois, scales, rule) -> np.ndarray:
-    coordinate, threads = _coordinate(d_output.dtype), _threads.get_num_threads()
-    result = np.empty((len(rois.boxes), 4), coordinate)
-    pair, levels = _native_rois(rois, coordinate)
-    d_output, maps = _native("d_output", d_output), [_native("features", m) for m in maps]
-    _core.box_gradient(d_output, maps, scales, pair, levels, rule, result, threads)
+def box_gradient(d_output, maps, rois, scales, rule, *, layout="NCHW") -> np.ndarray:
+    real = _FLOAT64 if d_output.dtype == _FLOAT64 else float32
+    result = np.empty(rois.boxes.shape, real)
+    _run(_core.box_gradient, (d_output, maps), scales, rois, (), rule, result)
     return result
