@@ -1,12 +1,13 @@
 """The signatures of other libraries: a user of one of them changes one import line.
 
-:mod:`roialign.compat.torchvision` and :mod:`roialign.compat.detectron2` take torch tensors. Neither
-library is needed; torch is imported when one of the two is asked for.
+:mod:`roialign.compat.torchvision`, :mod:`roialign.compat.detectron2`, :mod:`roialign.compat.mmcv`
+and :mod:`roialign.compat.mmdet` take torch tensors. None of these libraries is needed. torch is
+imported when one of the modules is asked for.
 """
 
 from typing import Any
 
-__all__ = ["detectron2", "torchvision"]
+__all__ = ["detectron2", "mmcv", "mmdet", "torchvision"]
 
 
 def __getattr__(name: str) -> Any:
