@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from roialign import _checks, numpy as _numpy
-from roialign._rois import Rois
+from roialign._graph import IN_GRAPH, graph_adapter
+from roialign._rois import Rois, arrays as arrays_in
 
 Maps = tuple[Any, ...]
 Numbers = tuple[float, ...]
@@ -19,11 +20,19 @@ class Adapter(Protocol):
 
     The operations get arguments that have been checked, but for devices and the values of indices.
     `maps` and `feature_shapes` have one entry for each map, `scales` two: y and x, one map after
-    another. `rule` is the vector of `_rule.vector`.
+    another. `rule` is the vector of `_rule.vector`. Maps and their pooled RoIs come and go with
+    channels first. `layout` says how the caller has them: with "NHWC" they are views of arrays
+    whose channels are last. An adapter that `takes_any_form` gets and gives arrays as the caller
+    has them: in the `layout`, and for boxes (N, M, 4), which come without an image index, with N
+    and M in the place of K.
     """
 
     float32: Any  # the dtype
     byte_types: Any  # the dtypes of features beside floats: they are pooled to float32
+    takes_any_form: bool
+    takes_numpy: bool  # arrays of NumPy beside its own
+    reductions: tuple[str, ...]  # that it has
+    takes_rotated: bool  # boxes (K, 5) that are turned
 
     def check_array(self, name: str, value: object) -> None:
         """Raises TypeError if it is no array that the operations can take."""
@@ -39,6 +48,9 @@ class Adapter(Protocol):
     ) -> None:
         """Raises ValueError: another shape, read-only, or an overlap with itself or an input."""
 
+    def is_view(self, reshaped: Any, array: Any) -> bool:
+        """Whether an array that was reshaped has the memory of the one from which it came."""
+
     def columns(self, rows: Any) -> tuple[Any, Any]:
         """Boxes (K, 4) and image index (K,) of rows (K, 5)."""
 
@@ -47,6 +59,15 @@ class Adapter(Protocol):
 
     def repeated(self, counts: list[int], like: Any) -> Any:
         """Each image's number as often as it has boxes: (K,), where the boxes `like` are."""
+
+    def numbered(self, images: int, each: int, like: Any) -> Any:
+        """The number of each image `each` times: (images * each,), where the boxes `like` are."""
+
+    def from_numpy(self, array: Any, like: Any) -> Any:
+        """An array of NumPy as the library's own, where the array `like` is: at least integers."""
+
+    def as_numpy(self, boxes: Any) -> Any:
+        """The memory of floats of NumPy's types as its array; None where that may not be read."""
 
     def split(self, array: Any, counts: list[int]) -> Sequence[Any]:
         """The rows of an array as arrays of so many."""
@@ -66,7 +87,10 @@ class Adapter(Protocol):
     def forward_rows(
         self, features: Any, rows: Any, output_size: Size, scales: Numbers, rule: Numbers, out: Any
     ) -> Any:
-        """`forward` of one map and rows (K, 5): the short way of most calls."""
+        """`forward` of one map and rows (K, 5): the short way of most calls.
+
+        `out` has the right type; None if it, or its device, needs another look.
+        """
 
     def forward(
         self,
@@ -76,6 +100,7 @@ class Adapter(Protocol):
         scales: Numbers,
         rule: Numbers,
         *,
+        layout: str = "NCHW",
         out: Any = None,
     ) -> Any:
         """Pooled features (K, C, P, Q)."""
@@ -88,20 +113,71 @@ class Adapter(Protocol):
         scales: Numbers,
         rule: Numbers,
         *,
+        layout: str = "NCHW",
         out: Any = None,
     ) -> Maps:
-        """The gradient in each map (N, C, H, W); `out` is a tuple of as many arrays."""
+        """The gradient in each map (N, C, H, W); `out` is a tuple of as many arrays.
+
+        An adapter that has other `reductions` than "mean" takes for those, as `selectors`, the maps
+        whose samples were compared.
+        """
 
     def box_gradient(
-        self, d_output: Any, maps: Maps, rois: Rois, scales: Numbers, rule: Numbers
+        self,
+        d_output: Any,
+        maps: Maps,
+        rois: Rois,
+        scales: Numbers,
+        rule: Numbers,
+        *,
+        layout: str = "NCHW",
     ) -> Any:
         """The gradient in the boxes (K, 4), x1 y1 x2 y2."""
 
 
-def adapter_of(name: str, array: object) -> Adapter:
-    """The module for the kind of array that came; imports nothing that the user has not."""
+def own(adapter: Adapter, value: Any) -> Any:
+    """With the library's own arrays in the place of NumPy's, where it takes those."""
+    if not adapter.takes_numpy:
+        return value
+    if isinstance(value, (tuple, list)):
+        each = [own(adapter, item) for item in value]
+        return tuple(each) if isinstance(value, tuple) else each
+    return adapter.from_numpy(value, None) if _is_common(value) else value
+
+
+def _is_common(value: Any) -> bool:
+    """Whether it is an array of NumPy whose dtype other libraries have."""
+    if not _numpy.is_array(value) or not value.dtype.isnative:
+        return False
+    kind = _numpy.kind(value.dtype)
+    return kind in ("float", "integer") or value.dtype in _numpy.byte_types
+
+
+def with_own_index(adapter: Adapter, index: Any, like: Any) -> Any:
+    """An image index or levels; integers of NumPy as the library's own array."""
+    if IN_GRAPH:  # @jit.cond: True
+        return graph_adapter().own_index(index)
+    if adapter is _numpy or not _numpy.is_array(index):
+        return index
+    if adapter.is_compiling():  # torch knows its dtype only once it is a tensor
+        return adapter.from_numpy(index, like)
+    integers = _is_common(index) and _numpy.kind(index.dtype) == "integer"
+    return adapter.from_numpy(index, like) if integers else index
+
+
+def adapter_of(name: str, array: object, others: Sequence[Any] = ()) -> Adapter:
+    """The module for the kind of array that came; imports nothing that the user has not.
+
+    JAX takes arrays of NumPy beside its own: there the others decide, which are arrays, RoIs in any
+    form, or anything else.
+    """
     if _numpy.is_array(array):
-        return _numpy
+        if "jax" not in sys.modules:
+            return _numpy
+        arrays = [each for other in others for each in arrays_in(other)]
+        array = next((each for each in arrays if _is_a(each, "jax", "Array")), array)
+        if _numpy.is_array(array):
+            return _numpy
     module: Any  # by statements: torch's compiler reads them, and no importlib
     if _is_a(array, "torch", "Tensor"):
         import roialign.torch as module

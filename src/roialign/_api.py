@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from roialign import _checks, _rois
-from roialign._adapter import Adapter, adapter_of
+from roialign import _checks, _layout, _levels, _rois
+from roialign._adapter import Adapter, adapter_of, own, with_own_index
+from roialign._graph import IN_GRAPH, graph_adapter
 from roialign._rule import Convention
 from roialign._threads import get_num_threads, set_num_threads
 
 __all__ = [
     "ROIAlign",
+    "assign_levels",
     "get_num_threads",
+    "multiscale_roi_align",
+    "multiscale_roi_align_adjoint",
+    "multiscale_roi_align_box_gradient",
     "roi_align",
     "roi_align_adjoint",
     "roi_align_box_gradient",
+    "roi_align_rotated",
+    "roi_align_rotated_adjoint",
+    "roi_align_rotated_box_gradient",
     "set_num_threads",
 ]
 
@@ -35,28 +43,51 @@ class _Array(Protocol):
 
 Array = TypeVar("Array", bound=_Array)
 Boxes = TypeVar("Boxes", bound="_Array | list[Any]")
-
-# MindSpore's compiler reads the source of what runs in a graph, and does not know all of Python. It
-# takes the comment beside this condition for its value, and reads only that branch.
-_IN_GRAPH = False
+Scale = float | tuple[float, float]
 
 
-def _adapter(name: str, array: object) -> Adapter:
-    if _IN_GRAPH:  # @jit.cond: True
-        return importlib.import_module("roialign.mindspore")
-    return adapter_of(name, array)
+def _adapter(name: str, array: object, *others: Any) -> Adapter:
+    if IN_GRAPH:  # @jit.cond: True
+        return graph_adapter()
+    return adapter_of(name, array, others)
 
 
 _remembered_rule = functools.lru_cache(_checks.rule)
+_USUAL = (float, int, str, str, str)
+_USUAL_OF_SEVERAL = (*_USUAL[1:], int)
 
 
-def _rule_of(adapter: Adapter, *given: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
+def _rule_of(
+    adapter: Adapter, scale: Any, *given: Any
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """`_checks.rule`, remembered for the usual types, which make safe keys.
 
     Not where torch's compiler reads: it warns of what is remembered.
     """
-    usual = not adapter.is_compiling() and tuple(map(type, given)) == (float, int, str, str)
-    return _remembered_rule(*given) if usual else _checks.rule(*given)
+    if IN_GRAPH:  # @jit.cond: True
+        found = graph_adapter().rule(scale, *given)
+    elif adapter.is_compiling():
+        found = _checks.rule(scale, *given)
+    elif tuple(map(type, (scale, *given))) == _USUAL:
+        found = _remembered_rule(scale, *given)
+    elif tuple(map(type, given)) == _USUAL_OF_SEVERAL and _are_floats(scale):
+        found = _remembered_rule(tuple(scale), *given)
+    else:
+        found = _checks.rule(scale, *given)
+    reduction = given[2]
+    if reduction != "mean":
+        _checks.is_there(adapter.reductions, reduction)
+    return found
+
+
+def _rotated_rule_of(adapter: Adapter, *given: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if IN_GRAPH:  # @jit.cond: True
+        return graph_adapter().rotated_rule(adapter.takes_rotated, *given)
+    return _checks.rotated_rule(adapter.takes_rotated, *given)
+
+
+def _are_floats(scales: Any) -> bool:
+    return type(scales) in (tuple, list) and {*map(type, scales)} == {float}
 
 
 def roi_align(
@@ -68,35 +99,42 @@ def roi_align(
     sampling_ratio: int = 0,
     convention: str | Convention = "half_pixel",
     reduction: str = "mean",
+    layout: str = "NCHW",
     out: Array | None = None,
 ) -> Array:
     """Pools every region of interest to a fixed grid by averaging bilinear samples.
 
     No coordinate is rounded. docs/spec.md defines the operator; it comes from Mask R-CNN
     (arXiv:1703.06870). It takes arrays of NumPy, PyTorch, JAX, MindSpore or CuPy, all of one
-    library, and gives an array of that library on the same device. With PyTorch, JAX and MindSpore
-    it has derivatives (docs/pytorch.md, docs/jax.md, docs/mindspore.md). For GPUs see docs/gpu.md.
+    library (JAX takes NumPy's beside its own), and gives an array of that library on the same
+    device. With PyTorch, JAX and MindSpore it has derivatives (docs/pytorch.md, docs/jax.md,
+    docs/mindspore.md). For GPUs see docs/gpu.md.
 
     Args:
-        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides; with NumPy,
-            PyTorch and CuPy also uint8 or bool, which have no gradient.
+        features: (N, C, H, W), float16, bfloat16, float32, float64, or uint8 and bool, which have
+            no gradient; any strides.
         rois: an array (K, 5) of rows ``(image_index, x1, y1, x2, y2)``; or a tuple
             ``(boxes (K, 4), image_index (K,))`` with an integer index; or a list of N arrays
-            (K_i, 4). Boxes are in image pixels, of any float or integer dtype, read as float32
-            (float64 if the features are float64).
+            (K_i, 4); or an array (N, M, 4) with M boxes for each image. Boxes are in image pixels,
+            of any float or integer dtype, read as float32 (float64 if the features are float64). A
+            box of NaNs gives 0, and so do its gradients.
         output_size: bins (P, Q), or an int for both.
         spatial_scale: feature pixels per image pixel, or a pair (scale_y, scale_x).
         sampling_ratio: samples per bin and axis, at most 4096; <= 0 adapts their number to the box.
         convention: the coordinate convention: a name or an alias in :data:`roialign.conventions`,
             or a :class:`Convention`.
-        reduction: "mean".
+        reduction: what a bin is of its samples: their "mean"; "max", the largest; or "max_corner",
+            the largest pixel of any sample times its weight, as ONNX Runtime and TensorRT have it.
+            In a maximum a sample that is not inside counts as 0. On the CPU; docs/gpu.md says what
+            GPUs have of them (else NotImplementedError).
+        layout: "NCHW", or "NHWC" for features (N, H, W, C) and a result (K, P, Q, C).
         out: an array for the result, of its shape and dtype. It must be writeable and overlap no
             input. JAX and MindSpore do not take it, nor PyTorch where a gradient is needed.
 
     Returns:
-        (K, C, P, Q) in the features' dtype, float32 for uint8 and bool. Sums are float32 (float64
-        for float64 features) and are rounded once. If the features are channels_last in memory, so
-        is the result.
+        (K, C, P, Q), or (N, M, C, P, Q) for boxes (N, M, 4), in the features' dtype, float32 for
+        uint8 and bool. Sums are float32 (float64 for float64 features) and are rounded once. If
+        the features are channels_last in memory, so is the result.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -116,46 +154,111 @@ def roi_align(
     array([[[[ 2.5,  4.5],
              [10.5, 12.5]]]], dtype=float32)
     """
-    adapter = _adapter("features", features)
-    if _IN_GRAPH:  # @jit.cond: True
-        given = spatial_scale, sampling_ratio, convention, reduction
-        return adapter.roi_align_in_graph(features, rois, output_size, given, out)
+    adapter = _adapter("features", features, rois)
     rows = adapter.takes_rows(features, rois)
-    dtype = features.dtype if rows else _checks.pooled_dtype(adapter, features)
+    features = features if rows else own(adapter, features)
+    dtype = features.dtype if rows else _checks.pooled_dtype(adapter, "features", features)
     if not rows:
-        _rois.check(adapter, rois)
+        rois = _own_rois(adapter, rois, features)
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, dtype)
-    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
+    given = spatial_scale, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *given)
     bins = _checks.bins("output_size", bins)
-    return _forward(adapter, features, rois, rows, bins, scales, rule, out)
+    if rows and layout == "NCHW":
+        output = adapter.forward_rows(features, rois, bins, scales, rule, out)
+        if output is not None:
+            return output
+    names, maps = ("features",), (features,)
+    return _forward(adapter, names, maps, rois, None, bins, scales, rule, layout, out)
+
+
+def _own_rois(adapter: Adapter, rois: Any, like: Any) -> Any:
+    """RoIs whose types have been checked, with an index of the library's own."""
+    rois = own(adapter, rois)
+    if isinstance(rois, tuple) and len(rois) == 2:
+        rois = rois[0], with_own_index(adapter, rois[1], like)
+    _rois.check(adapter, rois)
+    return rois
 
 
 def _forward(
     adapter: Adapter,
-    features: Any,
+    names: tuple[str, ...],
+    maps: tuple[Any, ...],
     rois: Any,
-    rows: bool,
+    levels: Any,
     bins: tuple[int, int],
-    scales: tuple[float, float],
+    scales: tuple[float, ...],
     rule: tuple[float, ...],
+    layout: str,
     out: Any,
+    numbers: int = 4,
 ) -> Any:
-    """The values that `roi_align` and `ROIAlign` check alike, and the call."""
-    if not rows:
-        _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-        parsed = _rois.parse(adapter, rois, features.shape[0])
-        count = parsed.boxes.shape[0]
-        _checks.pixels("features", features.shape, count)
-        _checks.size("output", (count, features.shape[1], *bins))
+    """The values that all functions of features check alike, and the call."""
+    shapes = [_checks.map_shape(name, array.shape, layout) for name, array in zip(names, maps)]
+    parsed, counts = _parsed(adapter, names, shapes, rois, levels, scales, layout, numbers)
+    pooled = shapes[0][1], *bins
+    _checks.size("output", (*counts, *pooled))
+    flat = None
     if out is not None:
-        count = (rois if rows else parsed.boxes).shape[0]
-        inputs = [features, *_rois.arrays(rois)]
-        adapter.check_out_values("out", out, (count, features.shape[1], *bins), inputs)
-    if rows:
-        return adapter.forward_rows(features, rois, bins, scales, rule, out)
-    return adapter.forward((features,), parsed, bins, scales, rule, out=out)
+        shape = (*counts, *_layout.shape_as_given(pooled, layout))
+        adapter.check_out_values("out", out, shape, [*maps, *_rois.arrays(rois, levels)])
+        flat = _flat(adapter, out, layout)
+    maps = _moved(adapter, _layout.channels_first, maps, layout)
+    output = adapter.forward(maps, parsed, bins, scales, rule, layout=layout, out=flat)
+    (output,) = _moved(adapter, _layout.as_given, (output,), layout)
+    if len(counts) == 2:
+        output = output.reshape((*counts, *output.shape[-3:]))
+    if out is None:
+        return output
+    if not adapter.is_view(flat, out):
+        out[...] = output
+    return out
+
+
+def _parsed(
+    adapter: Adapter,
+    names: tuple[str, ...],
+    shapes: Sequence[tuple[int, ...]],
+    rois: Any,
+    levels: Any,
+    scales: tuple[float, ...],
+    layout: str,
+    numbers: int,
+) -> tuple[Any, tuple[int, ...]]:
+    """The RoIs for these maps, which fit together, with levels if those are several; and (K,) or
+    (N, M).
+    """
+    if len(shapes) > 1:
+        _checks.maps_fit(names, shapes, layout)
+    boxes, index, levels = _rois.parse(adapter, rois, shapes[0][0], levels, numbers)
+    counts = _rois.counts(rois, boxes)
+    for name, shape in zip(names, shapes):
+        _checks.pixels(name, shape, math.prod(counts), layout)
+    if levels is None and len(shapes) > 1:
+        levels = _levels.by_scales(adapter, boxes, scales)
+    if IN_GRAPH:  # @jit.cond: True
+        return (boxes, index, levels), counts  # records have no fields there
+    return _rois.Rois(boxes, index, levels), counts
+
+
+def _moved(
+    adapter: Adapter, move: Callable[..., Any], arrays: tuple[Any, ...], layout: str
+) -> tuple[Any, ...]:
+    """The arrays after a function of `_layout`, if the adapter wants channels first."""
+    if layout == "NCHW" or adapter.takes_any_form:
+        return arrays
+    return tuple([move(array, layout) for array in arrays])
+
+
+def _flat(adapter: Adapter, pooled: Any, layout: str) -> Any:
+    """Of an array (K, ...) or (N, M, ...) what the adapter takes: a view where strides allow."""
+    if pooled.ndim == 5 and not adapter.takes_any_form:
+        pooled = pooled.reshape((pooled.shape[0] * pooled.shape[1], *pooled.shape[2:]))
+    (pooled,) = _moved(adapter, _layout.channels_first, (pooled,), layout)
+    return pooled
 
 
 def roi_align_adjoint(
@@ -167,6 +270,7 @@ def roi_align_adjoint(
     sampling_ratio: int = 0,
     convention: str | Convention = "half_pixel",
     reduction: str = "mean",
+    layout: str = "NCHW",
     features: Array | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -180,16 +284,18 @@ def roi_align_adjoint(
     Deterministic: the same bits for any number of threads.
 
     Args:
-        d_output: (K, C, P, Q), float16, bfloat16, float32 or float64, any strides.
+        d_output: of the shape of the output, (K, C, P, Q) or as :func:`roi_align` says; float16,
+            bfloat16, float32 or float64, any strides.
         rois: as in :func:`roi_align`, in image pixels; read as float64 if ``d_output`` is float64.
-        feature_shape: (N, C, H, W) of the features.
-        spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
-        features: for reductions other than "mean". "mean" checks its shape and dtype and does not
-            read it. Those of uint8 and bool have no gradient: a TypeError.
+        feature_shape: (N, C, H, W) of the features; with "NHWC" (N, H, W, C).
+        spatial_scale, sampling_ratio, convention, reduction, layout: as in :func:`roi_align`.
+        features: for "max" and "max_corner", which give each gradient to the sample that won: the
+            first of the largest. "mean" checks their shape and dtype and does not read them. Those
+            of uint8 and bool have no gradient: a TypeError.
         out: an array for the result, as in :func:`roi_align`.
 
     Returns:
-        (N, C, H, W) in the dtype of ``d_output``. Sums are float32 (float64 for float64
+        ``feature_shape`` in the dtype of ``d_output``. Sums are float32 (float64 for float64
         ``d_output``) and are rounded once. If ``d_output`` is channels_last in memory, so is the
         result. The gradient of this function in ``d_output`` is :func:`roi_align`.
 
@@ -203,35 +309,70 @@ def roi_align_adjoint(
     array([[[[0.25, 0.25, 0.  ],
              [0.25, 0.25, 0.  ]]]], dtype=float32)
     """
-    adapter = _adapter("d_output", d_output)
-    if _IN_GRAPH:  # @jit.cond: True
-        given = spatial_scale, sampling_ratio, convention, reduction
-        return adapter.roi_align_adjoint_in_graph(
-            d_output, rois, feature_shape, given, features, out
-        )
+    adapter = _adapter("d_output", d_output, rois, features)
+    d_output, features = own(adapter, (d_output, features))
     _checks.features(adapter, "d_output", d_output)
     if features is not None:
         _checks.features(adapter, "features", features, f"{_checks.FLOATS} to have a gradient")
         _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
-    _rois.check(adapter, rois)
+    rois = _own_rois(adapter, rois, d_output)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _checks.integers("feature_shape", feature_shape)
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
 
-    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
-    _checks.feature_shape(shape)
-    parsed = _rois.parse(adapter, rois, shape[0])
-    _checks.d_output(d_output.shape, parsed.boxes.shape[0], shape[1])
-    _checks.pixels("feature_shape", shape, parsed.boxes.shape[0])
-    if features is not None:
-        _checks.shape("features", str(shape), features.shape, features.shape == shape)
-    outs = None
-    if out is not None:
-        adapter.check_out_values("out", out, shape, [d_output, *_rois.arrays(rois)])
-        outs = (out,)
-    (d_features,) = adapter.adjoint(d_output, parsed, (shape,), scales, rule, out=outs)
+    given = spatial_scale, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *given)
+    if features is not None and features.shape != shape:
+        _checks.refuse_shape("features", str(shape), features.shape)
+    selectors = _selectors("features", features, reduction)
+    names, outs = {"feature_shape": shape}, {} if out is None else {"out": out}
+    (d_features,) = _adjoint(
+        adapter, d_output, rois, names, None, scales, rule, layout, outs, selectors
+    )
     return d_features
+
+
+def _selectors(name: str, features: Any, reduction: str) -> tuple[Any, ...]:
+    """The maps of an adjoint whose samples decide where gradients go; none for a mean."""
+    if reduction == "mean":
+        return ()
+    if features is None:
+        raise TypeError(f"`{name}` must be given for reduction {reduction!r}, got None")
+    return features if isinstance(features, tuple) else (features,)
+
+
+def _adjoint(
+    adapter: Adapter,
+    d_output: Any,
+    rois: Any,
+    feature_shapes: Mapping[str, tuple[int, ...]],
+    levels: Any,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
+    layout: str,
+    outs: Mapping[str, Any],
+    selectors: tuple[Any, ...] = (),
+    numbers: int = 4,
+) -> tuple[Any, ...]:
+    """The values that all adjoints check alike, and the call."""
+    names, given = tuple(feature_shapes), list(feature_shapes.values())
+    shapes = tuple([_checks.feature_shape(s, name, layout) for name, s in feature_shapes.items()])
+    parsed, counts = _parsed(adapter, names, shapes, rois, levels, scales, layout, numbers)
+    _checks.d_output(d_output.shape, counts, shapes[0][1], layout)
+    taken = [d_output, *selectors, *_rois.arrays(rois, levels)]
+    for (name, array), shape in zip(outs.items(), given):
+        adapter.check_out_values(name, array, shape, taken)
+        taken.append(array)
+    into = _moved(adapter, _layout.channels_first, tuple(outs.values()), layout) or None
+    flat = _flat(adapter, d_output, layout)
+    options: dict[str, Any] = {"layout": layout, "out": into}
+    if selectors:
+        options["selectors"] = _moved(adapter, _layout.channels_first, selectors, layout)
+    results = adapter.adjoint(flat, parsed, shapes, scales, rule, **options)
+    if outs:
+        return tuple(outs.values())
+    return _moved(adapter, _layout.as_given, results, layout)
 
 
 def roi_align_box_gradient(
@@ -243,6 +384,7 @@ def roi_align_box_gradient(
     sampling_ratio: int = 0,
     convention: str | Convention = "half_pixel",
     reduction: str = "mean",
+    layout: str = "NCHW",
     out: Any = None,
 ) -> Boxes:
     """The gradient of ``(roi_align(features, rois, ...) * d_output).sum()`` in the boxes.
@@ -254,15 +396,16 @@ def roi_align_box_gradient(
     gradient 0.
 
     Args:
-        d_output: (K, C, P, Q), of the features' dtype, float32 for uint8 and bool.
+        d_output: of the shape of the output, (K, C, P, Q) or as :func:`roi_align` says; of the
+            features' dtype, float32 for uint8 and bool.
         features: as in :func:`roi_align`.
-        rois, spatial_scale, sampling_ratio, convention, reduction: as in :func:`roi_align`.
+        rois, spatial_scale, sampling_ratio, convention, reduction, layout: as in :func:`roi_align`.
         out: an array for the result, as in :func:`roi_align`. Not if ``rois`` is a list.
 
     Returns:
         The gradient per image pixel, in the boxes' dtype (float32 for integer boxes) and in the
         form of ``rois``: (K, 5) with zeros in column 0, (K, 4) for a tuple, a list of (K_i, 4) for
-        a list.
+        a list, (N, M, 4).
 
     Raises:
         TypeError, ValueError, IndexError: as :func:`roi_align`.
@@ -274,35 +417,488 @@ def roi_align_box_gradient(
     >>> roialign.roi_align_box_gradient(d_output, ramp, rois, sampling_ratio=2)
     array([[0. , 0.5, 0. , 0.5, 0. ]], dtype=float32)
     """
-    adapter = _adapter("d_output", d_output)
-    if _IN_GRAPH:  # @jit.cond: True
-        given = spatial_scale, sampling_ratio, convention, reduction
-        return adapter.roi_align_box_gradient_in_graph(d_output, features, rois, given, out)
+    adapter = _adapter("d_output", d_output, features, rois)
+    d_output, features = own(adapter, (d_output, features))
     _checks.features(adapter, "d_output", d_output)
-    dtype = _checks.pooled_dtype(adapter, features)
+    dtype = _checks.pooled_dtype(adapter, "features", features)
     _checks.same_dtype("d_output", d_output.dtype, "features", dtype)
-    _rois.check(adapter, rois)
+    rois = _own_rois(adapter, rois, d_output)
+    _check_box_out(adapter, rois, out)
+    given = spatial_scale, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *given)
+    _checks.has_box_gradient(reduction)
+    names, maps = ("features",), (features,)
+    return _box_gradient(adapter, d_output, names, maps, rois, None, scales, rule, layout, out)
+
+
+def _check_box_out(adapter: Adapter, rois: Any, out: Any) -> None:
     if out is not None:
         if isinstance(rois, list):
             raise TypeError("`out` must be None where `rois` is a list, got an array")
         boxes, *_ = _rois.arrays(rois)
         adapter.check_out("out", out, _rois.gradient_dtype(adapter, boxes.dtype))
 
-    scales, rule = _rule_of(adapter, spatial_scale, sampling_ratio, convention, reduction)
-    _checks.shape("features", "(N, C, H, W)", features.shape, features.ndim == 4)
-    parsed = _rois.parse(adapter, rois, features.shape[0])
-    count = parsed.boxes.shape[0]
-    _checks.d_output(d_output.shape, count, features.shape[1])
-    _checks.pixels("features", features.shape, count)
+
+def _box_gradient(
+    adapter: Adapter,
+    d_output: Any,
+    names: tuple[str, ...],
+    maps: tuple[Any, ...],
+    rois: Any,
+    levels: Any,
+    scales: tuple[float, ...],
+    rule: tuple[float, ...],
+    layout: str,
+    out: Any,
+    numbers: int = 4,
+) -> Any:
+    """The values that all box gradients check alike, and the call."""
+    shapes = [_checks.map_shape(name, array.shape, layout) for name, array in zip(names, maps)]
+    parsed, counts = _parsed(adapter, names, shapes, rois, levels, scales, layout, numbers)
+    _checks.d_output(d_output.shape, counts, shapes[0][1], layout)
     if out is not None:
-        inputs = [d_output, features, *_rois.arrays(rois)]
-        adapter.check_out_values("out", out, (count, 4 if isinstance(rois, tuple) else 5), inputs)
-    d_boxes = adapter.box_gradient(d_output, (features,), parsed, scales, rule)
+        boxes, *_ = given = _rois.arrays(rois, levels)
+        adapter.check_out_values("out", out, tuple(boxes.shape), [d_output, *maps, *given])
+    maps = _moved(adapter, _layout.channels_first, maps, layout)
+    flat = _flat(adapter, d_output, layout)
+    d_boxes = adapter.box_gradient(flat, maps, parsed, scales, rule, layout=layout)
     d_rois = _rois.like_given(adapter, rois, d_boxes)
     if out is None:
         return d_rois
     out[...] = d_rois
     return out
+
+
+def roi_align_rotated(
+    features: Array,
+    rois: Any,
+    output_size: int | Sequence[int],
+    *,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    angle: str = "degrees",
+    clockwise: bool = False,
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """RoIAlign of boxes that are turned about their centre: docs/spec.md, equation 10.
+
+    On the CPU; docs/gpu.md says what GPUs have of it (else NotImplementedError).
+
+    Args:
+        features: as in :func:`roi_align`.
+        rois: a box is (x, y, width, height, angle), its centre and sides in image pixels. An array
+            (K, 6) with the image index first; a tuple of boxes (K, 5) and an image index (K,); or a
+            list with an array (K_i, 5) for each image. Any angle is legal.
+        output_size: as in :func:`roi_align`. Rows and columns of bins follow the box: at angle 0
+            they are those of the box that is not turned.
+        spatial_scale: one number.
+        sampling_ratio, layout, out: as in :func:`roi_align`.
+        convention: "half_pixel" (detectron2, mmcv with aligned=True, OpenVINO), "asymmetric" (mmcv
+            with aligned=False), or any that adds nothing to the ends of a box in image pixels. The
+            ``pixel_offset`` moves the centre, and a box grows to ``min_size`` about it.
+        angle: the unit, "degrees" (detectron2) or "radians" (mmcv, OpenVINO).
+        clockwise: how boxes turn on the screen, where y points down.
+
+    Returns:
+        As :func:`roi_align`: means over the samples of each bin.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`roi_align`.
+
+    The gradient in the features is :func:`roi_align_rotated_adjoint`, the gradient in the boxes
+    :func:`roi_align_rotated_box_gradient`.
+
+    >>> import numpy as np, roialign
+    >>> ramp = np.tile(np.arange(8, dtype=np.float32), (1, 1, 8, 1))  # f(y, x) = x
+    >>> rois = np.array([[0, 4, 4, 4, 2, 0], [0, 4, 4, 4, 2, 90]], np.float32)
+    >>> roialign.roi_align_rotated(ramp, rois, (1, 2)).round(4)
+    array([[[[2.5, 4.5]]],
+    <BLANKLINE>
+    <BLANKLINE>
+           [[[3.5, 3.5]]]], dtype=float32)
+    """
+    given = spatial_scale, sampling_ratio, convention, angle, clockwise, layout
+    adapter = _adapter("features", features, rois)
+    features = own(adapter, features)
+    dtype = _checks.pooled_dtype(adapter, "features", features)
+    rois = _own_rois(adapter, rois, features)
+    bins = _checks.integers("output_size", output_size)
+    if out is not None:
+        adapter.check_out("out", out, dtype)
+    scales, rule = _rotated_rule_of(adapter, *given)
+    bins = _checks.bins("output_size", bins)
+    return _forward(
+        adapter, ("features",), (features,), rois, None, bins, scales, rule, layout, out, 5
+    )
+
+
+def roi_align_rotated_adjoint(
+    d_output: Array,
+    rois: Any,
+    feature_shape: Sequence[int],
+    *,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    angle: str = "degrees",
+    clockwise: bool = False,
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """The adjoint of :func:`roi_align_rotated`: its gradient in the features.
+
+    Args:
+        d_output, feature_shape: as in :func:`roi_align_adjoint`.
+        rois, spatial_scale, sampling_ratio, convention, angle, clockwise, layout: as in
+            :func:`roi_align_rotated`.
+        out: as in :func:`roi_align_adjoint`.
+
+    Returns, Raises: as :func:`roi_align_adjoint`.
+
+    >>> import numpy as np, roialign
+    >>> d_output = np.ones((1, 1, 1, 1), np.float32)
+    >>> rois = np.array([[0, 1, 1, 1, 1, 45]], np.float32)
+    >>> roialign.roi_align_rotated_adjoint(d_output, rois, (1, 1, 2, 2))
+    array([[[[0.25, 0.25],
+             [0.25, 0.25]]]], dtype=float32)
+    """
+    given = spatial_scale, sampling_ratio, convention, angle, clockwise, layout
+    adapter = _adapter("d_output", d_output, rois)
+    d_output = own(adapter, d_output)
+    _checks.features(adapter, "d_output", d_output)
+    rois = _own_rois(adapter, rois, d_output)
+    _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
+    names = {"feature_shape": _checks.integers("feature_shape", feature_shape)}
+    if out is not None:
+        adapter.check_out("out", out, d_output.dtype)
+    scales, rule = _rotated_rule_of(adapter, *given)
+    outs = {} if out is None else {"out": out}
+    (d_features,) = _adjoint(
+        adapter, d_output, rois, names, None, scales, rule, layout, outs, numbers=5
+    )
+    return d_features
+
+
+def roi_align_rotated_box_gradient(
+    d_output: Array,
+    features: Array,
+    rois: Boxes | tuple[Boxes, Any],
+    *,
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    angle: str = "degrees",
+    clockwise: bool = False,
+    layout: str = "NCHW",
+    out: Any = None,
+) -> Boxes:
+    """The gradient of ``(roi_align_rotated(...) * d_output).sum()`` in the boxes.
+
+    It has five numbers for each box, in the order of the box: in the centre and the sides per image
+    pixel, in the angle per its unit. What counts as constant is as in
+    :func:`roi_align_box_gradient`. A side that ``min_size`` decides has gradient 0.
+
+    Args:
+        d_output, features: as in :func:`roi_align_box_gradient`.
+        rois, spatial_scale, sampling_ratio, convention, angle, clockwise, layout: as in
+            :func:`roi_align_rotated`.
+        out: as in :func:`roi_align_box_gradient`.
+
+    Returns, Raises: as :func:`roi_align_box_gradient`, in the form of ``rois``.
+
+    >>> import numpy as np, roialign
+    >>> ramp = np.tile(np.arange(8, dtype=np.float32), (1, 1, 8, 1))  # f(y, x) = x
+    >>> d_output = np.array([[[[0, 1]]]], np.float32)  # of the right half
+    >>> rois = np.array([[0, 4, 4, 4, 2, 0]], np.float32)
+    >>> roialign.roi_align_rotated_box_gradient(d_output, ramp, rois, angle="radians")
+    array([[0.  , 1.  , 0.  , 0.25, 0.  , 0.  ]], dtype=float32)
+    """
+    given = spatial_scale, sampling_ratio, convention, angle, clockwise, layout
+    adapter = _adapter("d_output", d_output, features, rois)
+    d_output, features = own(adapter, (d_output, features))
+    _checks.features(adapter, "d_output", d_output)
+    dtype = _checks.pooled_dtype(adapter, "features", features)
+    _checks.same_dtype("d_output", d_output.dtype, "features", dtype)
+    rois = _own_rois(adapter, rois, d_output)
+    _check_box_out(adapter, rois, out)
+    scales, rule = _rotated_rule_of(adapter, *given)
+    return _box_gradient(
+        adapter, d_output, ("features",), (features,), rois, None, scales, rule, layout, out, 5
+    )
+
+
+def multiscale_roi_align(
+    feature_maps: Sequence[Array] | Mapping[Any, Array],
+    rois: Any,
+    output_size: int | Sequence[int],
+    *,
+    spatial_scales: Sequence[Scale],
+    levels: Any = None,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    reduction: str = "mean",
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """:func:`roi_align` from several maps, such as a feature pyramid: each RoI from one of them.
+
+    It is one pass over all maps. The results are in the order of the RoIs.
+
+    Args:
+        feature_maps: a tuple, a list or a dict of maps (N, C, H, W), from fine to coarse, of one
+            dtype, with the same images and channels.
+        rois, output_size: as in :func:`roi_align`.
+        spatial_scales: for each map its feature pixels per image pixel, or a pair
+            (scale_y, scale_x).
+        levels: which map each RoI is pooled from, integers (K,), or (N, M) for boxes (N, M, 4): 0
+            is the first map, -1 means no map. None: with one map all are 0; with several they are
+            those of :func:`assign_levels` for the scales, which must be powers of 2, each half of
+            the one before.
+        sampling_ratio, convention, reduction, layout, out: as in :func:`roi_align`.
+
+    Returns:
+        As :func:`roi_align`. The result of a RoI whose level is -1 is 0, and so are its gradients.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`roi_align`. A level that is not in
+            [-1, number of maps) is an error where a bad image index is one.
+
+    The gradient in the maps is :func:`multiscale_roi_align_adjoint`, the gradient in the boxes
+    :func:`multiscale_roi_align_box_gradient`.
+
+    >>> import numpy as np, roialign
+    >>> fine, coarse = np.ones((1, 1, 64, 64), np.float32), np.full((1, 1, 32, 32), 2, np.float32)
+    >>> rois = np.array([[0, 0, 0, 40, 40], [0, 0, 0, 250, 250]], np.float32)
+    >>> roialign.multiscale_roi_align((fine, coarse), rois, 1, spatial_scales=(1 / 8, 1 / 16))
+    array([[[[1.]]],
+    <BLANKLINE>
+    <BLANKLINE>
+           [[[2.]]]], dtype=float32)
+    """
+    names, maps = _checks.several("feature_maps", feature_maps, "an array")
+    adapter = _adapter(names[0], maps[0], maps, rois, levels)
+    maps = own(adapter, maps)
+    dtype = _maps_dtype(adapter, names, maps)
+    rois = _own_rois(adapter, rois, maps[0])
+    levels = _own_levels(adapter, levels, maps[0])
+    bins = _checks.integers("output_size", output_size)
+    if out is not None:
+        adapter.check_out("out", out, dtype)
+    given = spatial_scales, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *given, len(maps))
+    bins = _checks.bins("output_size", bins)
+    return _forward(adapter, names, maps, rois, levels, bins, scales, rule, layout, out)
+
+
+def _maps_dtype(adapter: Adapter, names: tuple[str, ...], maps: tuple[Any, ...]) -> Any:
+    """Of pooled RoIs. The maps have one dtype."""
+    dtypes = [_checks.pooled_dtype(adapter, name, array) for name, array in zip(names, maps)]
+    for name, array in zip(names, maps):
+        _checks.same_dtype(name, array.dtype, names[0], maps[0].dtype)
+    return dtypes[0]
+
+
+def _own_levels(adapter: Adapter, levels: Any, like: Any) -> Any:
+    """Levels whose types have been checked, as an array of the library's own."""
+    if levels is not None:
+        levels = with_own_index(adapter, levels, like)
+        _rois.check_integers(adapter, "levels", levels)
+    return levels
+
+
+def multiscale_roi_align_adjoint(
+    d_output: Array,
+    rois: Any,
+    feature_shapes: Sequence[Sequence[int]] | Mapping[Any, Sequence[int]],
+    *,
+    spatial_scales: Sequence[Scale],
+    levels: Any = None,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    reduction: str = "mean",
+    layout: str = "NCHW",
+    feature_maps: Sequence[Array] | Mapping[Any, Array] | None = None,
+    out: Sequence[Array] | Mapping[Any, Array] | None = None,
+) -> Any:
+    """The adjoint of :func:`multiscale_roi_align`: the gradients in the maps.
+
+    Args:
+        d_output: as in :func:`roi_align_adjoint`.
+        rois: as in :func:`roi_align`.
+        feature_shapes: a tuple, a list or a dict with the shape (N, C, H, W) of each map.
+        spatial_scales, levels: as in :func:`multiscale_roi_align`.
+        sampling_ratio, convention, reduction, layout: as in :func:`roi_align`.
+        feature_maps: for reductions other than "mean", in the form of ``feature_shapes``: as
+            ``features`` in :func:`roi_align_adjoint`.
+        out: arrays for the results, in the form of ``feature_shapes``.
+
+    Returns:
+        A gradient (N, C, H, W) for each map, in a tuple, list or dict as ``feature_shapes``, in the
+        dtype of ``d_output``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`multiscale_roi_align`.
+
+    >>> import numpy as np, roialign
+    >>> d_output = np.ones((1, 1, 1, 1), np.float32)
+    >>> rois = np.array([[0, 0, 0, 2, 2]], np.float32)
+    >>> gradients = roialign.multiscale_roi_align_adjoint(
+    ...     d_output,
+    ...     rois,
+    ...     {"p2": (1, 1, 2, 2), "p3": (1, 1, 1, 1)},
+    ...     spatial_scales=(1 / 4, 1 / 8),
+    ... )
+    >>> gradients["p2"]
+    array([[[[1., 0.],
+             [0., 0.]]]], dtype=float32)
+    """
+    names, given = _checks.several("feature_shapes", feature_shapes, "a shape")
+    adapter = _adapter("d_output", d_output, rois, levels, feature_maps)
+    d_output = own(adapter, d_output)
+    _checks.features(adapter, "d_output", d_output)
+    rois = _own_rois(adapter, rois, d_output)
+    levels = _own_levels(adapter, levels, d_output)
+    for name, shape in zip(names, given):
+        _checks.sequence(name, "(N, C, H, W)", shape)
+    shapes = {name: _checks.integers(name, shape) for name, shape in zip(names, given)}
+    map_names: tuple[str, ...] = ()
+    maps: tuple[Any, ...] | None = None
+    if feature_maps is not None:
+        map_names, maps = _checks.several("feature_maps", feature_maps, "an array")
+        maps = own(adapter, maps)
+        for name, array in zip(map_names, maps):
+            _checks.features(adapter, name, array, f"{_checks.FLOATS} to have a gradient")
+            _checks.same_dtype(name, array.dtype, "d_output", d_output.dtype)
+    outs = {}
+    if out is not None:
+        outs = dict(zip(*_checks.several("out", out, "an array")))
+        for name, array in outs.items():
+            adapter.check_out(name, array, d_output.dtype)
+    options = spatial_scales, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *options, len(names))
+    if out is not None:
+        _checks.alike("out", out, "feature_shapes", feature_shapes)
+    selectors = _selectors("feature_maps", maps, reduction)
+    if maps is not None:
+        _checks.alike("feature_maps", feature_maps, "feature_shapes", feature_shapes)
+        for name, array, shape in zip(map_names, maps, shapes.values()):
+            if array.shape != shape:
+                _checks.refuse_shape(name, str(shape), array.shape)
+    results = _adjoint(
+        adapter, d_output, rois, shapes, levels, scales, rule, layout, outs, selectors
+    )
+    if out is not None:
+        return out
+    if isinstance(feature_shapes, Mapping):
+        return dict(zip(feature_shapes, results))
+    return list(results) if isinstance(feature_shapes, list) else results
+
+
+def multiscale_roi_align_box_gradient(
+    d_output: Array,
+    feature_maps: Sequence[Array] | Mapping[Any, Array],
+    rois: Boxes | tuple[Boxes, Any],
+    *,
+    spatial_scales: Sequence[Scale],
+    levels: Any = None,
+    sampling_ratio: int = 0,
+    convention: str | Convention = "half_pixel",
+    reduction: str = "mean",
+    layout: str = "NCHW",
+    out: Any = None,
+) -> Boxes:
+    """The gradient of ``(multiscale_roi_align(...) * d_output).sum()`` in the boxes.
+
+    Levels count as constant.
+
+    Args:
+        d_output: as in :func:`roi_align_box_gradient`.
+        feature_maps, rois, spatial_scales, levels: as in :func:`multiscale_roi_align`.
+        sampling_ratio, convention, reduction, layout: as in :func:`roi_align`.
+        out: as in :func:`roi_align_box_gradient`.
+
+    Returns:
+        As :func:`roi_align_box_gradient`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`multiscale_roi_align`.
+
+    >>> import numpy as np, roialign
+    >>> ramp = np.tile(np.arange(8, dtype=np.float32), (1, 1, 8, 1))  # f(y, x) = x
+    >>> roialign.multiscale_roi_align_box_gradient(
+    ...     np.ones((1, 1, 1, 1), np.float32),
+    ...     [ramp, ramp[..., ::2, ::2]],
+    ...     np.array([[0, 2, 2, 5, 5]], np.float32),
+    ...     spatial_scales=[1, 1 / 2],
+    ...     sampling_ratio=2,
+    ... )
+    array([[0. , 0.5, 0. , 0.5, 0. ]], dtype=float32)
+    """
+    names, maps = _checks.several("feature_maps", feature_maps, "an array")
+    adapter = _adapter("d_output", d_output, maps, rois, levels)
+    d_output, maps = own(adapter, (d_output, maps))
+    _checks.features(adapter, "d_output", d_output)
+    dtype = _maps_dtype(adapter, names, maps)
+    _checks.same_dtype("d_output", d_output.dtype, names[0], dtype)
+    rois = _own_rois(adapter, rois, d_output)
+    levels = _own_levels(adapter, levels, d_output)
+    _check_box_out(adapter, rois, out)
+    given = spatial_scales, sampling_ratio, convention, reduction, layout
+    scales, rule = _rule_of(adapter, *given, len(maps))
+    _checks.has_box_gradient(reduction)
+    return _box_gradient(adapter, d_output, names, maps, rois, levels, scales, rule, layout, out)
+
+
+def assign_levels(
+    rois: Any,
+    level_range: Sequence[int],
+    *,
+    rule: str = "torchvision",
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+) -> Any:
+    """Which map of a feature pyramid each RoI belongs to, by its size: the rules of FPN.
+
+    A box whose area is the square of ``canonical_size`` has the ``canonical_level``, a box with
+    half its sides the level below. docs/spec.md has the rules to the last bit.
+
+    Args:
+        rois: as in :func:`roi_align`.
+        level_range: the levels (finest, coarsest) of the maps, as FPN counts them: (2, 5) for P2 to
+            P5. Smaller boxes have the finest level, larger ones the coarsest.
+        rule: "torchvision" (MultiScaleRoIAlign), "detectron2" (ROIPooler) or "mmdet"
+            (SingleRoIExtractor): they differ by a few last bits next to the borders. mmdet's own
+            numbers are ``level_range=(0, 3), canonical_size=56, canonical_level=0``.
+        canonical_size: in image pixels, > 0.
+        canonical_level: an int.
+
+    Returns:
+        Integers (K,), or (N, M) for boxes (N, M, 4), of the RoIs' library: 0 is the finest map. It
+        is -1 where the area is negative or NaN: such a box has no map.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, number or name is wrong.
+
+    >>> import numpy as np, roialign
+    >>> boxes = np.array([[0, 0, 50, 50], [0, 0, 224, 224], [0, 0, 900, 900]], np.float32)
+    >>> roialign.assign_levels([boxes], (2, 5))
+    array([0, 2, 3])
+    """
+    arrays = _rois.arrays(rois)
+    first = arrays[0] if arrays else None
+    adapter = _adapter("rois", first, rois)
+    rois = _own_rois(adapter, rois, first)
+    setting = _levels.setting
+    if IN_GRAPH:  # @jit.cond: True
+        setting = graph_adapter().level_setting
+    arguments = setting(level_range, rule, canonical_size, canonical_level)
+    images = len(rois) if isinstance(rois, (tuple, list)) else rois.shape[0]
+    boxes, _ = _rois.boxes_and_index(adapter, rois, images)
+    found = _levels.assign(adapter, boxes, *arguments)
+    return found.reshape(_rois.counts(rois, boxes))
 
 
 class ROIAlign:
@@ -368,20 +964,23 @@ class ROIAlign:
         self.roi_end_mode = roi_end_mode
 
     def __call__(self, features: Array, rois: Any) -> Array:
-        adapter = _adapter("features", features)
+        adapter = _adapter("features", features, rois)
         name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
         bins = self.pooled_height, self.pooled_width
-        if _IN_GRAPH:  # @jit.cond: True
-            given = self.spatial_scale, self.sample_num, name, "mean"
-            return adapter.layer_in_graph(features, rois, bins, given)
         rows = adapter.takes_rows(features, rois)
         if not rows:
+            features, rois = own(adapter, (features, rois))
             _checks.features(adapter, "features", features)
             adapter.check_array("rois", rois)
             _rois.check(adapter, rois, integers=False)
-        given = float(self.spatial_scale), int(self.sample_num), name, "mean"
+        given = float(self.spatial_scale), int(self.sample_num), name, "mean", "NCHW"
         scales, rule = _rule_of(adapter, *given)
-        return _forward(adapter, features, rois, rows, bins, scales, rule, None)
+        if rows:
+            return adapter.forward_rows(features, rois, bins, scales, rule, None)
+        if rois.ndim != 2:
+            _checks.refuse_shape("rois", "(K, 5)", rois.shape)
+        names, maps = ("features",), (features,)
+        return _forward(adapter, names, maps, rois, None, bins, scales, rule, "NCHW", None)
 
     def __repr__(self) -> str:
         return (

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from roialign import _rule
+from roialign import _layout, _rule
+from roialign._graph import IN_GRAPH
 
 if TYPE_CHECKING:
     from roialign._adapter import Adapter
 
-REDUCTIONS = ("mean",)
 FLOATS = "float16, bfloat16, float32 or float64"
 FLOATS_AND_BYTES = "float16, bfloat16, float32, float64, uint8 or bool"
 MAX_SIDE = 2**31 - 1  # pixels of a map on one axis
@@ -33,10 +33,13 @@ def type_name(value: object) -> str:
 
 def shown(value: object) -> str:
     """As a message shows it; Python writes no integer of more than 4300 digits."""
-    try:
-        return repr(value)
-    except ValueError:
-        return "<too many digits to show>"
+    if IN_GRAPH:  # @jit.cond: True
+        return f"{value!r}"
+    else:
+        try:
+            return repr(value)
+        except ValueError:
+            return "<too many digits to show>"
 
 
 # Types
@@ -46,25 +49,63 @@ def integer(name: str, value: Any, expected: str = "an int") -> int:
     """Anything with ``__index__`` but a bool."""
     if type(value) is int:
         return value
-    dtype = str(getattr(value, "dtype", ""))  # some bools have an __index__
-    if not isinstance(value, bool) and "bool" not in dtype.lower():
+    found = _index(value)
+    if found is None:
+        raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
+    return found
+
+
+def _index(value: Any) -> int | None:
+    if IN_GRAPH:  # @jit.cond: True
+        return None
+    else:
+        dtype = str(getattr(value, "dtype", ""))  # some bools have an __index__
+        if isinstance(value, bool) or "bool" in dtype.lower():
+            return None
         try:
             return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
+        except (TypeError, ValueError):  # MindSpore raises this of a tensor with several
+            return None
 
 
 def integers(name: str, value: object) -> tuple[int, ...]:
     """An int, or a tuple or list of them; how many is a question of values."""
+    if type(value) is int:
+        return value, value
     if isinstance(value, (tuple, list)):
-        return tuple([integer(name, item) for item in value])
+        return tuple([item if type(item) is int else integer(name, item) for item in value])
     return (integer(name, value, "an int or a pair (height, width)"),) * 2
 
 
 def sequence(name: str, expected: str, value: object) -> None:
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"`{name}` must be a tuple {expected}, got {type_name(value)}")
+
+
+def several(name: str, value: Any, each: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names and values of the items of a sequence or a dict; how many is a question of values."""
+    if IN_GRAPH:  # @jit.cond: True
+        if not isinstance(value, (tuple, list)):  # its graphs hold no keys
+            raise TypeError(f"`{name}` must be a tuple or list in MindSpore's Graph mode")
+    elif not isinstance(value, (tuple, list, Mapping)):
+        raise TypeError(
+            f"`{name}` must be a tuple, list or dict with {each} for each map, "
+            f"got {type_name(value)}"
+        )
+    if not value:
+        raise ValueError(f"`{name}` must have {each} for each map, got none")
+    if isinstance(value, Mapping):
+        return tuple([f"{name}[{key!r}]" for key in value]), tuple(value.values())
+    return tuple([f"{name}[{i}]" for i in range(len(value))]), tuple(value)
+
+
+def alike(name: str, value: Any, other: str, expected: Any) -> None:
+    """What `several` took has the keys, or the length, of another."""
+    mappings = isinstance(value, Mapping), isinstance(expected, Mapping)
+    if mappings[0] != mappings[1] or (
+        list(value) != list(expected) if mappings[0] else len(value) != len(expected)
+    ):
+        raise ValueError(f"`{name}` must have an array for each of `{other}`, got {len(value)}")
 
 
 def real(name: str, value: Any, expected: str = "a real number") -> float:
@@ -94,14 +135,14 @@ def refuse_dtype(name: str, value: Any, accepted: str) -> NoReturn:
     )
 
 
-def pooled_dtype(adapter: Adapter, value: Any) -> Any:
+def pooled_dtype(adapter: Adapter, name: str, value: Any) -> Any:
     """Checks features that are only read, so may be bytes; gives the dtype of their pooled ones."""
-    adapter.check_array("features", value)
+    adapter.check_array(name, value)
     if adapter.kind(value.dtype) == "float":
         return value.dtype
     if value.dtype in adapter.byte_types:
         return adapter.float32
-    refuse_dtype("features", value, FLOATS_AND_BYTES if adapter.byte_types else FLOATS)
+    refuse_dtype(name, value, FLOATS_AND_BYTES if adapter.byte_types else FLOATS)
 
 
 def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
@@ -131,9 +172,10 @@ def bin_count(name: str, value: int) -> None:
 def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
     if len(value) != 2:
         raise ValueError(f"`{name}` must be an int or a pair (height, width), got {shown(value)}")
-    for count in value:
-        bin_count(name, count)
-    if value[0] * value[1] > MAX_BINS:
+    height, width = value
+    if height < 1 or width < 1 or height * width > MAX_BINS:
+        bin_count(name, height)
+        bin_count(name, width)
         raise ValueError(f"`{name}` must have at most {MAX_BINS} bins, got {value}")
     return value
 
@@ -154,22 +196,46 @@ def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
     return value
 
 
-def d_output(shape_: Sequence[int], count: int, channels: int) -> None:
-    if len(shape_) != 4 or shape_[0] != count or shape_[1] != channels or min(shape_[2:]) < 1:
-        shape("d_output", f"({count}, {channels}, P, Q)", shape_, False)
-    bins("d_output", tuple(shape_[2:]))
+def d_output(
+    got: Sequence[int], counts: tuple[int, ...], channels: int, layout: str = "NCHW"
+) -> None:
+    """`counts`: the leading dimensions, (K,) or (N, M)."""
+    first = _layout.shape_first(got, layout) if len(got) == len(counts) + 3 else (0,)
+    if first[:-2] != (*counts, channels) or min(first[-2:]) < 1:
+        names = _layout.shape_as_given((*counts, channels, "P", "Q"), layout)
+        refuse_shape("d_output", f"({', '.join(map(str, names))})", got)
+    bins("d_output", first[-2:])
 
 
-def shape(name: str, expected: str, got: Sequence[int], ok: bool) -> None:
-    if not ok:
-        raise ValueError(f"`{name}` must have shape {expected}, got {tuple(got)}")
+def refuse_shape(name: str, expected: str, got: Sequence[int], hint: str = "") -> NoReturn:
+    raise ValueError(f"`{name}` must have shape {expected}, got {tuple(got)}{hint}")
 
 
-def feature_shape(value: tuple[int, ...]) -> tuple[int, ...]:
+def feature_shape(
+    value: tuple[int, ...], name: str = "feature_shape", layout: str = "NCHW"
+) -> tuple[int, ...]:
+    """With channels first."""
     if len(value) != 4 or min(value) < 0:
-        raise ValueError(f"`feature_shape` must be (N, C, H, W), got {shown(value)}")
-    size("feature_shape", value)
-    return value
+        raise ValueError(f"`{name}` must be {_layout.shown('NCHW', layout)}, got {shown(value)}")
+    size(name, value)
+    return _layout.shape_first(value, layout)
+
+
+def map_shape(name: str, got: Sequence[int], layout: str) -> tuple[int, ...]:
+    """With channels first."""
+    if len(got) != 4:
+        refuse_shape(name, _layout.shown("NCHW", layout), got)
+    return _layout.shape_first(got, layout)
+
+
+def maps_fit(names: Sequence[str], shapes: Sequence[tuple[int, ...]], layout: str) -> None:
+    """Maps of a pyramid have the same images and channels."""
+    for name, other in zip(names[1:], shapes[1:]):
+        if other[:2] != shapes[0][:2]:
+            first, got = [_layout.shape_as_given(each, layout) for each in (shapes[0], other)]
+            raise ValueError(
+                f"`{name}` must have the images and channels of `{names[0]}`, {first}, got {got}"
+            )
 
 
 def size(name: str, shape: Sequence[int]) -> None:
@@ -177,11 +243,11 @@ def size(name: str, shape: Sequence[int]) -> None:
 
     While a compiler reads, a side may not be known.
     """
-    if math.prod([side for side in shape if isinstance(side, int) and side]) >= 2**60:
+    if math.prod([side for side in shape if type(side) is int and side]) >= 2**60:
         raise ValueError(f"`{name}` must have fewer than 2**60 elements, got {shown(tuple(shape))}")
 
 
-def pixels(name: str, shape: Sequence[int], rois: int) -> None:
+def pixels(name: str, shape: Sequence[int], rois: int, layout: str = "NCHW") -> None:
     """RoIs need an image and pixels to sample, as many as 32 bits count; channels may be none.
 
     How many RoIs there are is asked last: while a compiler reads, it may not be known, nor a side.
@@ -190,12 +256,13 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
     if not (images and sides[0] and sides[1]) and rois:
         raise ValueError(
             f"`{name}` must have at least one image and one pixel where there are RoIs, "
-            f"got {tuple(shape)}"
+            f"got {_layout.shape_as_given(shape, layout)}"
         )
     for side in sides:
         if isinstance(side, int) and side > MAX_SIDE and rois:
             raise ValueError(
-                f"`{name}` must be at most {MAX_SIDE} high and wide, got {tuple(shape)}"
+                f"`{name}` must be at most {MAX_SIDE} high and wide, "
+                f"got {_layout.shape_as_given(shape, layout)}"
             )
 
 
@@ -203,21 +270,86 @@ def pixels(name: str, shape: Sequence[int], rois: int) -> None:
 
 
 def rule(
-    spatial_scale: object, sampling_ratio: object, convention: object, reduction: object
-) -> tuple[tuple[float, float], tuple[float, ...]]:
+    spatial_scale: object,
+    sampling_ratio: object,
+    convention: object,
+    reduction: object,
+    layout: object = "NCHW",
+    maps: int | None = None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The arguments that all operations share, as scales and rule: types first, then values.
 
     Comes after the type checks of the other arguments and before the checks of their values.
+    `maps`: how many `spatial_scales` there are to be; None: one `spatial_scale`.
     """
-    scale = reals("spatial_scale", spatial_scale)
+    several = maps is not None
+    name = "spatial_scales" if several else "spatial_scale"
+    if several:
+        sequence(name, "or list, with a scale for each map", spatial_scale)
+    given = list(spatial_scale) if several else [spatial_scale]  # type: ignore[call-overload]
+    names = [f"{name}[{i}]" for i in range(len(given))] if several else [name]
+    pairs = [reals(each, value) for each, value in zip(names, given)]
     ratio = integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _rule.Convention)):
         raise TypeError(f"`convention` must be a name or a Convention, got {type_name(convention)}")
     if not isinstance(reduction, str):
         raise TypeError(f"`reduction` must be a str, got {type_name(reduction)}")
-    if reduction not in REDUCTIONS:
-        accepted = ", ".join(map(repr, REDUCTIONS))
-        raise ValueError(f"`reduction` must be one of {accepted}, got {reduction!r}")
-    scale = scales("spatial_scale", scale)
+    if not isinstance(layout, str):
+        raise TypeError(f"`layout` must be a str, got {type_name(layout)}")
+    if several and len(given) != maps:
+        raise ValueError(f"`{name}` must be {maps}, one for each map, got {len(given)}")
+    one_of("reduction", reduction, _rule.REDUCTIONS)
+    one_of("layout", layout, ("NCHW", "NHWC"))
+    checked = [scales(each, pair) for each, pair in zip(names, pairs)]
     samples("sampling_ratio", ratio)
-    return scale, _rule.vector(_rule.resolve(convention), ratio)
+    flat = tuple([scale for pair in checked for scale in pair])
+    return flat, _rule.of(convention, ratio, reduction)
+
+
+def is_there(reductions: Iterable[str], reduction: str) -> None:
+    """Refuses what an array library does not have yet."""
+    if reduction not in reductions:
+        raise NotImplementedError(
+            f"`reduction` {reduction!r} is not there yet for arrays of this library: take 'mean', "
+            "or arrays of NumPy"
+        )
+
+
+def rotated_rule(
+    adapter_takes: bool,
+    spatial_scale: object,
+    sampling_ratio: object,
+    convention: object,
+    angle: object,
+    clockwise: object,
+    layout: object,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`rule`, of boxes that are turned."""
+    if not isinstance(angle, str):
+        raise TypeError(f"`angle` must be a str, got {type_name(angle)}")
+    if not isinstance(clockwise, bool):
+        raise TypeError(f"`clockwise` must be a bool, got {type_name(clockwise)}")
+    flat, straight = rule(spatial_scale, sampling_ratio, convention, "mean", layout)
+    one_of("angle", angle, ("degrees", "radians"))
+    if flat[0] != flat[1]:
+        raise ValueError(f"`spatial_scale` must be one number for boxes that turn, got {flat}")
+    turn = math.pi / 180 if angle == "degrees" else 1.0
+    turned = _rule.turned(straight, -turn if clockwise else turn)
+    if not adapter_takes:
+        raise NotImplementedError(
+            "rotated boxes are not there yet for arrays of this library: take arrays of NumPy"
+        )
+    return flat, turned
+
+
+def has_box_gradient(reduction: str) -> None:
+    if reduction == "max_corner":
+        raise NotImplementedError(
+            "`reduction` 'max_corner' has no gradient in the boxes: take 'max', or the boxes as "
+            "constants"
+        )
+
+
+def one_of(name: str, value: str, accepted: Iterable[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}, got {value!r}")

@@ -25,7 +25,7 @@ def axis_taps(
     (2, P, L). Every pixel looks at the few samples that can touch it.
     """
     real, whole = lo.dtype.type, jnp.int64 if lo.dtype == jnp.float64 else jnp.int32
-    sampling_ratio, pixel_offset, input_offset, end_offset, min_size, floor = rule
+    sampling_ratio, pixel_offset, input_offset, end_offset, min_size, floor, *_ = rule
     scale = real(scale)
     most = 2**31 if lo.dtype == jnp.float64 else 2**22  # samples: positions of more need float64
 

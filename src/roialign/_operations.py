@@ -10,7 +10,9 @@ the three, and each operation takes all but one of them and gives its gradient i
     box_gradient  (d_output, features)    ->  tangent
 
 Without a tangent, `forward` and `adjoint` are the form before it is differentiated in the boxes.
-``features`` stands for all maps of a call.
+``features`` stands for all maps of a call. Where bins are their largest samples, ``selectors`` are
+maps like the features that say which those are: that is how the form is linear. In a call of a user
+they are the features; no derivative is taken in them.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from typing import Any
 # The named dimensions of each array: images n, channels c, RoIs k; h and w are a map's own.
 DIMENSIONS = {
     "features": ("n", "c", "h", "w"),
+    "selectors": ("n", "c", "h", "w"),
     "d_output": ("k", "c", "p", "q"),
     "tangent": ("k", "xy"),
     "boxes": ("k", "xy"),
     "image_index": ("k",),
     "levels": ("k",),
 }
-ROIS = ("boxes", "image_index", "levels")  # what all operations take beside
+ROIS = ("boxes", "image_index", "levels")
+BESIDE = (*ROIS, "selectors")  # what all operations take; levels and selectors may be missing
 TAKES = {
     "forward": ("features", "tangent"),
     "adjoint": ("d_output", "tangent"),
@@ -42,7 +46,8 @@ def result_shapes(
     """The shape of the result, for the adjoint of one result per map.
 
     Args:
-        sizes: the length of each named dimension of the result but h and w.
+        sizes: the length of each named dimension of the result but h and w; a box has 4 numbers
+            ("xy") if they say nothing else.
         maps: (h, w) of each map.
 
     >>> result_shapes("adjoint", {"n": 2, "c": 3}, [(8, 9), (4, 5)])
@@ -50,7 +55,7 @@ def result_shapes(
     """
     if GIVES[operation] == "features":
         return [(sizes["n"], sizes["c"], *size) for size in maps]
-    known = {**sizes, "xy": 4}
+    known = {"xy": 4, **sizes}
     return [tuple([known[d] for d in DIMENSIONS[GIVES[operation]]])]
 
 
@@ -106,11 +111,11 @@ def folded(operation: str, batched: Collection[str]) -> dict[str, str | None]:
     >>> folded("forward", {"features"})["d_output"], folded("forward", {"boxes"})["d_output"]
     ('c', 'k')
     """
-    arrays = (*ROIS, *TAKES[operation], GIVES[operation])
+    arrays = (*BESIDE, *TAKES[operation], GIVES[operation])
     result = GIVES[operation]
     if all("c" in DIMENSIONS[name] for name in (*batched, result)):
-        return {name: "c" if name in batched or name == result else None for name in arrays}
-    maps_differ = "features" in batched or result == "features"
+        return {name: "c" if "c" in DIMENSIONS[name] else None for name in arrays}
+    maps_differ = not {"features", "selectors"}.isdisjoint((*batched, result))
     return {
         name: "k" if "k" in DIMENSIONS[name] else "n" if maps_differ else None for name in arrays
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -143,38 +144,63 @@ conventions: Mapping[str, Convention] = MappingProxyType(
 """Read-only: a record for each name. Aliases, ``library:setting``, come after canonical names."""
 
 
+REDUCTIONS = ("mean", "max", "max_corner")  # in the order of their numbers
 _WORDS = {None: -math.inf, "ceil": 0.0, "floor": 1.0}  # of a Convention, as numbers
 
 
-def vector(convention: Convention, sampling_ratio: int) -> tuple[float, ...]:
+def vector(
+    convention: Convention, sampling_ratio: int, reduction: str = "mean"
+) -> tuple[float, ...]:
     """The rule as kernels take it: the numbers that the core names, in its order.
 
     >>> import roialign
     >>> vector(roialign.conventions["mindspore"], 2)
-    (2.0, 0.0, 0.0, 1.0, -inf, 1.0)
+    (2.0, 0.0, 0.0, 1.0, -inf, 1.0, 0.0, 0.0)
     """
-    given = vars(convention)
-    return tuple(
-        [
-            float(max(0, sampling_ratio))
-            if name == "sampling_ratio"
-            else _WORDS.get(given[name], given[name])
-            for name in _core.rule_names
-        ]
-    )
+    given = vars(convention) | {
+        "sampling_ratio": float(max(0, sampling_ratio)),
+        "reduction": float(REDUCTIONS.index(reduction)),
+        "turn": 0.0,
+    }
+    return tuple([_WORDS.get(given[name], given[name]) for name in _core.rule_names])
 
 
-def resolve(convention: str | Convention) -> Convention:
-    """The record that ``convention=`` names, or is."""
+def of(convention: str | Convention, sampling_ratio: int, reduction: str) -> tuple[float, ...]:
+    """The vector of what ``convention=`` names, or is."""
     if isinstance(convention, Convention):
-        return convention
+        return vector(convention, sampling_ratio, reduction)
     if convention not in conventions:
         wanted = convention.lower()
-        near = difflib.get_close_matches(wanted, conventions, 3, 0.4)
-        near += [name for name in conventions if name.startswith(wanted + ":")]
+        library = wanted.partition(":")[0]
+        near = [name for name in conventions if name.startswith(library + ":")]
+        near += difflib.get_close_matches(wanted, conventions, 3, 0.4)
         near = list(dict.fromkeys(near)) or list(_ROWS)
         raise ValueError(
             f"`convention` {convention!r} is unknown; the nearest names are "
             + ", ".join(map(repr, near))
         )
-    return conventions[convention]
+    return _of_name(convention, operator.index(sampling_ratio), reduction)
+
+
+def turned(rule: tuple[float, ...], turn: float) -> tuple[float, ...]:
+    """The rule for boxes with an angle: `turn` radians in its unit, counter-clockwise.
+
+    Raises:
+        ValueError: its numbers move the ends of a box, which such a box has not.
+    """
+    numbers = dict(zip(_core.rule_names, rule))
+    if numbers["input_offset"] or numbers["end_offset"]:
+        raise ValueError(
+            "`convention` must have no input_offset and no end_offset for boxes that turn, got "
+            f"{numbers['input_offset']} and {numbers['end_offset']}"
+        )
+    return tuple((numbers | {"turn": turn}).values())
+
+
+def _of_name(name: str, sampling_ratio: int, reduction: str) -> tuple[float, ...]:
+    return vector(conventions[name], sampling_ratio, reduction)
+
+
+# As torch.compiler.assume_constant_result, without its import: no guards on each of the numbers.
+# Of numbers that are constant: torch's compiler takes those for such that C reads.
+_of_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,11 @@
-"""The `roialign` command: `roialign demo`, `roialign info`."""
+"""The `roialign` command: `roialign demo`, `roialign identify`, `roialign info`."""
 
 import argparse
+import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +70,30 @@ def run_demo(output):
     demo.run(output)
 
 
+def run_identify(path, as_json):
+    """0 if every RoiAlign node has a rule of ours, 1 if one has not or there is none."""
+    try:
+        from roialign import _identify_onnx
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxruntime"):
+            raise
+        sys.exit("roialign identify: needs ONNX and its runtime: pip install onnx onnxruntime")
+    found = list(_identify_onnx.identify_nodes(path))
+    if as_json:
+        rows = [
+            {"node": node, "attributes": given, "verdict": str(rule), **asdict(rule)}
+            for node, given, rule in found
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        for node, given, rule in found:
+            attributes = ", ".join(f"{name}={value}" for name, value in sorted(given.items()))
+            print(f"{node} ({attributes})\n  {rule}\n  {rule.advice}")
+        if not found:
+            print(f"{path} has no RoiAlign node")
+    return 0 if found and all(rule.matches for _, _, rule in found) else 1
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="roialign", description="RoIAlign for NumPy, PyTorch, JAX and MindSpore."
@@ -83,10 +109,20 @@ def main(argv=None):
         help="the picture to write (default: %(default)s)",
     )
     commands.add_parser("info", help="print version, instruction set, threads, array libraries")
+    identify = commands.add_parser(
+        "identify",
+        help="say which rule the RoiAlign nodes of an ONNX model have",
+        description="Runs each RoiAlign node of a model in ONNX Runtime and says which rule it "
+        "has. Exit status: 0 if each has one of roialign's, else 1.",
+    )
+    identify.add_argument("--onnx", type=Path, required=True, metavar="MODEL")
+    identify.add_argument("--json", action="store_true", help="print all that was found as JSON")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "demo":
             run_demo(arguments.output)
+        elif arguments.command == "identify":
+            return run_identify(arguments.onnx, arguments.json)
         else:
             print(info())
     except (OSError, ValueError) as error:  # a path, an environment variable
