@@ -1,6 +1,7 @@
 """`python -m bench`, from the repository root: see bench/README.md."""
 
 import argparse
+import datetime
 import sys
 from pathlib import Path
 
@@ -31,19 +32,27 @@ def main(arguments=None, start=run.Worker):
     add("--peer", action="append", default=[], metavar="NAME=PYTHON", help="`ours` is a name too")
     add("--out", action=argparse.BooleanOptionalAction, default=True, help="ours gets `out=`")
     add("--extras", action=argparse.BooleanOptionalAction, default=True)
-    add("--quick", action="store_true", help="some workloads, 2 short rounds, no extras")
+    add(
+        "--quick",
+        action="store_true",
+        help="a part in short rounds; of a GPU in 4 minutes",
+    )
+    add("--sweep", action="store_true", help="of a GPU: our kernels with other sizes of blocks")
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON lines")
     given = parser.parse_args(arguments)
     if given.setup is not None:
         return 1 if set_up(given.setup or REQUIREMENTS) else 0
 
+    if given.device == "cuda" and (given.quick or given.sweep):
+        return on_one_gpu("sweep" if given.sweep else "quick", given.results / "cuda")
     on_gpu, peers = given.device != "cpu", PEERS[given.device]
     given.extras &= not (given.before or given.overhead or given.quick or given.rounds == 0)
     given.out &= not on_gpu
-    usual = {"workloads": run.WORKLOADS, "peers": USUAL[given.device], "operations": MAIN}
+    workloads = [*run.WORKLOADS, *(() if on_gpu else run.PYRAMIDS)]
+    usual = {"workloads": workloads, "peers": USUAL[given.device], "operations": MAIN}
     usual |= {"rounds": 5, "slice": 0.2, "budget": 360.0 if on_gpu else None}
     if given.extras and not on_gpu:
-        usual["workloads"] = [*run.WORKLOADS, *run.HUGE]
+        usual["workloads"] = [*workloads, *run.HUGE]
     if given.before:
         usual |= {"peers": (), "rounds": 15, "slice": 0.1}
     usual |= (OVERHEAD[given.device] if given.overhead else {}) | (QUICK if given.quick else {})
@@ -68,6 +77,17 @@ def main(arguments=None, start=run.Worker):
         print(report.tables(record))
         wrong |= any("refused" in row and peers[row["by"]].ours for row in record["rows"])
     return int(wrong)
+
+
+def on_one_gpu(mode, folder):
+    from bench import gpu  # which needs torch
+
+    now = datetime.datetime.now().astimezone()
+    # a sweep goes on in the same file
+    name = mode if mode == "sweep" else f"{now:%Y-%m-%d-%H%M%S}-{mode}"
+    record = gpu.Record(folder / f"{name}.jsonl")
+    getattr(gpu, mode)(record, seed=int(now.timestamp()))
+    return int(record.wrong)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Counted from a workload's own boxes, and from the launches as they are made; nothing runs, so it
 needs torch and Triton and no GPU. The time is the longest of what each count takes at an H200's
-rates, as if all of it overlapped: expected, not measured. Latency, what a launch costs and what is
-outside of the innermost loop are not in it, so a GPU takes longer.
+rates, as if all of it overlapped: expected, not measured. Latency and what a launch costs are not
+in it, nor what makes taps, nor what is outside of the innermost loop, but for the kernels by rows.
+So a GPU takes longer.
 """
 
 import argparse
@@ -20,15 +21,21 @@ from triton_offline import Problem, memory  # isort: skip (found by the referenc
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
 PROCESSORS, CLOCK = 132, 1.755e9  # of an H200
+ISSUED = 0.75  # of the slots for instructions
 RATES = {  # per second: assumptions
     "DRAM": 4.3e12,
     "L2": 5.5e12,
     "L1": 128 * PROCESSORS * CLOCK,
-    "instructions": 128 * PROCESSORS * CLOCK,
+    "instructions": ISSUED * 128 * PROCESSORS * CLOCK,
 }
 # of the innermost loop per value that it loads, in NCHW and channels_last, as Triton 3.9.0 compiles
 # it for sm_90
 INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (21.5, 18.0)}
+# of all loops of `gather`, of few taps and of any number, by (output in NCHW, 16 bits)
+GATHER = ((2.97, 3.05), (4.23, 3.72)), ((4.65, 4.0), (5.7, 4.9))
+# of `scatter`, per value of a tile: for a RoI that reaches it, and if it has weight there; for a
+# row of its bins, and for a bin of the general loop
+SCATTER = 1.2, 2.9, 8.3, 5.6
 WEIGHTS = {"forward": 1, "adjoint": 1, "box_gradient": 3}  # of a tap: the latter has slopes too
 
 
@@ -47,6 +54,10 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     axes = reference.axes_of(workload, rois, convention)
     through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
     launches = launched(workload, dtype, layout, convention).launches(operation)
+    if launches[-1].kernel == "gather":
+        return gathered(workload, rois, axes, launches, itemsize, through)
+    if launches[-1].kernel == "scatter":
+        return scattered(workload, axes, launches, itemsize, through)
     (constants,) = (each.constants for each in launches if "INNERMOST" in each.constants)
     weights = WEIGHTS[operation]
     of_box, row = bins, workload.shape[3]
@@ -79,6 +90,95 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
         "private": memory(launches),  # bytes: tables, bits, partial sums
     }
     return {name: int(number) for name, number in found.items()}
+
+
+def gathered(workload, rois, axes, launches, itemsize, through):
+    """Of the forward by sorted rows: a program's pixels come from L2 once, and then from L1."""
+    plan, gather = launches
+    numbers, constants = gather.arguments, gather.constants
+    lanes = constants["ROWS"] * constants["BINS"]
+    taps, channels, (_, width) = constants["TAPS"], workload.shape[1], workload.shape[2:]
+    rows = in_order(workload, rois, plan.constants)
+    values, loads = 0, 0
+    for program in chunks(rows, numbers["steps"] * constants["ROWS"]):
+        touched = []
+        for step in chunks(program, constants["ROWS"]):
+            chosen = [(axes[k][0].weights[p] != 0, axes[k][1]) for k, p in step]
+            of_x = max(((x.weights != 0).sum(1).max(initial=0) for _, x in chosen), default=0)
+            of_y = max((y.sum() for y, _ in chosen), default=0)
+            loads += lanes * (taps**2 if taps else of_y * 4 * -(-of_x // 4))
+        for k, p in program:
+            y, x = axes[k]
+            lines = y.pixels[y.weights[p] != 0]
+            touched.append((rois[k, 0] * workload.shape[2] + lines[:, None]) * width + x.pixels)
+        values += len(np.unique(np.concatenate([each.ravel() for each in touched])))
+    found = {
+        "DRAM": through,
+        "L2": values * channels * itemsize + np.prod(workload.output_shape) * itemsize,
+        "L1": loads * channels * itemsize,
+        "instructions": loads * channels * GATHER[not taps][not constants["LAST"]][itemsize == 2],
+        "loads": loads * channels,
+        "multiply-adds": loads * channels,
+        "programs": sum(each.grid[0] for each in launches),
+        "private": memory(launches),
+    }
+    return with_pack(found, plan, workload.shape, itemsize)
+
+
+def with_pack(found, launched, shape, itemsize):
+    """And what a launch packs: read and written."""
+    if launched.constants["PACK"]:
+        moved = 2 * np.prod(shape) * itemsize
+        found["DRAM"], found["L2"] = found["DRAM"] + moved, found["L2"] + moved
+    return {name: int(number) for name, number in found.items()}
+
+
+def scattered(workload, axes, launches, itemsize, through):
+    """Of the adjoint by rows of the map: a program reads each bin that it needs from L2 once."""
+    _, columns, scatter = launches
+    tile, channels = scatter.constants["TILE"], workload.shape[1]
+    reached, lines, pairs, general, loads, bins = 0, 0, 0, 0, 0, 0
+    for y, x in axes:
+        if not (y.pixels.size and x.pixels.size):
+            continue
+        of_y, of_x = ((axis.weights != 0).sum(0) for axis in (y, x))  # bins of each pixel
+        parts = tiles_of_axis(x, tile)
+        reached += len(parts) * (y.pixels[-1] - y.pixels[0] + 1)
+        lines += len(parts) * (of_y != 0).sum()
+        if max(of_y.max(), of_x.max()) <= 2:
+            pairs += len(parts) * of_y.sum()
+        else:
+            general += len(parts) * of_y.sum() * of_x.max()
+        loads += of_y.sum() * of_x.sum()
+        bins += of_y.sum() * sum(len(np.unique(part[part >= 0])) for part in parts)
+    steps = reached, lines, pairs, general
+    found = {
+        "DRAM": through,
+        "L2": bins * channels * itemsize + np.prod(workload.shape) * itemsize,
+        "L1": loads * channels * itemsize,
+        "instructions": sum(a * b for a, b in zip(steps, SCATTER, strict=True)) * tile * channels,
+        "loads": loads * channels,
+        "multiply-adds": (2 * pairs + general) * tile * channels,
+        "programs": sum(each.grid[0] for each in launches),
+        "private": memory(launches),
+    }
+    return with_pack(found, columns, workload.output_shape, itemsize)
+
+
+def chunks(rows, size):
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def in_order(workload, rois, constants):
+    """[K * P, 2]: RoI and row of bins, sorted as `plan` sorts them, but for classes of area."""
+    bins, scale = workload.output_size[0], workload.scale
+    at = (np.arange(bins) + 0.5) / bins
+    y = (rois[:, 2:3] + (rois[:, 4:] - rois[:, 2:3]) * at) * scale // constants["TILE_Y"]
+    x = (rois[:, 1] + rois[:, 3]) / 2 * scale // constants["TILE_X"]
+    x = np.where(y % 2, -x[:, None], x[:, None])
+    image = np.broadcast_to(rois[:, :1], y.shape)
+    order = np.lexsort([x.ravel(), y.ravel(), image.ravel()])
+    return np.stack(np.unravel_index(order, y.shape), 1)
 
 
 def expected(counts):

@@ -13,9 +13,9 @@ def traffic(operation, workload, rois, axes, itemsize, layout):
     """(bytes through DRAM, bytes between L2 and registers) that an operation cannot avoid."""
     channels = workload.shape[1]
     group = LINE // itemsize if layout == "nchw" else 1
-    pixels = touched_pixels(workload.shape, rois, axes, group) * channels
+    pixels = touched_pixels(workload.stored, rois, axes, group) * channels
     if operation == "adjoint":
-        pixels = np.prod(workload.shape, dtype=np.int64)
+        pixels = np.prod(workload.stored, dtype=np.int64)
     output = np.prod(workload.output_shape, dtype=np.int64)
     windows = sum(y.pixels.size * x.pixels.size for y, x in axes) * channels
     passes = 2 if operation == "adjoint" else 1  # read, added to, written
@@ -25,12 +25,10 @@ def traffic(operation, workload, rois, axes, itemsize, layout):
 def touched_pixels(shape, rois, axes, group):
     """Pixels of the map in a window of any RoI, in groups that follow each other in memory."""
     images, _, height, width = shape
-    touched = np.zeros((images, height, width), bool)
+    touched = np.zeros((images, -(-height * width // group) * group), bool)
     for image, (y, x) in zip(rois[:, 0].astype(int), axes, strict=True):
-        touched[image, y.pixels[:, None], x.pixels] = True
-    plane = touched.reshape(images, -1)
-    plane = np.pad(plane, ((0, 0), (0, -plane.shape[1] % group)))
-    return plane.reshape(images, -1, group).any(2).sum() * group
+        touched[image, y.places[:, None] + x.pixels] = True
+    return touched.reshape(images, -1, group).any(2).sum() * group
 
 
 def seconds(through_dram, through_cache, bandwidth):

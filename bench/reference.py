@@ -21,19 +21,33 @@ class Axis(NamedTuple):
     pixels: np.ndarray  # [V]
     weights: np.ndarray  # [P, V]
     slopes: np.ndarray | None = None  # [2, P, V], of the weights in the box's start and end
+    places: np.ndarray | None = None  # [V]: of rows, among the pixels of all maps
 
 
 def samples(workload, rois, convention):
-    """The oracle's (y, x) axes of every RoI."""
-    features = np.broadcast_to(np.float32(0), workload.shape)  # of which the shape counts
-    rule = workload.output_size, (workload.scale,) * 2, workload.sampling
-    boxes, image = rois[:, 1:], rois[:, 0].astype(int)
-    return Problem(features, boxes, image, *rule, roialign.conventions[convention]).axes
+    """The oracle's (y, x) axes of every RoI, on the map of its level."""
+    found, levels = [None] * len(rois), workload.levels(rois)
+    for level, (size, scale) in enumerate(zip(workload.sizes, workload.scales, strict=True)):
+        features = np.broadcast_to(np.float32(0), (*workload.shape[:2], *size))  # the shape counts
+        rule = workload.output_size, (scale,) * 2, workload.sampling
+        on = np.flatnonzero(levels == level)
+        boxes, image = rois[on, 1:], rois[on, 0].astype(int)
+        problem = Problem(features, boxes, image, *rule, roialign.conventions[convention])
+        for k, axes in zip(on, problem.axes, strict=True):
+            found[k] = axes
+    return found
 
 
 def axes_of(workload, rois, convention, with_slopes=False):
-    pairs = samples(workload, rois, convention)
-    return [tuple(axis(whole, with_slopes) for whole in pair) for pair in pairs]
+    pairs, levels, start = samples(workload, rois, convention), workload.levels(rois), [0]
+    for height, width in workload.sizes:
+        start.append(start[-1] + height * width)
+    found = []
+    for level, pair in zip(levels, pairs, strict=True):
+        y, x = (axis(whole, with_slopes) for whole in pair)
+        places = start[level] + y.pixels * workload.sizes[level][1]
+        found.append((y._replace(places=places), x))
+    return found
 
 
 def axis(whole, with_slopes):
@@ -55,7 +69,7 @@ def part(operation, workload, axes, convention, rois, features, d_output):
     some = np.s_[:, np.unique(channels)]
     if operation == "forward":
         return forward(features[some], rois, axes), some
-    return adjoint(d_output[some], rois, axes, workload.shape), some
+    return adjoint(d_output[some], rois, axes, workload.stored), some
 
 
 def terms(rois, axes):
@@ -63,7 +77,8 @@ def terms(rois, axes):
 
 
 def window(features, image, y, x):
-    return features[image][:, y.pixels[:, None], x.pixels].astype(np.float64)  # [C, h, w]
+    plane = features[image].reshape(features.shape[1], -1)
+    return plane[:, y.places[:, None] + x.pixels].astype(np.float64)  # [C, h, w]
 
 
 def forward(features, rois, axes):
@@ -77,8 +92,8 @@ def adjoint(d_output, rois, axes, shape):
     """[N, C, H, W]"""
     d_features = np.zeros((shape[0], d_output.shape[1], *shape[2:]))
     for d, (image, (y, x)) in zip(d_output, terms(rois, axes), strict=True):
-        part = d_features[image]
-        part[:, y.pixels[:, None], x.pixels] += y.weights.T @ d.astype(np.float64) @ x.weights
+        plane = d_features[image].reshape(d_output.shape[1], -1)
+        plane[:, y.places[:, None] + x.pixels] += y.weights.T @ d.astype(np.float64) @ x.weights
     return d_features
 
 

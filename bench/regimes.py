@@ -65,23 +65,13 @@ def measure(workload, layout, workers, settings):
     """Rows with samples (seconds, of each round), all results checked against ours before."""
     rows, right = [], {}
     with run.memory_folder() as folder:
-        files = {n: f"{folder}/{n}.npy" for n in ("rois", "features", "d_output")}
-        for name, file in files.items():
-            np.save(file, getattr(workload, name)())
-        for worker in workers.values():
-            worker.ask("load", **files)
-        numbers = {
-            "output_size": workload.output_size,
-            "spatial_scale": workload.scale,
-            "sampling_ratio": workload.sampling,
-            "threads": settings.threads,
-        }
+        answers = run.Answers(workload, folder, workers["ours"], settings.threads)
+        for name in settings.peers:
+            workers[name].ask("load", **answers.files)
         for row in contestants(layout, settings):
-            worker, path = workers[row["by"]], f"{folder}/result.npy"
-            asked = {name: row[name] for name in run.CONTESTANT[1:-1]} | numbers
+            worker = workers[row["by"]]
             row |= {"workload": workload.name, "samples": []}
-            reply = worker.ask("prepare", key=run.key_of(row), save=path, **asked)
-            result = np.load(path)
+            result, reply = answers.result(row, worker)
             expected = right.setdefault(row["operation"], result)  # ours comes first
             allowed = run.tolerance(workload) * np.abs(expected).max(initial=1)
             run.agree(result, expected, allowed, "ours")
@@ -165,16 +155,16 @@ def main(arguments=None, start=run.Worker):
     add("--slice", type=float, default=0.03, help="seconds of one turn")
     add("--results", type=Path, default=ROOT / "bench" / "results" / "regimes")
     given = parser.parse_args(arguments)
-    settings = SimpleNamespace(**vars(given), device="cpu", overhead=False, convention="asymmetric")
+    settings = SimpleNamespace(**vars(given), device="cpu", overhead=False, before=None)
+    settings.convention = "asymmetric"
     pythons = find({"ours", *given.peers}, dict(peer.split("=", 1) for peer in given.peer))
     settings.peers = [name for name in given.peers if name in pythons]
     by_regime = {}
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for name in ("ours", *settings.peers):
-            workers[name] = start(PEERS["cpu"][name].process, "cpu", given.threads, pythons[name])
-            stack.callback(workers[name].close)
-        versions = {name: worker.ask("versions") for name, worker in workers.items()}
+        opened, versions = run.opened(settings, pythons, print, start, stack)
+        peers = {name: (PEERS["cpu"][name].process, "") for name in ("ours", *settings.peers)}
+        workers = {name: opened[key] for name, key in peers.items() if key in opened}
+        settings.peers = [name for name in settings.peers if name in workers]
         for workload, layout in regimes(given.seed)[: given.most]:
             rows = by_regime[workload.name] = measure(workload, layout, workers, settings)
             for row, ratio, seconds in slower(rows):

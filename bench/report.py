@@ -306,13 +306,13 @@ def chart(record, path):
     pyplot.close(figure)
 
 
-def rewrite(readme, text):
+def rewrite(readme, text, begin=BEGIN, end=END):
     """Puts `text` between the markers of a README."""
-    before, _, rest = Path(readme).read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
+    before, _, rest = Path(readme).read_text().partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{readme} has no {BEGIN} and {END}")
-    Path(readme).write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise SystemExit(f"{readme} has no {begin} and {end}")
+    Path(readme).write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def records(path):

@@ -22,7 +22,7 @@ from bench import floor, reference
 from bench.environments import ROOT
 from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, ROUNDING, VARIED
 
-from cases import FPN, WORKLOADS, Workload  # isort: skip (found by the reference)
+from cases import FPN, PYRAMIDS, WORKLOADS, Workload  # isort: skip (found by the reference)
 
 ANSWER_LIMIT = 600  # seconds
 TOLERANCE = 1e-4  # of the largest magnitude
@@ -37,7 +37,7 @@ HUGE = {
     name: Workload(name, f"one box of {size}", FPN, 1 / 4, 1, (7, 7), 0, (side,) * 3 + (0.0,), ())
     for name, size, side in (("map", "the map's size", 304.0), ("huge", "1e9 px", 2.5e8))
 }
-EVERY = WORKLOADS | HUGE | {workload.name: workload for workload in OTHERS}
+EVERY = WORKLOADS | PYRAMIDS | HUGE | {workload.name: workload for workload in OTHERS}
 WITHOUT_OUT = ("W1", "W4", "W6")  # where a call that makes its own output is timed too
 # those with a goal first, for as long as the time lasts
 ORDER = ("W1", "W5", "W4", "W6", "W1f", "W2")
@@ -116,6 +116,7 @@ def contestants(workload, settings):
         varied = plain or (everywhere and (dtype == "float32" or layout == settings.layouts[0]))
         wanted = out == settings.out or (name, operation, plain) in without_out
         able = peer.has(workload.name, operation, dtype, layout) and (peer.ours or not build)
+        able &= peer.pyramids or not workload.coarser
         if convention not in (peer.conventions or [convention]):
             convention, by = next(iter(peer.conventions)), ["ours", name]  # beside which it is seen
         for one in by if varied and wanted and able else ():
@@ -144,6 +145,8 @@ class Answers:
             "output_size": workload.output_size,
             "spatial_scale": workload.scale,
             "sampling_ratio": workload.sampling,
+            "pyramid": workload.sizes if workload.coarser else None,
+            "levels": workload.levels(self.arrays["rois"]).tolist() if workload.coarser else None,
             "threads": threads,
         }
         judge.ask("load", **self.files)

@@ -32,12 +32,29 @@ class Problem:
     convention: object  # in the peer's words
     out: bool = False
     threads: int = 1
+    pyramid: list | None = None  # the size of each map, each half of the one before; None: one map
+    levels: list | None = None  # [K]: the map of each RoI of a pyramid
 
     @property
     def options(self):
         """Arguments of our functions."""
-        names = ("spatial_scale", "sampling_ratio", "convention")
-        return {name: getattr(self, name) for name in names}
+        found = {"sampling_ratio": self.sampling_ratio, "convention": self.convention}
+        if self.pyramid:
+            return found | {"spatial_scales": self.scales}
+        return found | {"spatial_scale": self.spatial_scale}
+
+    @property
+    def scales(self):
+        return [self.spatial_scale / 2**level for level in range(len(self.pyramid))]
+
+    def maps(self, stored, copy):
+        """Arrays [N, C, H, W] of a pyramid that is stored as one row."""
+        found, start = [], 0
+        for height, width in self.pyramid:
+            flat = stored[:, :, 0, start : start + height * width]
+            found.append(copy(flat.reshape(*stored.shape[:2], height, width)))
+            start += height * width
+        return found
 
 
 class Session:
@@ -114,7 +131,11 @@ class Session:
 
     def _result(self, call):
         result = call(*getattr(call, "before", tuple)())
-        return np.array(getattr(self.module, "array", np.asarray)(result), np.float32, order="C")
+        array = getattr(self.module, "array", np.asarray)
+        if isinstance(result, (tuple, list)):  # one for each map
+            rows = [np.reshape(each, (*each.shape[:2], 1, -1)) for each in map(array, result)]
+            return np.concatenate(rows, -1, dtype=np.float32)
+        return np.array(array(result), np.float32, order="C")
 
 
 def converted(array, dtype, layout):

@@ -37,6 +37,7 @@ class Peer:
     layouts: tuple = ("nchw",)
     module: str = ""  # of this folder, where its name is not that of the environment
     only: tuple = ()  # workloads
+    pyramids: bool = False  # takes several maps
     beside: tuple = ("ours",)  # its time is divided by that of the first of these that is there
 
     def __post_init__(self):
@@ -62,18 +63,18 @@ MINDSPORE = {"conventions": {"mindspore": 1}}  # roi_end_mode
 TORCHVISION = {"conventions": ALIGNED, "module": "torch"}
 
 CPU = (
-    Peer("ours", "roialign", MAIN, ours=True, **VARIANTS),
-    Peer("onnxruntime", "ONNX Runtime", FORWARD, conventions=ONNX),
+    Peer("ours", "roialign", MAIN, ours=True, pyramids=True, **VARIANTS),
+    Peer("onnxruntime", "ONNX Runtime", FORWARD, conventions=ONNX, pyramids=True),
     Peer("paddle", "Paddle", conventions=ALIGNED),
     Peer("openvino", "OpenVINO", FORWARD, conventions=OPENVINO),
     Peer(
         "mindspore", "MindSpore", ("forward", "adjoint", "gradient"), **MINDSPORE,
         dtypes=("float32", "float16"), beside=("ours", "mindspore_ours"),
     ),
-    Peer("torchvision", "torchvision", layouts=LAYOUTS, **TORCHVISION),
+    Peer("torchvision", "torchvision", layouts=LAYOUTS, pyramids=True, **TORCHVISION),
     # what a call costs, and ours in frameworks beside their own
     Peer("core", "the core alone", FORWARD, "ours", "core", ours=True),
-    Peer("torch", "torch", (*MAIN, "gradient"), ours=True),
+    Peer("torch", "torch", (*MAIN, "gradient"), ours=True, pyramids=True),
     Peer("torch_recorded", "torch, a gradient needed", FORWARD, "torch", "recorded", ours=True),
     Peer("torch_compiled", "torch.compile", ("forward", "nothing"), "torch", "compiled", ours=True),
     Peer("jax", "JAX, jitted", (*GRADIENT, "nothing"), ours=True),
