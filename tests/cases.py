@@ -2,7 +2,7 @@
 with log-normal sides inside the image. The same bits for the same workload, always.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Workload:
     sampling: int  # per bin and axis; 0 adapts to the box
     side: tuple  # least, median, largest side of a box in feature pixels, sigma of its logarithm
     window: tuple  # least, mean, largest pixels that a box touches on an axis
+    coarser: int = 0  # maps beside: each of half the one before, and its boxes are those of FPN
 
     @property
     def rois_number(self):
@@ -28,6 +29,30 @@ class Workload:
     @property
     def output_shape(self):
         return (self.rois_number, self.shape[1], *self.output_size)
+
+    @property
+    def sizes(self):
+        """(H, W) of each map, from fine to coarse."""
+        return [
+            tuple(side >> level for side in self.shape[2:]) for level in range(1 + self.coarser)
+        ]
+
+    @property
+    def scales(self):
+        return [self.scale / 2**level for level in range(1 + self.coarser)]
+
+    @property
+    def stored(self):
+        """The shape of `features`: those of several maps are one row, map after map."""
+        pixels = sum(height * width for height, width in self.sizes)
+        return (*self.shape[:2], 1, pixels) if self.coarser else self.shape
+
+    def levels(self, rois):
+        """[K]: the map of each box, by its area."""
+        side = np.sqrt((rois[:, 3:] - rois[:, 1:3]).prod(1))
+        finest = -np.log2(self.scale)
+        level = np.floor(4 + np.log2(side / 224) + 1e-6) - finest
+        return level.clip(0, self.coarser).astype(int)
 
     def rois(self):
         """(K, 5) float32: image, x1, y1, x2, y2 in image pixels, image after image."""
@@ -44,9 +69,9 @@ class Workload:
         return np.concatenate([index[:, None], boxes], 1).astype(np.float32)
 
     def features(self):
-        """(N, C, H, W) float32, standard normal."""
+        """`stored` float32, standard normal."""
         random = np.random.default_rng((SEED, 2))
-        return random.standard_normal(self.shape, np.float32)
+        return random.standard_normal(self.stored, np.float32)
 
     def d_output(self):
         """(K, C, P, Q) float32, standard normal."""
@@ -91,3 +116,23 @@ WORKLOADS = {
         ),
     )
 }  # fmt: skip
+
+PROPOSALS = (4.0, 37.5, 200.0, 0.9)
+W7 = Workload(
+    "W7", "pyramid, box head", FPN, 1 / 4, 1000, (7, 7), 2, PROPOSALS, (5, 21, 94), coarser=3
+)
+W8 = replace(
+    W7, name="W8", title="pyramid, mask head", per_image=100, output_size=(14, 14),
+    window=(6, 23, 66),
+)  # fmt: skip
+ON_P2 = {"coarser": 0, "title": "all of its boxes on P2"}
+PYRAMIDS = {
+    workload.name: workload
+    for workload in (
+        W7,
+        replace(W7, name="W7a", title="pyramid, adaptive", sampling=0),
+        replace(W7, name="W7p", window=(5, 53, 188), **ON_P2),
+        W8,
+        replace(W8, name="W8p", window=(6, 61, 195), **ON_P2),
+    )
+}

@@ -24,26 +24,7 @@ settings.register_profile("ci", deadline=None, max_examples=250, derandomize=Tru
 settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-# directory of golden/: convention (MindSpore's cases have two)
-LIBRARIES = {
-    "detectron2": "half_pixel",
-    "mindspore": None,
-    "mmcv_aligned_false_avg": "asymmetric",
-    "mmcv_aligned_true_avg": "half_pixel",
-    "mxnet_aligned_false": "asymmetric",
-    "mxnet_aligned_true": "half_pixel",
-    "ncnn_v1_aligned_false": "asymmetric",
-    "ncnn_v1_aligned_true": "half_pixel",
-    "onnx_half_pixel_avg": "half_pixel",
-    "onnx_output_half_pixel_avg": "asymmetric",
-    "openvino_asymmetric_avg": "asymmetric",
-    "openvino_half_pixel_avg": "openvino_half_pixel",
-    "openvino_half_pixel_for_nn_avg": "half_pixel",
-    "paddle_aligned_false": "asymmetric",
-    "paddle_aligned_true": "half_pixel",
-    "torchvision_aligned_false": "asymmetric",
-    "torchvision_aligned_true": "half_pixel",
-}
+GOLDEN = Path(__file__).parent / "golden"
 CONVENTIONS = tuple(roialign.conventions)[:6]  # the canonical names
 NO_GRADIENT = ("ncnn", "onnx", "openvino")
 ROUND_ONCE = ("ncnn", "onnx", "openvino", "paddle")  # the others round every operation in float16
@@ -64,8 +45,17 @@ class Golden:
 
     @property
     def convention(self):
-        by_mode = "mindspore_legacy", "mindspore"
-        return LIBRARIES[self.library] or by_mode[self.parameter("roi_end_mode")]
+        """Its name for users of that library; None if that is none of ours."""
+        library, params = self.library.partition("_")[0], self.entry["params"].items()
+        names = [f"{library}:{word}" for key, value in params for word in (value, f"{key}={value}")]
+        return next((name for name in names if name in roialign.conventions), None)
+
+    @property
+    def reduction(self):
+        """Ours; ONNX Runtime's "max" is of weighted corners."""
+        if not self.library.endswith("_max"):
+            return "mean"
+        return "max_corner" if self.library.startswith("onnx") else "max"
 
     @property
     def fractional_index(self):
@@ -77,8 +67,7 @@ class Golden:
 
     @cached_property
     def arrays(self):
-        path = Path(__file__).parent / "golden" / self.library / self.entry["file"]
-        with np.load(path) as arrays:
+        with np.load(GOLDEN / self.library / self.entry["file"]) as arrays:
             return dict(arrays)
 
     @property
@@ -109,9 +98,13 @@ class Golden:
 
     @cached_property
     def known(self):
-        """[K]: the rows that the library wrote, and not with NaN (CONVENTIONS: deliberate)."""
-        written = self.arrays.get("y_valid", np.ones(len(self.arrays["y"]), bool))
-        return written & ~np.isnan(self.arrays["y"]).any((1, 2, 3))
+        """[K]: the rows that the library wrote, and not with NaN (CONVENTIONS: deliberate).
+
+        Nor with mmcv's largest number of none, -10000.
+        """
+        y = self.arrays["y"]
+        written = self.arrays.get("y_valid", np.ones(len(y), bool))
+        return written & ~(np.isnan(y) | (y == -10000)).any((1, 2, 3))
 
     @cached_property
     def d_output(self):
@@ -132,23 +125,30 @@ class Golden:
 
 
 def golden_cases():
-    for library in LIBRARIES:
-        manifest = Path(__file__).parent / "golden" / library / "manifest.json"
+    for manifest in sorted(GOLDEN.glob("*/manifest.json")):
         for entry in json.loads(manifest.read_text())["cases"]:
-            if "peer_quirk" not in entry:
-                yield Golden(library, entry)
+            case = Golden(manifest.parent.name, entry)
+            if case.convention and "rotated" not in case.library and "peer_quirk" not in entry:
+                yield case
+
+
+def rotated_cases():
+    """Boxes (image, x, y, width, height, angle)."""
+    for manifest in sorted(GOLDEN.glob("*rotated*/manifest.json")):
+        record = json.loads(manifest.read_text())
+        for entry in record["cases"]:
+            yield Golden(manifest.parent.name, entry | {"angle": record["angle_unit"]})
 
 
 # fixture: the golden cases that it goes through
 GOLDEN_FIXTURES = {
-    "golden": lambda case: not case.fractional_index,
-    "golden_gradient": lambda case: not case.fractional_index and case.differentiates,
+    "golden": lambda case: case.reduction == "mean" and not case.fractional_index,
+    "golden_gradient": lambda case: (
+        case.reduction == "mean" and not case.fractional_index and case.differentiates
+    ),
+    "golden_largest": lambda case: case.reduction != "mean",
     "golden_mindspore": lambda case: not case.fractional_index and case.library == "mindspore",
     "golden_fractional": lambda case: case.fractional_index,
-    "golden_few": lambda case: case.entry["kind"] in ("typical_adaptive", "edge_lattice"),
-    "golden_gradient_few": lambda case: (
-        case.entry["kind"] == "typical_adaptive" and case.differentiates
-    ),
 }
 
 
@@ -165,6 +165,8 @@ def pytest_generate_tests(metafunc):
         marker = metafunc.definition.get_closest_marker("backends")
         chosen = choose(*marker.args if marker else ())
         metafunc.parametrize("backend", list(offered(chosen, metafunc.config)), indirect=True)
+    if "golden_rotated" in metafunc.fixturenames:
+        metafunc.parametrize("golden_rotated", list(rotated_cases()), ids=str)
     for name, chosen in GOLDEN_FIXTURES.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, list(filter(chosen, golden_cases())), ids=str)
@@ -227,11 +229,11 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def golden_by_convention():
-    by_name = {}
+    by_record = {}
     for case in golden_cases():
-        if not case.fractional_index:
-            by_name.setdefault(case.convention, []).append(case)
-    return by_name
+        if case.reduction == "mean" and not case.fractional_index:
+            by_record.setdefault(roialign.conventions[case.convention], []).append(case)
+    return by_record
 
 
 @pytest.fixture(params=CONVENTIONS)
@@ -329,8 +331,8 @@ def layouts():
         "field": _field,
         "read_only": _read_only,
         "mapped": lambda a: _filled(np.frombuffer(mmap.mmap(-1, a.nbytes), a.dtype), a),
-        "unaligned": lambda a: _moved(a, 1),
-        "shifted": lambda a: _moved(a, a.itemsize),
+        "unaligned": lambda a: moved(a, 1),
+        "shifted": lambda a: moved(a, a.itemsize),
     }
 
 
@@ -365,7 +367,7 @@ def _read_only(array):
     return array
 
 
-def _moved(array, offset):
+def moved(array, offset):
     """The array so many bytes past a multiple of 64."""
     raw = np.empty(array.nbytes + 64 + offset, np.uint8)
     start = -raw.ctypes.data % 64 + offset

@@ -25,7 +25,7 @@ class Device:
         pass
 
 
-class Array:
+class Array(np.lib.mixins.NDArrayOperatorsMixin):
     """cupy.ndarray."""
 
     entered: ClassVar = []
@@ -42,7 +42,22 @@ class Array:
         return len(self.values)
 
     def astype(self, dtype, copy=True):
-        return Array(self.values.astype(dtype, copy=copy))
+        with np.errstate(over="ignore"):
+            return Array(self.values.astype(dtype, copy=copy))
+
+    def __array_ufunc__(self, ufunc, method, *inputs):
+        inputs = [each.values if isinstance(each, Array) else each for each in inputs]
+        with np.errstate(all="ignore"):
+            return Array(getattr(ufunc, method)(*inputs))
+
+    def reshape(self, shape):
+        return Array(self.values.reshape(shape))
+
+    def swapaxes(self, first, second):
+        return Array(self.values.swapaxes(first, second))
+
+    def __getitem__(self, key):
+        return Array(self.values[key])
 
     def __setitem__(self, key, array):
         self.values[key] = array.values
@@ -58,6 +73,7 @@ def install(monkeypatch):
     """The module `cupy`; its `streams` are those that torch was given."""
     module = types.ModuleType("cupy")
     module.ndarray = Array
+    module.asarray = lambda array: Array(np.array(array))
     module.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
     module.from_dlpack = lambda tensor: Array(np.from_dlpack(tensor))
     module.cuda = types.SimpleNamespace(

@@ -1,18 +1,9 @@
 """The core's entries for XLA and MindSpore, called from here as those libraries call them."""
 
-import ctypes
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_double,
-    c_int,
-    c_int32,
-    c_int64,
-    c_size_t,
-    c_void_p,
-)
+import ctypes as ct
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -22,11 +13,12 @@ from roialign import _core, _rule
 OPERATIONS = {"forward": "output", "adjoint": "map", "box_gradient": "d_boxes"}  # its result
 
 
-def arrays_of(problem, operation, tangent=None, maps=None, levels=None):
+def arrays_of(problem, operation, tangent=None, maps=None, levels=None, selectors=()):
     """The arrays of a call by name, in their order; results hold NaN."""
     maps = {f"map {i}": a for i, a in enumerate(maps or [problem.features])}
     rois = {"boxes": problem.boxes, "index": problem.index.astype(np.int32)}
     rois |= {} if levels is None else {"levels": levels}
+    rois |= {f"selector {i}": a for i, a in enumerate(selectors)}
     g = {"d_output": problem.draw_output()}
     if operation == "forward":
         return rois | maps | {"tangent": tangent, "output": np.full_like(*g.values(), np.nan)}
@@ -47,8 +39,8 @@ def rule_of(problem):
 
 # MindSpore's
 
-LIBRARY = ctypes.CDLL(_core.__file__)
-DONE, REFUSED, FAILED, SECOND_DERIVATIVE = range(4)
+LIBRARY = ct.CDLL(_core.__file__)
+DONE, REFUSED, FAILED, NO_DERIVATIVE = range(4)
 
 
 def c_code(name, *arrays, claimed=None):
@@ -56,13 +48,13 @@ def c_code(name, *arrays, claimed=None):
     count = len(arrays)
     names = [{tolerance.BFLOAT16: "bfloat16"}.get(a.dtype, a.dtype.name).encode() for a in arrays]
     shapes = claimed or [a.shape for a in arrays]
-    shapes = [(c_int64 * max(len(shape), 1))(*shape) for shape in shapes]
+    shapes = [(ct.c_int64 * max(len(shape), 1))(*shape) for shape in shapes]
     return getattr(LIBRARY, f"roialign_{name}")(
         count,
-        (c_void_p * count)(*(a.ctypes.data for a in arrays)),
-        (c_int * count)(*(a.ndim for a in arrays)),
-        (POINTER(c_int64) * count)(*shapes),
-        (c_char_p * count)(*names),
+        (ct.c_void_p * count)(*(a.ctypes.data for a in arrays)),
+        (ct.c_int * count)(*(a.ndim for a in arrays)),
+        (ct.POINTER(ct.c_int64) * count)(*shapes),
+        (ct.c_char_p * count)(*names),
         None,
         None,
     )
@@ -83,80 +75,47 @@ def mindspore(operation, arrays, scales, rule, claimed=None):
     return code == DONE
 
 
-# XLA's: its structures, each with XLA's name and, for a field that the core reads, XLA's name of it
+# XLA's: the structures that the core declares
 
-LAYOUTS = {}
-
-
-def layout(ours, theirs, **fields):
-    LAYOUTS[ours] = (theirs, {name: their for name, (their, _) in fields.items() if their})
-    kinds = [(name, kind) for name, (_, kind) in fields.items()]
-    return type(ours, (Structure,), {"_fields_": kinds})
+HEADER = Path(__file__).parent.parent / "csrc" / "bindings" / "xla.hpp"
+INTS = "int", "int32_t", "uint32_t", "DataType", "ErrorCode"
+KINDS = {"size_t": ct.c_size_t, "int64_t": ct.c_int64, "char*": ct.c_char_p}
+KINDS |= dict.fromkeys(INTS, ct.c_int32)
+KINDS |= dict.fromkeys(("void*", "Extension*", "Handler*"), ct.c_void_p)
 
 
-HEAD = {"size": ("struct_size", c_size_t), "extensions": ("extension_start", c_void_p)}
-Extension = layout(
-    "Extension", "XLA_FFI_Extension_Base",
-    size=("struct_size", c_size_t), type=("type", c_int32), next=("next", c_void_p),
-)  # fmt: skip
-ApiVersion = layout(
-    "ApiVersion", "XLA_FFI_Api_Version",
-    **HEAD, major=("major_version", c_int32), minor=("minor_version", c_int32),
-)  # fmt: skip
-Metadata = layout(
-    "Metadata", "XLA_FFI_Metadata",
-    size=("struct_size", c_size_t), api_version=("api_version", ApiVersion),
-    traits=("traits", c_int32), state=(None, c_int64),
-)  # fmt: skip
-MetadataExtension = layout(
-    "MetadataExtension", "XLA_FFI_Metadata_Extension",
-    base=("extension_base", Extension), metadata=("metadata", POINTER(Metadata)),
-)  # fmt: skip
-Buffer = layout(
-    "Buffer", "XLA_FFI_Buffer",
-    **HEAD, dtype=("dtype", c_int32), data=("data", c_void_p), rank=("rank", c_int64),
-    dims=("dims", POINTER(c_int64)),
-)  # fmt: skip
-Buffers = layout(
-    "Buffers", "XLA_FFI_Args",
-    **HEAD, count=("size", c_int64), types=("types", POINTER(c_int32)),
-    items=("args", POINTER(c_void_p)),
-)  # fmt: skip
-Text = layout("Text", "XLA_FFI_ByteSpan", begin=("ptr", c_char_p), size=("len", c_size_t))
-Scalar = layout(
-    "Scalar", "XLA_FFI_Scalar", dtype=("dtype", c_int32), value=("value", POINTER(c_double))
-)
-Attributes = layout(
-    "Attributes", "XLA_FFI_Attrs",
-    **HEAD, count=("size", c_int64), types=("types", POINTER(c_int32)),
-    names=("names", POINTER(POINTER(Text))), items=("attrs", POINTER(c_void_p)),
-)  # fmt: skip
-ErrorArguments = layout(
-    "ErrorArguments", "XLA_FFI_Error_Create_Args",
-    **HEAD, message=("message", c_char_p), code=("errc", c_int32),
-)  # fmt: skip
-CreateError = ctypes.CFUNCTYPE(c_void_p, POINTER(ErrorArguments))
-Api = layout(
-    "Api", "XLA_FFI_Api",
-    **HEAD, api_version=("api_version", ApiVersion), internal=("internal_api", c_void_p),
-    create_error=("XLA_FFI_Error_Create", CreateError),
-)  # fmt: skip
-CallFrame = layout(
-    "CallFrame", "XLA_FFI_CallFrame",
-    **HEAD, api=("api", POINTER(Api)), context=("ctx", c_void_p), stage=("stage", c_int32),
-    arguments=("args", Buffers), results=("rets", Buffers), attributes=("attrs", Attributes),
-    future=(None, c_void_p),
-)  # fmt: skip
+def structures():
+    """Name -> class."""
+    found = {}
 
-DTYPES = {"bool": 1, "int32": 4, "int64": 5, "float16": 10, "float32": 11, "float64": 12,
+    def kind_of(text):
+        if text == "Error*":  # the function that makes it
+            return ct.CFUNCTYPE(ct.c_void_p, ct.POINTER(found["ErrorArguments"]))
+        return (KINDS | found).get(text) or ct.POINTER(kind_of(text[:-1]))
+
+    text = HEADER.read_text(encoding="utf-8")
+    for name, body in re.findall(r"^struct (\w+) \{[^\n]*\n(.*?)^\};", text, re.M | re.S):
+        lines = re.findall(r"^  (?:const )?([\w*]+) (.+);", body, re.M)
+        words = [(kind_of(kind), re.findall(r"\b[a-z]\w*", names)) for kind, names in lines]
+        fields = [(each, kind) for kind, names in words for each in names]
+        found[name] = type(name, (ct.Structure,), {"_fields_": fields})
+    return found
+
+
+XLA = SimpleNamespace(**structures())
+CreateError = dict(XLA.Api._fields_)["create_error"]
+
+DTYPES = {"complex64": 15, "int32": 4, "int64": 5, "float16": 10, "float32": 11, "float64": 12,
           "bfloat16": 16}  # fmt: skip
 EXECUTE = 3
 
 
 def handler(name):
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = c_void_p, [ctypes.py_object, c_char_p]
-    return ctypes.CFUNCTYPE(c_void_p, POINTER(CallFrame))(pointer(_core.xla_handlers[name], None))
+    pointer = ct.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ct.c_void_p, [ct.py_object, ct.c_char_p]
+    return ct.CFUNCTYPE(ct.c_void_p, ct.POINTER(XLA.CallFrame))(
+        pointer(_core.xla_handlers[name], None)
+    )
 
 
 class Frame:
@@ -170,37 +129,37 @@ class Frame:
             self.errors.append((arguments.contents.code, arguments.contents.message.decode()))
             return 1
 
-        self.api = Api(ctypes.sizeof(Api), None, ApiVersion(), None, create_error)
-        self.frame = CallFrame(
-            CallFrame.future.offset, None, ctypes.pointer(self.api), None, EXECUTE
-        )
+        self.api = XLA.Api(ct.sizeof(XLA.Api), None, XLA.ApiVersion(), None, create_error)
+        head = ct.sizeof(XLA.CallFrame), None, ct.pointer(self.api), None, EXECUTE
+        self.frame = XLA.CallFrame(*head)
         self.frame.arguments = self.buffers(arguments)
         self.frame.results = self.buffers(results)
         count = len(numbers)
-        self.names = [Text(name.encode(), len(name)) for name in numbers]
-        scalars = [Scalar(12, ctypes.pointer(c_double(number))) for number in numbers.values()]
-        self.frame.attributes = Attributes(
-            ctypes.sizeof(Attributes), None, count, (c_int32 * count)(*[3] * count),
-            (POINTER(Text) * count)(*map(ctypes.pointer, self.names)),
-            (c_void_p * count)(*map(ctypes.addressof, scalars)),
+        self.names = [XLA.Text(name.encode(), len(name)) for name in numbers]
+        values = (ct.c_double * count)(*numbers.values())
+        scalars = [XLA.Scalar(12, ct.addressof(values) + 8 * i) for i in range(count)]
+        self.frame.attributes = XLA.Attributes(
+            ct.sizeof(XLA.Attributes), None, count, (ct.c_int32 * count)(*[3] * count),
+            (ct.POINTER(XLA.Text) * count)(*map(ct.pointer, self.names)),
+            (ct.c_void_p * count)(*map(ct.addressof, scalars)),
         )  # fmt: skip
-        self.kept += [scalars]
+        self.kept += [values, scalars]
 
     def buffers(self, arrays):
         """Of (array, the shape that is told) pairs."""
         items = []
         for array, shape in arrays:
-            dims = (c_int64 * max(1, array.ndim))(*shape)
-            head = ctypes.sizeof(Buffer), None, DTYPES[array.dtype.name]
-            items.append(Buffer(*head, array.ctypes.data, array.ndim, dims))
+            dims = (ct.c_int64 * max(1, array.ndim))(*shape)
+            head = ct.sizeof(XLA.Buffer), None, DTYPES[array.dtype.name]
+            items.append(XLA.Buffer(*head, array.ctypes.data, array.ndim, dims))
         self.kept += [arrays, items]
-        pointers = (c_void_p * max(1, len(items)))(*[ctypes.addressof(b) for b in items])
-        types = (c_int32 * max(1, len(items)))(*[1] * len(items))
-        return Buffers(ctypes.sizeof(Buffers), None, len(items), types, pointers)
+        pointers = (ct.c_void_p * max(1, len(items)))(*[ct.addressof(b) for b in items])
+        types = (ct.c_int32 * max(1, len(items)))(*[1] * len(items))
+        return XLA.Buffers(ct.sizeof(XLA.Buffers), None, len(items), types, pointers)
 
     def call(self, name):
         """The errors: (code, message)."""
-        failed = handler(name)(byref(self.frame))
+        failed = handler(name)(ct.byref(self.frame))
         assert bool(failed) == bool(self.errors)
         return self.errors
 

@@ -1,6 +1,7 @@
 """A test body, or a program, in a fresh interpreter: a crash or a hang fails that test alone."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,15 @@ def calling(body, *args):
 def isolated(body, *args, **options):
     """Call `body(*args)`, a function of a test module, and return what it printed."""
     return printed(*calling(body, *args), **options)
+
+
+def in_a_child(body):
+    """Whether `body()` is true in a forked child, within a minute."""
+    if (child := os.fork()) == 0:
+        right = False
+        try:
+            signal.alarm(60)
+            right = body()
+        finally:
+            os._exit(not right)
+    return os.waitpid(child, 0)[1] == 0

@@ -211,6 +211,96 @@ def forward_by_sample(problem):
     return out
 
 
+def largest(problem, reduction):
+    """`winners` and their values [K, C, P, Q]: the first of the largest candidates of each bin.
+
+    A winner is a list of (row, column, weight), empty for a sample that is not inside; it is
+    (k, c, p, q) that has it.
+    """
+    out, winners = np.zeros(problem.output_shape), {}
+    for k, (y, x) in enumerate(problem.axes):
+        image = problem.features[problem.index[k]].astype(np.float64)
+        for p, q in np.ndindex(*problem.size):
+            candidates = list(_candidates(y, x, p, q, reduction))
+            if not candidates:
+                continue
+            values = np.array([_at(image, candidate) for candidate in candidates])
+            for c, best in enumerate(values.argmax(0)):  # of NaN and the largest, the first
+                out[k, c, p, q] = values[best, c]
+                winners[k, c, p, q] = candidates[best]
+    return winners, out
+
+
+def _candidates(y, x, p, q, reduction):
+    for j, i in np.ndindex(y.n, x.n):
+        v, u = y.position(p, j), x.position(q, i)
+        if not (-1 <= v <= y.length and -1 <= u <= x.length):
+            yield []
+            continue
+        pixels = [
+            (r, c, w_r * w_c) for r, w_r in _taps(v, y.length) for c, w_c in _taps(u, x.length)
+        ]
+        if reduction == "max":
+            yield pixels
+        else:
+            yield from ([pixel] for pixel in pixels)
+            yield from [[]] * (len(pixels) < 4)  # a corner without weight
+
+
+def _at(image, pixels):
+    """[C]: the sum of weighted pixels."""
+    return sum((w * image[:, r, c] for r, c, w in pixels), np.zeros(len(image)))
+
+
+def rotated(features, boxes, index, size, scale, sampling, convention, turn):
+    """[K, C, P, Q], and for each RoI its bins [P, Q]: lists of (row, column, weight).
+
+    Boxes are (x, y, width, height, angle); `turn`: radians in a unit of the angle.
+    """
+    T = np.float64 if features.dtype == np.float64 else np.float32
+    out = np.zeros((len(boxes), features.shape[1], *size))
+    pixels = []
+    for k, box in enumerate(np.asarray(boxes, T)):
+        x, y, *sides = box[:4] * T(scale)
+        centre = y - T(convention.pixel_offset), x - T(convention.pixel_offset)
+        theta = T(np.float64(box[4]) * turn)
+        c, s = (T(f(np.float64(theta))) for f in (np.cos, np.sin))
+        if convention.min_size is not None:
+            sides = [max(side, T(convention.min_size)) for side in sides]
+        lengths = sides[::-1], size  # y first
+        steps = [side / T(count) for side, count in zip(*lengths, strict=True)]
+        n = [sampling or max(0, int(np.ceil(step))) for step in steps]
+        pixels.append([])
+        for p, q in np.ndindex(*size):
+            pixels[k].append([])
+            for j, i in np.ndindex(*n):
+                v, u = (
+                    (-side / T(2) + T(bin_) * step) + ((T(sample) + T(0.5)) * step) / T(count)
+                    for side, bin_, step, sample, count in zip(
+                        sides[::-1], (p, q), steps, (j, i), n, strict=True
+                    )
+                )
+                at = (v * c - u * s) + centre[0], (v * s + u * c) + centre[1]
+                shape = features.shape[2:]
+                if not all(-1 <= a <= length for a, length in zip(at, shape, strict=True)):
+                    continue
+                for r, w_r in _taps(at[0], shape[0]):
+                    for col, w_c in _taps(at[1], shape[1]):
+                        pixels[k][-1].append((r, col, w_r * w_c / (n[0] * n[1])))
+            image = features[index[k]].astype(np.float64)
+            out[k, :, p, q] = _at(image, pixels[k][-1])
+    return out, pixels
+
+
+def to_winners(problem, winners, d_output):
+    """[N, C, H, W]: every gradient at its winner's pixels."""
+    out = np.zeros(problem.features.shape)
+    for (k, c, p, q), pixels in winners.items():
+        for row, column, weight in pixels:
+            out[problem.index[k], c, row, column] += weight * float(d_output[k, c, p, q])
+    return out
+
+
 def smooth(problem, direction):
     """[K]: whether every sample keeps its pixels from -direction to +direction ([K, 4] or [4])."""
     ends = [replace(problem, boxes=problem.boxes + sign * direction) for sign in (-1, 1)]

@@ -20,6 +20,12 @@ def functions(features: Floats, boxes: Doubles, index: NDArray[np.int64], out: F
     assert_type(roialign.roi_align_box_gradient(output, features, rows), Doubles)
     assert_type(roialign.roi_align_box_gradient(output, features, pair), Doubles)
     assert_type(roialign.roi_align_box_gradient(output, features, by_image), list[Doubles])
+    maps, scales = [features, out], [0.25, 0.125]
+    assert_type(roialign.multiscale_roi_align(maps, rows, 7, spatial_scales=scales), Floats)
+    d_rois = roialign.multiscale_roi_align_box_gradient(
+        output, {"p2": features}, pair, spatial_scales=[(0.5, 0.25)], levels=index
+    )
+    assert_type(d_rois, Doubles)
     assert_type(roialign.ROIAlign(7, 7, 0.25, sample_num=0)(features, rows), Floats)
     assert_type(roialign.conventions["half_pixel"], roialign.Convention)
     assert_type(roialign.get_num_threads(), int)

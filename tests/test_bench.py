@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import __main__ as command, devices, floor, reference, report, run, worker
+from bench import __main__ as command, devices, reference, report, run, worker
 from bench.peers import LAYOUTS, MAIN, PEERS
-from cases import WORKLOADS, Workload
+from cases import PYRAMIDS, WORKLOADS, Workload
 
 TINY = Workload(
     "tiny", "smoke test", (2, 5, 12, 14), 1 / 2, 3, (3, 2), 2, (2.0, 4.0, 8.0, 0.5), (2, 5, 10)
@@ -59,7 +59,7 @@ def ran(arguments, folder, start=Here, status=0):
     return json.loads(line)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+@pytest.mark.parametrize("workload", (WORKLOADS | PYRAMIDS).values(), ids=WORKLOADS | PYRAMIDS)
 def test_windows_are_as_stated(workload):
     """Pixels from the first to the last that a box touches, y and x."""
     axes = reference.samples(replace(workload, sampling=2), workload.rois(), "half_pixel")
@@ -75,7 +75,7 @@ def window(axis):
     return min(int(last) + 2, axis.length) - int(max(first, 0))
 
 
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+@pytest.mark.parametrize("workload", (WORKLOADS | PYRAMIDS).values(), ids=WORKLOADS | PYRAMIDS)
 def test_boxes_are_inside_and_in_image_order(workload):
     rois = workload.rois()
     height, width = (length / workload.scale for length in workload.shape[2:])
@@ -97,6 +97,23 @@ def test_runs_end_to_end_without_peers(tiny, tmp_path, capsys):
         assert len(row["samples"]) == 2 and min(map(min, row["samples"])) > 0
         assert 0 < row["floor"]["dram"] < row["floor"]["dram_and_cache"]
     assert "tiny roialign, adjoint, nhwc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("peers", [(), ("torch", "onnxruntime"), ("torchvision",)])
+def test_a_pyramid(tiny, tmp_path, monkeypatch, peers):
+    """All results are those of the reference; peers without several maps are left out."""
+    for name in peers:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    sizes = {"shape": (2, 5, 120, 140), "side": (4.0, 40.0, 110.0, 0.7), "per_image": 9}
+    workload = replace(TINY, **sizes, coarser=2)
+    assert {*workload.levels(workload.rois())} == {0, 1, 2}
+    monkeypatch.setitem(run.EVERY, "tiny", workload)
+    monkeypatch.delitem(run.WORKLOADS, "tiny")
+    record = ran([*tiny, "--peers", *peers, "jax", "--no-extras"], tmp_path)
+    found = {(row["by"], row["operation"]) for row in record["rows"]}
+    operations = {name: {*PEERS["cpu"][name].operations} & {*MAIN} for name in ("ours", *peers)}
+    assert found == {(name, each) for name in operations for each in operations[name]}
+    assert not any("refused" in row for row in record["rows"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -228,28 +245,6 @@ def test_a_worker_that_dies_or_raises_is_a_peer_error():
             one.ask("versions")
     finally:
         one.close()
-
-
-def test_touched_bytes():
-    workload = replace(
-        TINY, shape=(1, 3, 8, 16), per_image=1, output_size=(2, 2), scale=1, sampling=1
-    )
-    rois = np.array([[0, 2.25, 2.25, 4.25, 4.25]], np.float32)
-    axes = reference.axes_of(workload, rois, "half_pixel")
-    # samples at 2.25 and 3.25
-    assert [axis.pixels.tolist() for axis in axes[0]] == [[2, 3, 4], [2, 3, 4]]
-    out, window = 3 * 4 * 4, 9 * 3 * 4
-    asked = workload, rois, axes, 4
-    assert floor.traffic("forward", *asked, "nhwc") == (9 * 3 * 4 + out, window)
-    assert floor.traffic("forward", *asked, "nchw") == (3 * 16 * 3 * 4 + out, window)
-    assert floor.traffic("adjoint", *asked, "nchw") == (3 * 8 * 16 * 4 + out, 2 * window)
-
-
-def test_layout_conversion_keeps_values():
-    array = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
-    last = worker.converted(array, "float32", "nhwc")
-    np.testing.assert_array_equal(last, array)
-    assert last.strides == (96, 4, 32, 8)
 
 
 def test_readme_part_is_rewritten(tmp_path):

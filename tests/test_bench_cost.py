@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +10,17 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import cost, reference
-from cases import WORKLOADS
+from cases import WORKLOADS, Workload
 
-# samples at 2.5 and 3.5: pixels 2, 3 and 3, 4, on both axes
-ONE = SimpleNamespace(
-    shape=(1, 16, 8, 16),
-    output_shape=(1, 16, 2, 2),
-    output_size=(2, 2),
-    rois_number=1,
-    scale=1.0,
-    sampling=1,
-    rois=lambda: np.array([[0, 2, 2, 4, 4]], np.float32),
-)
+
+class One(Workload):
+    """Samples at 2.5 and 3.5: pixels 2, 3 and 3, 4, on both axes."""
+
+    def rois(self):
+        return np.array([[0, 2, 2, 4, 4]], np.float32)
+
+
+ONE = One("one", "one box", (1, 16, 8, 16), 1.0, 1, (2, 2), 1, (), ())
 # of whose boxes some tiles have no tap
 SPARSE = replace(WORKLOADS["W1"], name="sparse", sampling=1, output_size=(2, 2))
 TABLE = 4 * ((8 + 3 * 2) + (16 + 3 * 2))  # bytes of one part of the weights
@@ -42,10 +40,12 @@ def test_forward_of_one_box():
 
 
 def test_adjoint_of_one_box():
-    assert cost.cost(ONE, "adjoint") == {
-        "DRAM": 8 * 16 * 16 * 4 + 4 * 16 * 4,
-        "L2": 4 * 16 * 4 + 24 + 8 * (8 + 16) + 8 * 4,
-        "L1": (4 + 2) * 16 * 32,  # of rows 2 and 3, and of row 4
+    """15 channels: not by rows."""
+    one = replace(ONE, shape=(1, 15, 8, 16))
+    assert cost.cost(one, "adjoint") == {
+        "DRAM": 8 * 16 * 15 * 4 + 4 * 15 * 4,
+        "L2": 4 * 15 * 4 + 24 + 8 * (8 + 16) + 8 * 4,
+        "L1": (4 + 2) * 15 * 32,  # of rows 2 and 3, and of row 4
         "instructions": int(8.6 * 4 * 128 * 16),
         "loads": 4 * 128 * 16,
         "multiply-adds": (4 + 2) * 128 * 16,
@@ -54,15 +54,47 @@ def test_adjoint_of_one_box():
     }
 
 
+def test_map_rows_of_one_box():
+    """3 rows of pixels, of which the one between has both bins."""
+    assert cost.cost(ONE, "adjoint", layout="nhwc") == {
+        "DRAM": 8 * 16 * 16 * 4 + 4 * 16 * 4,
+        "L2": 8 * 16 * 16 * 4 + 4 * 2 * 16 * 4,
+        "L1": 4 * 4 * 16 * 4,
+        "instructions": int((1.2 * 3 + 2.9 * 3 + 8.3 * 4) * 16 * 16),
+        "loads": 4 * 4 * 16,
+        "multiply-adds": 4 * 2 * 16 * 16,
+        "programs": 2 + (2 + 8) + 8,  # axes; axes and tiles; tiles
+        "private": 8 + (8 + 16) * (2 * 4 + 2 * 8) + 6 * 4 + 4 + TABLE + 8 * 8 + 2 * 4 + 4,
+    }
+    packed = cost.cost(ONE, "adjoint")
+    assert packed["L2"] - packed["DRAM"] == 4 * 2 * 16 * 4 - 4 * 16 * 4
+    many = cost.cost(replace(ONE, output_size=(8, 8)), "adjoint", layout="nhwc")
+    assert many["multiply-adds"] == (8 + 8) * 8 * 16 * 16  # 8 bins on the middle pixel
+
+
 def test_box_gradient_and_variants_of_one_box():
     forward, box_gradient = (cost.cost(ONE, name) for name in ("forward", "box_gradient"))
     assert box_gradient["multiply-adds"] == (3 * 4 + 4 * 2) * 4 * 16
     assert box_gradient["L2"] - forward["L2"] == 2 * 4 * 8 + 4 * 16 * 4
     assert box_gradient["private"] - forward["private"] == 2 * TABLE + 16
-    last = cost.cost(ONE, "forward", layout="nhwc")
-    assert last["L1"] == 4 * 4 * 16 * 4 and last["programs"] == forward["programs"]
     half = cost.cost(ONE, "forward", "bfloat16")
     assert half["L2"] == forward["L2"] - 9 * 16 * 2 and half["loads"] == forward["loads"]
+
+
+def test_sorted_rows_of_one_box():
+    loads = 128 * 16 * 16  # one step: all of its lanes, 4x4 taps and 16 channels
+    assert cost.cost(ONE, "forward", layout="nhwc") == {
+        "DRAM": 3 * 3 * 16 * 4 + 4 * 16 * 4,
+        "L2": 9 * 16 * 4 + 4 * 16 * 4,
+        "L1": 4 * loads,
+        "instructions": int(2.97 * loads),
+        "loads": loads,
+        "multiply-adds": loads,
+        "programs": 1 + 2 + 1,  # taps, tiles of 8x8, rows
+        "private": 8 * (4 * 4 + 1 + 2),
+    }
+    packed = cost.cost(replace(ONE, output_size=(4, 8)), "forward")
+    assert packed["private"] == 8 * (12 * 4 + 1 + 4) + 4 * 8 * 16 * 16
 
 
 def test_what_takes_longest_is_expected():

@@ -1,19 +1,19 @@
 """The benchmark on a GPU, where there is none: torch's driver is a stand-in."""
 
 import itertools
+import json
 import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import roialign  # noqa: E402
-from bench import devices, report, run  # noqa: E402
+from bench import __main__ as command, devices, report, run  # noqa: E402
 from bench.peers import (  # noqa: E402
     MAIN,
     PEERS,
@@ -172,20 +172,6 @@ def test_contestants_take_turns(measured):
     assert len(turns) == 4 and turns[:2] == turns[2:] and turns[0] != turns[1]
 
 
-@pytest.mark.parametrize("value", [0.1, np.nan])
-def test_a_wrong_result_is_not_timed(measured, monkeypatch, value, capsys):
-    def spoil(output):
-        wrong = torch.zeros_like(output)
-        wrong.view(-1)[-1] = value
-        return output + wrong
-
-    with_torchvision(monkeypatch, spoil)
-    ours, theirs = measured(*PLAIN, "forward")["rows"]
-    assert "samples" in ours and "refused" not in ours
-    assert "samples" not in theirs and "differs from the reference" in theirs["refused"]
-    assert "| tiny torchvision, forward | refused: differs" in capsys.readouterr().out
-
-
 def test_a_wrong_result_of_ours_fails_the_command(measured, monkeypatch):
     agree = run.agree
     monkeypatch.setattr(run, "agree", lambda result, *others: agree(result + 1, *others))
@@ -290,3 +276,72 @@ def test_without_a_gpu_nothing_is_measured(measured, cuda, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=error):
         measured()
     assert not list(tmp_path.iterdir())
+
+
+# In one process
+
+
+@pytest.fixture
+def in_one_process(monkeypatch, tmp_path):
+    """Of a small workload, by our kernels in the interpreter; the lines of a command."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here")
+    pytest.importorskip("triton", reason="triton is not installed")
+    from bench import gpu
+    from roialign.torch import kernels
+
+    small = replace(
+        TINY, shape=(1, 16, 8, 8), per_image=2, output_size=(2, 3), sampling=2, name="tiny"
+    )
+    for name in ("tiny", "W6"):
+        monkeypatch.setitem(run.EVERY, name, small)
+    monkeypatch.setattr(gpu, "TIMED", ("tiny",))
+    monkeypatch.setattr(gpu, "SWEPT", ("tiny",))
+    monkeypatch.setattr(gpu, "VARIANTS", (("bfloat16", "nhwc"),))
+    monkeypatch.setattr(gpu, "CASES", (("float32", "nhwc", 2, 16), ("float16", "nchw", 0, 3)))
+    monkeypatch.setattr(gpu, "TAPS", ((2, 32),))
+    monkeypatch.setattr(gpu, "ROIS", 3)
+    monkeypatch.setattr(gpu, "SAMPLES", 2)
+    monkeypatch.setattr(gpu, "CALLS", 2)
+    monkeypatch.setattr(gpu, "TUNED", {name: values[:2] for name, values in gpu.TUNED.items()})
+    monkeypatch.setattr(kernels, "home", lambda tensor: "_triton")
+
+    def ran(mode, status=0):
+        arguments = ["--device", "cuda", f"--{mode}", "--results", str(tmp_path)]
+        assert command.main(arguments) == status
+        (path,) = tmp_path.glob("cuda/*.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    return ran
+
+
+def test_quick(in_one_process):
+    first, *rows = in_one_process("quick")
+    assert first["machine"]["driver"] and first["bandwidth"] and first["versions"]["triton"]
+    checks, rows = rows[:7], rows[7:]
+    assert [row["check"] for row in checks] == [*MAIN, *MAIN, "taps"]
+    assert all(row["right"] for row in checks)
+    assert all(len(row["samples"]) == (5 if row["workload"] == "W6" else 2) for row in rows)
+    found = {(row["by"], row["operation"]) for row in rows}
+    peers = {(by, o) for by in (OURS, THEIRS) for o in MAIN} - {(THEIRS, "box_gradient")}
+    general = {("general", operation) for operation in ("forward", "adjoint")}
+    assert found == peers | general | {(DETERMINISTIC, "adjoint")}
+
+
+def test_quick_ends_with_its_time_and_says_what_is_wrong(in_one_process, monkeypatch):
+    from bench import gpu
+
+    monkeypatch.setattr(gpu, "SECONDS", -1)
+    monkeypatch.setattr(gpu, "CASES", ())
+    monkeypatch.setattr(gpu.torch, "equal", lambda *_: False)
+    _, taps, *rows, _, _ = in_one_process("quick", status=1)
+    assert not taps["right"] and rows and all(row["left_out"] for row in rows)
+
+
+def test_a_sweep_goes_on(in_one_process, capsys):
+    from bench import gpu
+
+    _, *rows = in_one_process("sweep")
+    assert len(rows) == 1 + len(gpu.TUNED) and not any("refused" in row for row in rows)
+    assert capsys.readouterr().out.count("best: ") == 1
+    assert len(in_one_process("sweep")) == 1 + len(rows)

@@ -14,7 +14,10 @@ import roialign
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 FRAMEWORKS = {
-    "torch": ("roialign.torch", "roialign.compat.torchvision", "roialign.compat.detectron2"),
+    "torch": (
+        "roialign.torch",
+        *[f"roialign.compat.{name}" for name in ("torchvision", "detectron2", "mmdet")],
+    ),
     "jax": ("roialign.jax",),
     "mindspore": ("roialign.mindspore",),
 }

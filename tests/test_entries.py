@@ -1,18 +1,18 @@
 """The core's entries for XLA and MindSpore: results, and calls that do not fit, which write
 nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-import oracle
 import roialign
-import tolerance
 from conftest import draw_problem
 from entries import (
     FAILED,
+    NO_DERIVATIVE,
     OPERATIONS,
     REFUSED,
-    SECOND_DERIVATIVE,
     arrays_of,
     c_code,
     mindspore,
@@ -38,21 +38,6 @@ def tangent_of(problem, wanted=True):
     return tangent.astype(problem.boxes.dtype) if wanted else None
 
 
-@pytest.mark.parametrize("dtype", tolerance.DTYPES, ids=str)
-@pytest.mark.parametrize("operation, tangent", CALLS)
-def test_results(entry, make_problem, operation, tangent, dtype):
-    problem = make_problem(dtype=dtype)
-    tangent = tangent_of(problem, tangent)
-    arrays = arrays_of(problem, operation, tangent)
-    assert entry(operation, arrays, problem.scale, rule_of(problem))
-    taken = [] if operation == "forward" else [problem.draw_output()]
-    along = {} if tangent is None else {"tangent": tangent}
-    expected = getattr(oracle, operation)(problem, *taken, **along)
-    bound = getattr(tolerance, operation)(problem, *taken, expected, **along)
-    (result,) = results_of(operation, arrays)
-    tolerance.check(result, expected, bound)
-
-
 @pytest.mark.parametrize("operation, tangent", CALLS)
 def test_maps(entry, make_problem, operation, tangent):
     """Each RoI on the map of its level: the bits of a call for each map."""
@@ -73,25 +58,40 @@ def test_maps(entry, make_problem, operation, tangent):
     np.testing.assert_equal(results_of(operation, together), expected)
 
 
-@pytest.mark.parametrize("index", [2, -1, 2**31 - 1, 2**63 - 1, 0.5, NAN])
-def test_a_bad_image_index_gives_zeros(entry, make_problem, index):
-    problem, results = make_problem(), {}
-    for operation in OPERATIONS:
-        arrays = arrays_of(problem, operation)
-        if entry is xla and index >= 2**31:
-            pytest.skip("XLA's integers are int32")
-        whole = np.int32 if entry is xla else np.int64
-        arrays["index"] = arrays["index"].astype(float if isinstance(index, float) else whole)
-        arrays["index"][3] = index
-        assert entry(operation, arrays, problem.scale, rule_of(problem))
-        (results[operation],) = results_of(operation, arrays)
-    for name in ("forward", "box_gradient"):
-        assert not results[name][3].any() and results[name][2].any()
-        assert np.isfinite(results[name]).all()
-    arrays = arrays_of(problem, "adjoint")
-    arrays["d_output"][3] = 0
-    assert entry("adjoint", arrays, problem.scale, rule_of(problem))
-    np.testing.assert_allclose(results["adjoint"], arrays["map 0"], rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    "operation, tangent, reduction, numbers",
+    [
+        *((*call, *rule) for call in CALLS for rule in ((1, 4), (0, 5))),
+        *(("forward", False, 2, 4), ("adjoint", False, 2, 4)),
+    ],
+)
+def test_reductions_and_turned_boxes(entry, make_problem, operation, tangent, reduction, numbers):
+    """The bits of the core's own calls, where other maps choose the samples."""
+    problem, turn = make_problem(convention="asymmetric"), float(numbers == 5)
+    if turn:
+        angles = np.linspace(-3, 3, 7, dtype=np.float32)[:, None]
+        problem = replace(problem, boxes=np.hstack([problem.boxes, angles]))
+    selectors = () if turn else (np.roll(problem.features, 1, 2),)
+    rule = rule_of(problem) | {"reduction": reduction, "turn": turn}
+    arrays = arrays_of(problem, operation, tangent_of(problem, tangent), selectors=selectors)
+    assert entry(operation, arrays, problem.scale, rule)
+    (result,) = results_of(operation, arrays)
+    assert result.any()
+
+    rois = arrays["boxes"], arrays["index"]
+    given = {
+        "forward": ([arrays.get("map 0")],),
+        "adjoint": (arrays.get("d_output"),),
+        "box_gradient": (arrays.get("d_output"), [arrays.get("map 0")]),
+    }[operation]
+    along = [] if operation == "box_gradient" else [arrays["tangent"]]
+    expected = np.full_like(result, np.nan)
+    out = (expected,) if operation == "adjoint" else expected
+    call = getattr(_core, operation)
+    call(*given, problem.scale, rois, None, *along, tuple(rule.values()), out, 1, selectors or None)
+    np.testing.assert_array_equal(result, expected)
+    for wrong in [a[:, 1:].copy() for a in selectors]:
+        assert not entry(operation, arrays | {"selector 0": wrong}, problem.scale, rule)
 
 
 @pytest.mark.parametrize("name", _core.rule_names)
@@ -100,7 +100,7 @@ def test_any_number_in_the_rule_is_safe(entry, make_problem, name):
     for value in (NAN, np.inf, -np.inf, 1e300, -1.5):
         arrays = arrays_of(problem, "forward")
         done = entry("forward", arrays, problem.scale, rule_of(problem) | {name: value})
-        assert done == (name != "sampling_ratio")
+        assert done == (name not in ("sampling_ratio", "reduction", "turn"))
         assert np.isfinite(arrays["output"]).all() == done
 
 
@@ -125,7 +125,7 @@ def integers(a):
 
 
 def columns(a):
-    return [a[1:], a[:, None], a.astype(bool)]
+    return [a[1:], a[:, None], a.astype(np.complex64)]
 
 
 def rows(a):
@@ -213,5 +213,9 @@ def test_numbers_and_counts_that_do_not_fit(make_problem):
     assert np.isnan(arrays["output"]).all()
 
 
-def test_the_entry_of_an_error():
-    assert c_code("has_no_second_derivative_in_the_boxes") == SECOND_DERIVATIVE
+@pytest.mark.parametrize(
+    "name",
+    ["has_no_second_derivative_in_the_boxes", "max_corner_has_no_gradient_in_the_boxes"],
+)
+def test_the_entries_of_errors(name):
+    assert c_code(name) == NO_DERIVATIVE

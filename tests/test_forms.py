@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends import array, arrays_of, operations, pair, per_image, pooling, three
+from backends import array, arrays_of, operations, pair, per_image, pooling, summed, three
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def joined(form, d_rois):
     return np.concatenate(d_rois) if form is per_image else d_rois[:, -4:]
 
 
-@pytest.mark.backends("values")
+@pytest.mark.backends("values", "-narrow")
 def test_they_agree(backend, problem):
     g = problem.draw_output()
     expected = None
@@ -46,11 +46,7 @@ def test_gradients_agree(backend, problem, count):
     (_, *expected) = backend.run(three(problem), problem.features, g, *problem.rois)
     g = backend.array(g)
     for form in (pair, array, per_image):
-        pool = pooling(problem, form)
-
-        def loss(features, *rois):
-            return (pool(features, *rois) * g).sum()
-
+        loss = summed(pooling(problem, form), g)
         given = backend.array((problem.features, *arrays_of(form, *problem.rois)))
         moving = (0, 1, 2) if form is per_image else (0, 1)
         d_features, *d_rois = backend.numpy(backend.grad(loss, moving)(*given))
@@ -60,7 +56,7 @@ def test_gradients_agree(backend, problem, count):
         assert np.array_equal(joined(form, d_rois if form is per_image else d_rois[0]), expected[1])
 
 
-@pytest.mark.backends("values")
+@pytest.mark.backends("values", "-narrow")
 def test_image_index_of_a_pair(backend, problem):
     """Of any integer dtype that the library computes with."""
     pool, (boxes, index) = pooling(problem), problem.rois
@@ -70,7 +66,7 @@ def test_image_index_of_a_pair(backend, problem):
         assert np.array_equal(output, expected)
 
 
-@pytest.mark.backends("values")
+@pytest.mark.backends("values", "-narrow")
 def test_integer_boxes(backend, problem):
     """Of any integer dtype: those of float32 are the same, and so is their gradient's dtype."""
     g, whole = problem.draw_output(), replace(problem, boxes=np.abs(problem.boxes).round())
@@ -86,7 +82,7 @@ def test_integer_boxes(backend, problem):
             break
 
 
-@pytest.mark.backends("values")
+@pytest.mark.backends("values", "-narrow")
 @pytest.mark.parametrize("dtypes", [("int32", "float32"), ("float32", "float16")], ids=str)
 def test_list_of_different_dtypes(backend, problem, dtypes):
     given = [b.astype(d) for b, d in zip(arrays_of(per_image, *problem.rois), dtypes, strict=True)]
@@ -101,7 +97,7 @@ def test_list_of_different_dtypes(backend, problem, dtypes):
         assert np.array_equal(actual, each.astype(kind))
 
 
-@pytest.mark.backends("values")
+@pytest.mark.backends("values", "-narrow")
 @pytest.mark.parametrize("counts", [(0, 6), (6, 0), (0, 0)])
 def test_list_with_images_without_boxes(backend, problem, counts):
     index = np.repeat([0, 1], counts)

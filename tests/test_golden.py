@@ -17,12 +17,9 @@ def layer_arguments(case):
 @pytest.mark.backends("fast")
 def test_forward(backend, golden, layouts):
     problem = golden.problem
-
-    def pool(features, rois):
-        return roialign.roi_align(features, rois, problem.size, **problem.options)
-
     for layout in backend.layouts:
-        output = backend.run(pool, *map(layouts[layout], (golden.features, golden.rois)))
+        features, rois = map(layouts[layout], (golden.features, golden.rois))
+        output = backend.roi_align(features, rois, problem.size, **problem.options)
         assert output.dtype == golden.features.dtype
         golden.check_forward(output)
         assert np.isfinite(output).all()
@@ -31,11 +28,8 @@ def test_forward(backend, golden, layouts):
 @pytest.mark.backends("fast")
 def test_adjoint(backend, golden_gradient):
     shape, options = golden_gradient.features.shape, golden_gradient.problem.options
-
-    def adjoint(d_output, rois):
-        return roialign.roi_align_adjoint(d_output, rois, shape, **options)
-
-    d_features = backend.run(adjoint, golden_gradient.d_output, golden_gradient.rois)
+    given = golden_gradient.d_output, golden_gradient.rois
+    d_features = backend.roi_align_adjoint(*given, shape, **options)
     assert d_features.dtype == golden_gradient.d_output.dtype
     golden_gradient.check_adjoint(d_features)
 

@@ -4,28 +4,27 @@ The kernels run in Triton's interpreter, on tensors of the CPU that pass for a G
 TRITON_INTERPRET=0 on the GPU that is there.
 """
 
-import numpy as np
 import pytest
 
 import roialign
-from backends import choose, operations, pooling
+from backends import named, operations
 from isolation import python
 
 torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need torch")
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
 import roialign.torch.kernels as kernels_of_torch  # noqa: E402
-from roialign import _rule  # noqa: E402
+import test_torch  # noqa: E402
 from roialign._triton import kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
 )  # torch's own
 
-(GPU,) = choose("interprets", "out")
+GPU = named("triton")
 DEVICE, SIZE = GPU.device, (2, 3)
 KERNELS = (
-    ["axis_taps", "forward"],
-    ["axis_taps", "touched", "adjoint"],
+    ["plan", "gather"],
+    ["axis_taps", "columns", "scatter"],
     ["axis_taps", "box_gradient", "sum_blocks"],
 )
 
@@ -41,21 +40,8 @@ def launched(monkeypatch):
 
     GPU.start(monkeypatch)
     monkeypatch.setattr(kernels_of_torch, "launch", spy)
-    return names
-
-
-@pytest.fixture
-def problem(make_problem):
-    """In float64, away from kinks: for derivatives."""
-    return make_problem(dtype=np.float64, shape=(2, 3, 6, 7), count=3, size=SIZE, inside=True)
-
-
-def arguments(problem):
-    return GPU.array([problem.features, *problem.rois])
-
-
-def rule_of(problem):
-    return _rule.vector(problem.convention, problem.sampling)
+    yield names
+    GPU.stop()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -72,9 +58,6 @@ def test_kernels_and_layouts(make_problem, layouts, launched, layout):
     memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
     assert all(result.is_contiguous(memory_format=memory_format) for result in results[:2])
     GPU.check(problem, g, *GPU.numpy(results))
-
-
-# Derivatives and transforms, by value
 
 
 # Where the kernels come from
@@ -109,26 +92,9 @@ def test_operators_are_registered(key):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"roialign::{name}.maps", key)
 
 
-def test_what_does_not_fit_is_refused(problem, launched):
-    """The operators take any tensors; the kernels read what the shapes say: test_triton_launch."""
-    features, boxes, index = arguments(problem)
-    output = torch.ones(3, 3, *SIZE, dtype=features.dtype, device=DEVICE)
-    rois, rest, operators = (
-        (boxes, index, None),
-        (problem.scale, rule_of(problem)),
-        torch.ops.roialign,
-    )
-    for operator, given in (
-        (operators.forward, ([features], *rois, boxes[1:], SIZE, *rest)),
-        (operators.adjoint, (output, *rois, boxes[1:], features.shape, *rest)),
-        (operators.box_gradient, (output, [features[:, 1:]], *rois, *rest)),
-        (operators.box_gradient, (output, [features], boxes[1:], index, None, *rest)),
-    ):
-        with pytest.raises(ValueError, match="do not fit"):
-            operator.maps(*given)
-    with pytest.raises(TypeError, match="of one float dtype"):
-        operators.box_gradient.maps(output.float(), [features.int()], *rois, *rest)
-    assert launched == []
+@pytest.mark.parametrize("operation", ["forward", "adjoint", "box_gradient"])
+def test_operators_are_called_with_anything(operation):
+    test_torch.test_operators_are_called_with_anything(operation, DEVICE)
 
 
 # Ascend
@@ -152,26 +118,6 @@ def test_ascend_refuses(npu, monkeypatch, allowed, dtype, error):
     rois = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(TypeError, match=error):
         roialign.roi_align(torch.zeros(1, 1, 4, 4, dtype=getattr(torch, dtype)), rois, 1)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="an Ascend device is played by the CPU")
-@pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered in matmul"
-)  # beyond windows
-def test_ascend(npu, launched, monkeypatch, make_problem):
-    monkeypatch.setenv("ROIALIGN_NPU", "1")
-    problem = make_problem(shape=(2, 2, 5, 6), count=3, size=SIZE)
-    features, boxes, index = arguments(problem)
-    features, boxes = features.requires_grad_(), boxes.double().requires_grad_()
-    pool = pooling(problem)
-    pool(features, boxes, index).square().sum().backward()
-    names = "forward", "axis_weights", "touched", "adjoint", "axis_weights", "box_gradient"
-    assert launched == ["axis_weights", *names, "sum_blocks"]
-    monkeypatch.setattr(kernels_of_torch, "home", lambda tensor: None)
-    same = features.detach().requires_grad_(), boxes.detach().requires_grad_()
-    pool(*same, index).square().sum().backward()
-    torch.testing.assert_close(features.grad, same[0].grad)
-    torch.testing.assert_close(boxes.grad, same[1].grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_interpreter_is_what_runs_here():

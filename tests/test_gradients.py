@@ -7,7 +7,7 @@ import pytest
 
 import oracle
 import tolerance
-from backends import array, operations, pair, pooling
+from backends import array, operations, pair, pooling, summed
 from tolerance import close
 
 
@@ -99,7 +99,7 @@ def test_forward_mode_of_the_adjoint_and_the_box_gradient(backend, pyramid, maps
 
     def pasted(d_output, boxes):
         d_maps = p.adjoint(d_output, boxes, *others)
-        return sum((d * a).sum() for d, a in zip(d_maps, along_maps, strict=True))
+        return sum((d_maps[i] * along_maps[i]).sum() for i in range(maps))
 
     def moved(d_output, *maps):
         return (p.box_gradient(d_output, *maps, boxes, *others) * along).sum()
@@ -179,9 +179,7 @@ def test_jacobians(backend, problem, argument):
     def f(features, boxes):
         return pool(features, boxes, index)
 
-    def loss(features, boxes):
-        return (f(features, boxes) * d_output).sum()
-
+    loss = summed(f, d_output)
     reverse = backend.numpy(backend.func.jacrev(f, argument)(features, boxes))
     close(reverse, backend.numpy(backend.func.jacfwd(f, argument)(features, boxes)))
     output, pull = backend.func.vjp(f, features, boxes)
@@ -236,19 +234,23 @@ def test_features_of_bytes_are_constants(backend, make_problem, dtype):
     v = np.random.default_rng(2).standard_normal(problem.boxes.shape).astype(np.float32)
     given = problem.features, floats, *problem.rois, problem.draw_output(), v
     features, floats, boxes, index, d_output, v = backend.array(given)
-    results = []
-    for each in (features, floats):
 
-        def loss(boxes, each=each):
-            return (pool(each, boxes, index) * d_output).sum()
+    def results_of(features):
+        def pooled(boxes):
+            return pool(features, boxes, index)
 
-        results.append([backend.grad(loss)(boxes)])
+        def pooled_of(features):
+            return pool(features, boxes, index)
+
+        results = [backend.grad(summed(pool, d_output), 1)(features, boxes, index)]
         if "jvp" in backend.traits:
-            results[-1] += backend.jvp(lambda b, each=each: pool(each, b, index), (boxes,), (v,))
+            results += backend.jvp(pooled, (boxes,), (v,))
         if "vmap" in backend.traits:
-            several = backend.vmap(lambda each: pool(each, boxes, index))
-            results[-1].append(several(each.expand(2, *each.shape)))
-    for actual, expected in zip(*map(backend.numpy, results), strict=True):
+            several = backend.array(np.stack([backend.numpy(features)] * 2))
+            results.append(backend.vmap(pooled_of)(several))
+        return backend.numpy(results)
+
+    for actual, expected in zip(results_of(features), results_of(floats), strict=True):
         assert actual.dtype == np.float32 and expected.any()
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
 
@@ -263,10 +265,8 @@ def test_dtypes(backend, make_problem, dtype, boxes_dtype):
     given = problem.features.astype(dtype), problem.boxes.astype(boxes_dtype)
     features, boxes, index, d_output = backend.array((*given, problem.index, g))
 
-    def loss(features, boxes):
-        return (pool(features, boxes, index) * d_output).sum()
-
-    d_features, d_boxes = backend.numpy(backend.grad(loss, (0, 1))(features, boxes))
+    gradients = backend.grad(summed(pool, d_output), (0, 1))
+    d_features, d_boxes = backend.numpy(gradients(features, boxes, index))
     assert (d_features.dtype, d_boxes.dtype) == (dtype, boxes_dtype)
     assert d_features.any() and d_boxes.any()
     wide = np.float64 if dtype == np.float64 else np.float32

@@ -14,10 +14,22 @@ from isolation import isolated, printed
 from roialign import _core
 
 PUBLIC = {
+    "Identification",
+    "Match",
+    "SamplingGrid",
+    "identify",
+    "sampling_grid",
     "ROIAlign",
     "roi_align",
     "roi_align_adjoint",
     "roi_align_box_gradient",
+    "roi_align_rotated",
+    "roi_align_rotated_adjoint",
+    "roi_align_rotated_box_gradient",
+    "multiscale_roi_align",
+    "multiscale_roi_align_adjoint",
+    "multiscale_roi_align_box_gradient",
+    "assign_levels",
     "Convention",
     "conventions",
     "set_num_threads",
@@ -59,13 +71,19 @@ def test_nothing_else_is_imported():
     assert not {name for name in asked - allowed if not name.startswith("nanobind")}
 
 
+CALLS_OF_TORCH = """import torch
+for device in ("cpu", "meta"):
+    torch.set_default_device(device)
+    roialign.roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 2)
+"""
 LAZY = [  # what is used, what that loads, what it does not
-    ("roialign", "numpy", "torch jax mindspore"),
-    ("roialign.torch", "torch", "jax mindspore torch.distributed.tensor"),
+    ("roialign", "numpy", "torch torchvision jax mindspore"),
+    ("roialign.torch", "torch", "torchvision jax mindspore torch.distributed.tensor"),
+    (CALLS_OF_TORCH, "torch", "jax mindspore torch.distributed.tensor"),
     ("roialign.jax", "jax", "torch mindspore"),
     ("roialign.mindspore", "mindspore", "torch jax"),
     ("roialign.compat", "numpy", "torch roialign.compat.torchvision roialign.compat.detectron2"),
-    ("roialign.compat.torchvision, roialign.compat.detectron2", "torch", "torchvision detectron2"),
+    ("roialign.compat.torchvision, roialign.compat.detectron2", "torch", "jax detectron2"),
 ]
 
 
@@ -73,7 +91,7 @@ LAZY = [  # what is used, what that loads, what it does not
 def test_a_library_is_imported_with_what_uses_it(used, needs, others):
     if importlib.util.find_spec(needs) is None:
         pytest.skip(f"needs {needs}")
-    code = f"import sys, roialign.compat; {used}; print(*sys.modules)"
+    code = f"import sys, roialign.compat\n{used}\nprint(*sys.modules)"
     loaded = set(printed("-c", code, timeout=120).split())
     assert needs in loaded and not loaded & set(others.split())
 

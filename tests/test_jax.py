@@ -16,7 +16,16 @@ import jax.numpy as jnp  # noqa: E402
 
 import roialign.jax  # noqa: E402
 from artefacts import make_jax  # noqa: E402
-from backends import named, pooling, three  # noqa: E402
+from backends import (  # noqa: E402
+    array,
+    arrays_of,
+    batched,
+    named,
+    pair,
+    per_image,
+    pooling,
+    three,
+)  # fmt: skip
 from isolation import isolated, printed  # noqa: E402
 from test_transforms import check_without  # noqa: E402
 from tolerance import close  # noqa: E402
@@ -72,6 +81,73 @@ def test_an_index_at_hand_is_checked_where_features_are_traced():
     for rois in (bad, (bad[:, 1:], bad[:, 0].astype(int))):
         with pytest.raises(IndexError, match="RoI 0"):
             jax.jit(lambda f: roialign.roi_align(f, rois, 2))(FEATURES)
+
+
+# Arrays of NumPy beside JAX's
+
+
+@pytest.mark.parametrize("form", [pair, array, per_image, batched])
+@pytest.mark.parametrize("traced", [False, True])
+def test_arrays_of_numpy(pyramid, form, traced):
+    """Any of them, where one is JAX's: eagerly, and closed over or beside what is traced."""
+    p = pyramid(np.float32, count=8)
+    boxes, _, levels = p.rois
+    rois = arrays_of(form, boxes, np.repeat([0, 1], 4))
+    own, scales = [p.d_output, *p.maps, levels, *rois], [q.scale for q in p.problems]
+    if form is batched:
+        own[0], own[3] = (a.reshape(2, 4, *a.shape[1:]) for a in (own[0], own[3]))
+
+    def results(g, fine, coarse, levels, *rois):
+        maps, rois, options = (fine, coarse), form(*rois), {"spatial_scales": scales}
+        options["levels"] = levels
+        shapes = [features.shape for features in maps]
+        return (
+            roialign.multiscale_roi_align(maps, rois, (3, 2), **options),
+            roialign.multiscale_roi_align_adjoint(g, rois, shapes, **options),
+            roialign.multiscale_roi_align_box_gradient(g, maps, rois, **options),
+            roialign.roi_align(fine, rois, 2),
+            roialign.roi_align_adjoint(g, rois, fine.shape, features=fine),
+            roialign.roi_align_box_gradient(g, fine, rois),
+            roialign.assign_levels(rois, (2, 5)),
+        )
+
+    expected = jax.tree.leaves(results(*own))
+    which = range(4, len(own)) if form is per_image else range(len(own))  # all take rois
+    for i in which:
+
+        def of_one(array, i=i):
+            return results(*own[:i], array, *own[i + 1 :])
+
+        found = (jax.jit(of_one) if traced else of_one)(jnp.asarray(own[i]))
+        for actual, right in zip(jax.tree.leaves(found), expected, strict=True):
+            assert i < 4 or isinstance(actual, jax.Array)
+            close(actual, right, 1e-5)
+
+
+def test_derivatives_beside_arrays_of_numpy(problem):
+    features, (boxes, index) = problem.features, problem.rois
+    pool = lambda f, b: roialign.roi_align(  # noqa: E731
+        f, (b, index), problem.size, **problem.options
+    ).sum()
+    own = jax.grad(pool, (0, 1))(*leaves(problem))
+    close(jax.grad(pool, 0)(features, boxes), own[0])
+    close(jax.grad(lambda b: pool(features, b))(boxes), own[1])
+    close(jax.jit(jax.grad(lambda f: pool(f, boxes)))(features), own[0])
+    layer = roialign.ROIAlign(2, 2, 1.0)
+    rows = np.column_stack([index, boxes])
+    close(layer(features, jnp.asarray(rows)), layer(features, rows))
+
+
+def test_what_jax_has_not(problem):
+    features, (boxes, index) = leaves(problem)[0], problem.rois
+    for dtype in (">f8", object, "U5", complex, np.longdouble):
+        with pytest.raises(TypeError, match="`boxes` must be a jax.Array, got numpy.ndarray"):
+            roialign.roi_align(features, (boxes.astype(dtype), index), 2)
+    bad = index + 2**40
+    with pytest.raises(IndexError, match="`image_index` of RoI 0"):
+        roialign.roi_align(features, (boxes, bad), 2)
+    with pytest.raises(TypeError, match="`out` must be None"):
+        roialign.roi_align(problem.features, (jnp.asarray(boxes), index), 2, out=bad)
 
 
 # Transforms
@@ -184,34 +260,35 @@ def test_without_64_bits(make_problem):
         same(d_boxes, explicit)
 
 
-@pytest.mark.parametrize("mapped", ["features", "d_output"])
-def test_a_batch_of_channels_builds_taps_once(problem, mapped):
-    """Where features or gradients alone differ, they are more channels of one call."""
-    rois = jax_rois(problem)
-    features, d_output = jnp.asarray(problem.features), jnp.asarray(problem.draw_output())
+@pytest.mark.parametrize("form", [pair, batched])
+def test_channels_last_are_not_moved(make_problem, form):
+    """The custom calls take and give the caller's arrays, as they are."""
+    problem = make_problem(shape=(2, 5, 9, 11), count=6)
+    problem = replace(problem, index=np.repeat([0, 1], 3))
+    features = jnp.asarray(problem.features).transpose(0, 2, 3, 1)
+    boxes, *index = JAX.array(arrays_of(form, *problem.rois))
 
-    def adjoint(g):
-        return roialign.roi_align_adjoint(g, rois, features.shape, **problem.options)
+    def loss(features, boxes):
+        rois, options = form(boxes, *index), problem.options | {"layout": "NHWC"}
+        return (roialign.roi_align(features, rois, problem.size, **options) ** 2).sum()
 
-    function, array, operation = {
-        "features": (lambda f: pool(problem, f), features, "forward"),
-        "d_output": (adjoint, d_output, "adjoint"),
-    }[mapped]
-    many = jax.jit(jax.vmap(function, 1, 1))
-    batch = jnp.stack([array, 2 * array, jnp.cos(array)], 1)
-    text = many.lower(batch).as_text()
-    (types,) = re.findall(rf"@roialign_{operation}_maps\(.*:(.*)", text)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in re.findall(r"<([\dx]+)x\w\d+>", types)]
-    assert shapes[:2] == [(4, 4), (4,)]
-    assert set(shapes[2:]) == {
-        (n, 3 * c, *size) for n, c, *size in (features.shape, d_output.shape)
-    }
-    results = many(batch)
-    for i in range(3):
-        close(results[:, i], function(batch[:, i]))
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(features, boxes).compile()
+    text = re.sub(r"metadata={[^}]*}", "", compiled.as_text())
+    assert "f32[2,9,11,5]{3,2,1,0}" in text
+    assert not re.search(r"transpose|copy|f32\[2,5,9,11\]", text)
+    wanted = {"roialign_forward_maps", "roialign_adjoint_maps", "roialign_box_gradient_maps"}
+    assert set(re.findall(r"roialign_\w+_maps", text)) == wanted
 
 
 # Plain JAX, where there is no kernel
+
+
+def test_dense_has_the_mean_alone(dense):
+    with pytest.raises(NotImplementedError, match="JAX on the CPU alone"):
+        roialign.roi_align(FEATURES, ROIS, 2, reduction="max")
+    turned = jnp.pad(ROIS, ((0, 0), (0, 1)))
+    with pytest.raises(NotImplementedError, match="JAX on the CPU alone"):
+        roialign.roi_align_rotated(FEATURES, turned, 2)
 
 
 def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):
@@ -239,12 +316,6 @@ def test_dense_gigantic_boxes(dense, make_problem, side):
     output, d_features, d_boxes = results
     close(output, oracle.forward(problem), atol=40 / 2**22 * np.abs(problem.features).max())
     assert np.isfinite(d_features).all() and np.isfinite(d_boxes).all()
-
-
-def test_dense_is_jax_alone(dense, make_problem):
-    problem = make_problem()
-    text = jax.jit(lambda *x: pool(problem, *x)).lower(*leaves(problem)).as_text()
-    assert "roialign_forward" not in text and "dot_general" in text
 
 
 # The module

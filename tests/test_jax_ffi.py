@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 from entries import (
-    LAYOUTS,
+    HEADER,
     OPERATIONS,
-    Extension,
+    XLA,
     Frame,
-    Metadata,
-    MetadataExtension,
     arrays_of,
     attributes_of,
     frame,
@@ -23,12 +21,32 @@ from entries import (
     rule_of,
 )
 
-CSRC = Path(__file__).parent.parent / "csrc"
+SIZE = "size=struct_size"
+HEAD = f"{SIZE} extensions=extension_start"
+LAYOUTS = [  # a structure, XLA's name of it; its fields, and where it is another, XLA's name
+    ("Extension", "XLA_FFI_Extension_Base", f"{SIZE} type next"),
+    ("ApiVersion", "XLA_FFI_Api_Version", f"{HEAD} major=major_version minor=minor_version"),
+    ("Metadata", "XLA_FFI_Metadata", f"{SIZE} api_version traits"),
+    ("MetadataExtension", "XLA_FFI_Metadata_Extension", "base=extension_base metadata"),
+    ("Buffer", "XLA_FFI_Buffer", f"{HEAD} dtype data rank dims"),
+    ("Buffers", "XLA_FFI_Args", f"{HEAD} count=size types items=args"),
+    ("Buffers", "XLA_FFI_Rets", f"{HEAD} count=size types items=rets"),
+    ("Text", "XLA_FFI_ByteSpan", "begin=ptr size=len"),
+    ("Scalar", "XLA_FFI_Scalar", "dtype value"),
+    ("Attributes", "XLA_FFI_Attrs", f"{HEAD} count=size types names items=attrs"),
+    ("ErrorArguments", "XLA_FFI_Error_Create_Args", f"{HEAD} message code=errc"),
+    ("Api", "XLA_FFI_Api",
+     f"{HEAD} api_version internal=internal_api create_error=XLA_FFI_Error_Create"),
+    ("CallFrame", "XLA_FFI_CallFrame",
+     f"{HEAD} api context=ctx stage arguments=args results=rets attributes=attrs"),
+]  # fmt: skip
 CONSTANTS = {
     "kMetadataExtension": "XLA_FFI_Extension_Metadata",
     "kBuffer": "XLA_FFI_ArgType_BUFFER",
     "kScalar": "XLA_FFI_AttrType_SCALAR",
     "kExecute": "XLA_FFI_ExecutionStage_EXECUTE",
+    "DataType::pred": "XLA_FFI_DataType_PRED",
+    "DataType::u8": "XLA_FFI_DataType_U8",
     "DataType::s32": "XLA_FFI_DataType_S32",
     "DataType::f16": "XLA_FFI_DataType_F16",
     "DataType::f32": "XLA_FFI_DataType_F32",
@@ -42,9 +60,10 @@ CONSTANTS = {
 
 
 def assertions():
-    rets = {**LAYOUTS["Buffers"][1], "items": "rets"}
-    for ours, (theirs, fields) in [*LAYOUTS.items(), ("Buffers", ("XLA_FFI_Rets", rets))]:
-        for a, b in fields.items():
+    for ours, theirs, fields in LAYOUTS:
+        pairs = dict(word.split("=") if "=" in word else (word, word) for word in fields.split())
+        assert list(pairs) == [name for name, _ in getattr(XLA, ours)._fields_]
+        for a, b in pairs.items():
             yield f"offsetof({ours}, {a}) == offsetof({theirs}, {b})"
             yield f"sizeof({ours}::{a}) == sizeof({theirs}::{b})"
     for ours, theirs in CONSTANTS.items():
@@ -65,7 +84,7 @@ def test_layouts(tmp_path):
     if compiler is None:
         pytest.skip("no C++ compiler")
     source = tmp_path / "layouts.cpp"
-    lines = ['#include "xla/ffi/api/c_api.h"', f'#include "{CSRC / "bindings" / "xla.hpp"}"',
+    lines = ['#include "xla/ffi/api/c_api.h"', f'#include "{HEADER}"',
              "using namespace roialign::xla;"]  # fmt: skip
     lines += [f'static_assert({a}, "{a}");' for a in assertions()]
     source.write_text("\n".join(lines) + "\n")
@@ -103,10 +122,13 @@ def refused(operation, arrays, made):
 
 
 def test_metadata():
-    metadata = Metadata(ctypes.sizeof(Metadata), state=7)
-    extension = MetadataExtension(
-        Extension(ctypes.sizeof(MetadataExtension), 1, None), ctypes.pointer(metadata)
-    )
+    class Newer(XLA.Metadata):
+        _fields_ = (("state", ctypes.c_int64),)
+
+    metadata = Newer(ctypes.sizeof(Newer), state=7)
+    base = XLA.Extension(ctypes.sizeof(XLA.MetadataExtension), 1, None)
+    pointer = ctypes.cast(ctypes.byref(metadata), ctypes.POINTER(XLA.Metadata))
+    extension = XLA.MetadataExtension(base, pointer)
     call = Frame()
     call.frame.extensions = ctypes.addressof(extension)
     assert not call.call("forward_maps")

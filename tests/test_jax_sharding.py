@@ -148,6 +148,61 @@ def check_other_numbers():
         assert not results[0][3:5].any() and not results[2][3:5].any()
 
 
+# Boxes per image
+
+
+def check_per_image():
+    """Maps, boxes and results are cut over images, or over the boxes of each: data parallel."""
+    mesh = mesh_of_eight()
+    features, boxes, _, d_output = arguments()
+    maps, boxes = (features, jnp.cos(features[:, :, 1:, :7])), boxes.reshape(8, 3, 4)
+    d_output, levels = d_output.reshape(8, 3, *d_output.shape[1:]), jnp.arange(24) % 3 - 1
+    last = lambda x: jnp.moveaxis(x, -3, -1)  # noqa: E731
+    scales = PROBLEM.scale, (0.25, 0.3)
+
+    def per_image(maps, boxes, levels):
+        image = lambda x: jax.tree.map(lambda array: array[None], x)  # noqa: E731
+        rois = boxes, jnp.zeros(len(boxes), jnp.int32)
+        return roialign.multiscale_roi_align(
+            image(maps), rois, PROBLEM.size, spatial_scales=scales, levels=levels
+        )
+
+    def pool_maps(maps, boxes, levels, layout="NCHW"):
+        options = {"spatial_scales": scales, "levels": levels, "layout": layout}
+        return roialign.multiscale_roi_align(maps, boxes, PROBLEM.size, **options)
+
+    given = maps, boxes, levels.reshape(8, 3), d_output
+    expected = differentiated(pool_maps, *given)
+    over = lambda *axes: NamedSharding(mesh, P(*axes))  # noqa: E731
+    for function in (pool_maps, jax.vmap(per_image)):
+        for axes in ("x", ("x", "y")):
+            cut = jax.device_put(given, over(axes))
+            results = both(function)(*cut)
+            check(results, expected)
+            assert sends_nothing(functools.partial(differentiated, function), *cut)
+            for result in results:
+                assert result.sharding.is_equivalent_to(over(axes), result.ndim)
+    cut = jax.device_put(given, over("x"))
+    check(differentiated(pool_maps, *cut), expected)  # eagerly
+    # channels last; the boxes of an image over devices, with their gradients
+    turned = jax.tree.map(last, maps), *given[1:3], last(d_output)
+    in_layout = functools.partial(pool_maps, layout="NHWC")
+    right = differentiated(in_layout, *turned)
+    check(jax.tree.map(last, expected[:3]), right[:3])
+    cut = jax.device_put(turned, over("x"))
+    check(both(in_layout)(*cut), right)
+    assert sends_nothing(functools.partial(differentiated, in_layout), *cut)
+    two = [a[:, :2] for a in given[1:]]
+    cut = jax.device_put((maps, *two), (over("y"), over("y", "x"), over("y", "x"), over("y", "x")))
+    check(both(pool_maps)(*cut), differentiated(pool_maps, maps, *two))
+    assert sends_nothing(pool_maps, *cut[:3])
+    # an image has no other
+    of_image = jax.jit(jax.vmap(lambda f, b, i: pool(f[None], b, i)))
+    index = jnp.zeros((8, 3), jnp.int32)
+    right = of_image(features, boxes, index).at[2, 1].set(0)
+    np.testing.assert_array_equal(of_image(features, boxes, index.at[2, 1].set(1)), right)
+
+
 # Several maps
 
 
@@ -260,6 +315,19 @@ def check_explicit():
         check((output, *results), right)
         for result, given in zip(results, cut[:2], strict=True):
             assert result.sharding.is_equivalent_to(given.sharding, result.ndim)
+        if name == "images and RoIs over one axis":  # boxes per image: there nothing is moved
+
+            def per_image(features, boxes, d_output):
+                pooled = roialign.roi_align(features, boxes, PROBLEM.size, **PROBLEM.options)
+                return (pooled * d_output).sum()
+
+            given = arrays[0], arrays[1].reshape(8, 3, 4)
+            given = *given, jnp.ones((8, 3, 16, *PROBLEM.size))
+            with jax.set_mesh(mesh):
+                cut = jax.device_put(given, NamedSharding(mesh, P("x")))
+                results = jax.jit(jax.grad(per_image, argnums=(0, 1)))(*cut)
+            check(results, jax.grad(per_image, argnums=(0, 1))(*given))
+            assert [jax.typeof(result).sharding.spec[0] for result in results] == ["x", "x"]
     # features alone are placed
     features = jax.device_put(arrays[0], NamedSharding(mesh, P(None, "y")))
     check((jax.jit(pool)(features, *arrays[1:3]),), right[:1])
@@ -272,7 +340,10 @@ def check_explicit():
         pytest.param(check_jit, [list(CUT)[6:]], id="jit-mixed"),
         pytest.param(check_shard_map, [False], id="shard_map"),
         pytest.param(check_shard_map, [True], id="shard_map-dense"),
-        *((check, []) for check in (check_other_numbers, check_maps, check_explicit)),
+        *(
+            (check, [])
+            for check in (check_other_numbers, check_per_image, check_maps, check_explicit)
+        ),
     ],
 )
 def test_over_devices(check, arguments):

@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-import re
 
 import numpy as np
 import pytest
 
 import test_errors as errors
-from backends import Foreign
+from backends import Foreign, summed
 from roialign import ROIAlign, roi_align
 
 FEATURES = np.random.default_rng(3).standard_normal((2, 5, 9, 11)).astype(np.float32)
@@ -43,10 +42,7 @@ def test_gradients(backend):
     options = {"spatial_scale": 0.25, "sampling_ratio": 2, "convention": "mindspore"}
 
     def gradients(pool):
-        def loss(features, rois):
-            return (pool(features, rois) * d_output).sum()
-
-        return backend.numpy(backend.grad(loss, (0, 1))(features, rois))
+        return backend.numpy(backend.grad(summed(pool, d_output), (0, 1))(features, rois))
 
     def function(features, rois):
         return roi_align(features, rois, (3, 2), **options)
@@ -71,9 +67,10 @@ INTEGERS = [True, np.int64(1), np.int32(1), np.array(1), 1.0, np.float64(1), "1"
 SCALES = [1, True, np.float32(0.25), np.float16(0.25), np.int64(1), np.array(0.25), "1", None]
 SCALES.append((0.25, 0.25))
 OUT_OF_RANGE = {
-    "pooled_height": [0, -1],
-    "pooled_width": [0, -9],
+    "pooled_height": [0, -1, *errors.LARGE],
+    "pooled_width": [0, -9, *errors.LARGE],
     "spatial_scale": [0.0, -0.0, -0.25, float("nan"), float("inf"), float("-inf")],
+    "sample_num": errors.MANY,
     "roi_end_mode": [2, -1, 3],
 }
 
@@ -90,9 +87,11 @@ def test_arguments_are_checked_at_construction(backend, name):
             if isinstance(value, (int, float, np.generic)):
                 assert f"{kind.__name__}(" in str(caught.value)  # the cast
         for value in OUT_OF_RANGE.get(name, []):
-            with pytest.raises(ValueError, match=rf"`{name}`.*{re.escape(str(value))}"):
+            with pytest.raises(ValueError, match=f"`{name}`.*{errors.shown(value, ValueError)}"):
                 layer(**ARGUMENTS | {name: value})
-        layer(**ARGUMENTS | {"spatial_scale": np.float64(0.25)})
+        with pytest.raises(ValueError, match=r"`\(pooled_height, pooled_width\)` .*7 bins"):
+            layer(2**16, 2**15, 1.0)
+        layer(**ARGUMENTS | {"spatial_scale": np.float64(0.25), "sample_num": 4096})
 
 
 def test_type_errors_come_first():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import roialign
-from backends import named, operations
-from conftest import draw_problem
+from backends import named, operations, pooling
+from conftest import draw_problem, moved
 from isolation import calling, python
 from roialign import _core
 
@@ -91,12 +91,6 @@ def test_threads_share_few_rois_where_nothing_is_packed():
     assert "0 images packed, 0 by rows, 1 by bins; " in line and ", 2 threads, " in line
 
 
-def unaligned(array):
-    raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
-    raw[...] = array
-    return raw
-
-
 def as_they_are(backend, *arrays):
     """The arrays as the backend's, in the same memory."""
     if backend.family == "torch":
@@ -112,7 +106,7 @@ def convert(name):
     )
     odd_features, odd_d_output, odd_out, whole = as_they_are(
         backend,
-        *map(unaligned, (problem.features, problem.draw_output(), problem.draw_output())),
+        *(moved(a, 1) for a in (problem.features, problem.draw_output(), problem.draw_output())),
         problem.boxes.astype(np.int64),
     )
     size, options = problem.size, problem.options
@@ -148,6 +142,7 @@ def test_every_backend(backend):
     """Of the core, the kernels for GPUs, or neither. Compiled programs convert by themselves."""
     expected = {
         "triton": "forward on .* by the kernels of roialign._triton",
+        "triton.ascend": "forward on .* by the kernels of roialign._ascend",
         "jax.dense": "forward is compiled to plain JAX: there is no kernel",
         "jax_triton": "forward is compiled to the kernels of roialign._triton",
     }.get(backend.name, "forward: float32 .* bins; ")
@@ -155,3 +150,46 @@ def test_every_backend(backend):
     assert re.match(f"roialign: {expected}", line), line
     compiled = backend.name.startswith("jax") or backend.name == "mindspore.graph"
     assert ["`boxes` is converted" in each for each in before] == [True] * (not compiled)
+
+
+def batched_calls(name):
+    """Of features, of gradients, of boxes, and of features and boxes."""
+    backend, problem = named(name), draw_problem()
+    forward, adjoint, _ = operations(problem)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backend.start(monkeypatch)
+        given = problem.features, problem.draw_output(), *problem.rois
+        one, batch = backend.array((given, [np.stack([each] * 4) for each in given]))
+        for operation, batched in (forward, [0]), (adjoint, [1]), (forward, [2]), (forward, [0, 2]):
+            axes = tuple(0 if i in batched else None for i in range(4))
+            mixed = [batch[i] if i in batched else one[i] for i in range(4)]
+            backend.numpy(backend.vmap(operation, axes)(*mixed))
+
+
+@pytest.mark.backends("func", "maps", "-slow")
+def test_batches(backend):
+    """Of features they are more channels, so taps are built once; of boxes they are more RoIs."""
+    lines = "\n".join(log(batched_calls, backend.name))
+    found = re.findall(r"^roialign: (\w+): \w+ (\(.*?\)), (\d+) RoIs", lines, re.MULTILINE)
+    assert found == [
+        ("forward", "(2, 20, 9, 11)", "7"),
+        ("adjoint", "(2, 20, 9, 11)", "7"),
+        ("forward", "(2, 5, 9, 11)", "28"),
+        ("forward", "(8, 5, 9, 11)", "28"),
+    ]
+
+
+def call_of_torch(threads):
+    backend = named("torch")
+    backend.start(None)
+    problem = draw_problem(shape=(1, 64, 60, 80), count=150, size=(7, 7))
+    with backend.threads(2):
+        backend.torch.set_num_threads(threads)
+        backend.run(pooling(problem), problem.features, *problem.rois)
+
+
+def test_threads_are_at_most_torchs():
+    pytest.importorskip("torch", reason="needs torch")
+    for threads, shown in ((1, ", 1 thread, "), (2, ", 2 threads, ")):
+        (line,) = log(call_of_torch, threads)
+        assert shown in line

@@ -30,6 +30,17 @@ def test_three_operations(backend, make_problem, convention, dtype, sampling):
             assert actual.tobytes() == expected.tobytes()
 
 
+@pytest.mark.backends("values")
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_channels_in_sixteens(backend, make_problem, sampling):
+    """For which GPUs have kernels of their own."""
+    problem = backend.fair(
+        make_problem(shape=(2, 16, 6, 7), count=4, size=(3, 4), sampling=sampling)
+    )
+    g = problem.draw_output()
+    backend.check(problem, g, *backend.run(three(problem), problem.features, g, *problem.rois))
+
+
 # The oracle
 
 

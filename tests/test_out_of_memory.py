@@ -17,6 +17,9 @@ CALLS = {
     "forward": lambda features, rois, g: roialign.roi_align(features, rois, g.shape[2:]),
     "adjoint": lambda features, rois, g: roialign.roi_align_adjoint(g, rois, features.shape),
     "box_gradient": lambda features, rois, g: roialign.roi_align_box_gradient(g, features, rois),
+    "largest": lambda features, rois, g: roialign.roi_align_adjoint(
+        g, rois, features.shape, features=features, reduction="max"
+    ),
 }
 
 

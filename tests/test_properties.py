@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 import oracle
 import roialign
 import tolerance
-from backends import named, three
+from backends import named, operations, three
 from conftest import draw_features
 
 NUMPY = named("numpy")
@@ -59,9 +59,14 @@ def problems(draw):
 
 def check(problem, backend=NUMPY, layout=np.asarray):
     g = problem.draw_output()
-    results = backend.run(three(problem), layout(problem.features), layout(g), *problem.rois)
+    given = layout(problem.features), layout(g), *problem.rois
+    results = backend.run(three(problem), *given)
     assert [result.dtype for result in results] == [g.dtype, g.dtype, problem.boxes.dtype]
     backend.check(problem, g, *results)
+    if backend is NUMPY:  # every element is written
+        for operation, result in zip(operations(problem), results, strict=True):
+            out = np.full_like(result, np.nan)
+            assert operation(*given, out=out).tobytes() == result.tobytes()
 
 
 @given(problem=problems(), layout=st.sampled_from(LAYOUTS))

@@ -25,7 +25,7 @@ def test_golden_sees_a_changed_convention(golden_by_convention, name, field):
     convention = roialign.conventions[name]
     wrong = replace(convention, **{field: FIELDS[field](getattr(convention, field))})
     with pytest.raises(AssertionError):
-        for case in golden_by_convention[name]:
+        for case in golden_by_convention[convention]:
             problem = replace(case.problem, convention=wrong)
             case.check_forward(
                 roialign.roi_align(problem.features, problem.rois, problem.size, **problem.options)

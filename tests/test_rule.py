@@ -21,9 +21,9 @@ OTHER = {
 ATOL = 8 * 8 * 2.0**-23
 
 
-def test_its_numbers_are_the_samples_and_the_fields_of_a_convention():
-    fields = dataclasses.fields(roialign.Convention)
-    assert _core.rule_names == ("sampling_ratio", *(field.name for field in fields))
+def test_its_numbers_are_the_fields_of_a_convention_and_of_a_call():
+    fields = [field.name for field in dataclasses.fields(roialign.Convention)]
+    assert _core.rule_names == ("sampling_ratio", *fields, "reduction", "turn")
     defaults = _rule.vector(roialign.Convention(), 0)
     assert _core.rule_defaults == defaults
 
@@ -42,7 +42,7 @@ def problem(changed):
     )
 
 
-@pytest.mark.parametrize("name", _core.rule_names)
+@pytest.mark.parametrize("name", OTHER)
 def test_each_number_moves_the_taps(backend, name):
     changed = problem({name: OTHER[name]})
     size, options = changed.size, changed.options

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,31 @@ ADAPTER = "_core _checks _rois _operations _threads"
 
 # module: modules beside it, or of the package, that it may import
 PLACES = {
-    "__init__": "_api _rule",
+    "__init__": "_api _grid _identify _rule",
     "__main__": "cli",
-    "_api": "_adapter _checks _rois _rule _threads mindspore",
-    "_adapter": "_checks _rois numpy torch jax mindspore cupy",
-    "_checks": "_adapter _rule",
+    "_api": "_adapter _checks _graph _layout _levels _rois _rule _threads",
+    "_adapter": "_checks _graph _rois numpy torch jax mindspore cupy",
+    "_checks": "_adapter _graph _layout _rule",
+    "_graph": "mindspore",
+    "_layout": "",
+    "_grid": "_checks _core _rule",
+    "_identify": "_api _checks _rule",
+    "_identify_onnx": "_identify",
+    "_levels": "_adapter _checks _graph",
     "_operations": "",
     "_rois": "_adapter _checks",
     "_rule": "_core",
     "_threads": "_checks _core",
     "numpy": ADAPTER,
     "_dense": "",
-    "jax": f"{ADAPTER} _dense _triton",
-    "mindspore": ADAPTER,
+    "jax": f"{ADAPTER} _dense _layout _rule _triton",
+    "mindspore": f"{ADAPTER} _layout _levels _rule",
     "cupy": "_checks _rois torch",
-    "cli": "_core demo",
+    "cli": "_core _identify_onnx demo",
     "demo": "",
-    "torch/__init__": "adapter former kernels layer",
+    "torch/__init__": "adapter former kernels layer script",
     "torch/former": "",
-    "torch/calls": "",
+    "torch/calls": "_checks _core _rule",
     "torch/kernels": "calls _checks _core _rois _threads _triton _ascend",
     "torch/transforms": "calls _operations",
     "torch/operators": "calls kernels transforms _core _operations",
@@ -46,20 +53,30 @@ PLACES = {
     "torch/onnx": "calls kernels _core _rule",
     "torch/routes": "calls kernels onnx operators sharding transforms _core",
     "torch/adapter": "calls kernels routes _checks _core _rois numpy",
-    "torch/layer": "adapter _checks",
+    "torch/script": "",
+    "torch/layer": "adapter script",
     "_triton/__init__": "",
     "_triton/geometry": "",
     "_triton/kernels": "geometry",
-    "_triton/launch": "geometry kernels _rois",
+    "_triton/rows": "geometry kernels",
+    "_triton/launch": "geometry kernels rows _rois",
+    "_triton/sampled": "geometry kernels launch",
+    "_triton/compiled": "kernels launch sampled _rois",
     "_ascend/__init__": "",
     "_ascend/products": "_triton",
     "_ascend/launch": "products _triton _rois",
     "compat/__init__": "",
-    "compat/detectron2": "compat",
+    "compat/detectron2": "compat _checks torch",
+    "compat/mmcv": "_checks torch",
+    "compat/mmdet": "compat _checks torch",
     "compat/torchvision": "_checks torch",
 }
 # file or folder: what it may import beyond the package and the standard library
 BEYOND = {
+    "_grid": "numpy",
+    "_identify": "numpy",
+    "_identify_onnx": "numpy onnx onnxruntime",
+    "_levels": "numpy",
     "numpy": "numpy",
     "_dense": "jax",
     "jax": "numpy jax jaxlib jax_triton",
@@ -69,44 +86,36 @@ BEYOND = {
     "torch": "torch numpy",
     "_triton": "triton",
     "_ascend": "triton",
-    "compat": "torch",
+    "compat": "torch torchvision",
 }
 
 
-def imports(tree, package="roialign", root=PACKAGE):
+def imports(tree, package="roialign"):
     """(modules of the package, top-level names of others) that a module imports, anywhere in it."""
-    inner, outer = set(), set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            # from . import a, b; from .a import c
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            names = [f"{package}.{name}" for name in names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            if node.module == package:
-                names = [f"{package}.{alias.name}" for alias in node.names]
-        elif (
-            isinstance(node, ast.Call)
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-            and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__")
-        ):
-            name = str(node.args[0].value)
-            names = [package + name if name.startswith(".") else name]
-        else:
-            continue
-        for name in names:
-            head, _, rest = name.partition(".")
-            if head == package:
-                module = rest.split(".")[0]
-                submodule = (root / f"{module}.py").exists() or (root / module).is_dir()
-                # a public name comes from the package itself
-                inner.add(module if submodule or module == "_core" else "")
-            elif head not in sys.stdlib_module_names:
-                outer.add(head)
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(IMPORTERS):
+            given = getattr(node.args[0], "value", None)  # of a constant
+            names |= {resolve_name(given, package)} if given else set()
+    inner = {module_of(name) for name in names if name.startswith("roialign")}
+    outer = {name.partition(".")[0] for name in names} - {"roialign", *sys.stdlib_module_names}
     return inner, outer
+
+
+IMPORTERS = "import_module", "__import__"
+
+
+def module_of(name):
+    """Of a module or what is in it, as in PLACES; a public name comes from the package itself."""
+    path = name.replace(".", "/").partition("/")[2]
+    while path and path != "_core" and not {path, f"{path}/__init__"} & set(PLACES):
+        path = path.rpartition("/")[0]
+    return path
 
 
 def test_every_module_has_a_place():
@@ -117,12 +126,12 @@ def test_every_module_has_a_place():
 @pytest.mark.parametrize("place", PLACES)
 def test_a_module_imports_what_its_place_allows(place):
     path = (PACKAGE / place).with_suffix(".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inner, outer = imports(tree)
-    if "/" in place:
-        beside, others = imports(tree, path.parent.name, path.parent)
-        inner, outer = inner | beside, (outer & others) - {"roialign"}
-    assert inner - {""} <= set(PLACES[place].split())
+    folder = place.rpartition("/")[0]
+    package = f"roialign.{folder}".rstrip(".")
+    inner, outer = imports(ast.parse(path.read_text(encoding="utf-8")), package)
+    folders, beside = PLACES[place].split(), {"", folder}
+    beside |= {f"{folder}/{name}" for name in folders}
+    assert not [n for n in inner - beside if n.partition("/")[0] not in folders]
     assert outer <= set(BEYOND.get(place.split("/")[0], "").split())
 
 
@@ -143,6 +152,10 @@ def test_the_reader_of_imports_sees(code, inner, outer):
     assert imports(ast.parse(code)) == (inner, outer)
 
 
+# Of an adapter that `takes_rows` never, or `takes_any_form`
+UNASKED = {"forward_rows", "numbered"}
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "mindspore"])
 def test_an_adapter_has_what_it_owes(library):
     pytest.importorskip(library, reason=f"the adapter is imported with {library}")
@@ -150,11 +163,11 @@ def test_an_adapter_has_what_it_owes(library):
     owed = [name for name, value in vars(Adapter).items() if inspect.isfunction(value)]
     assert {"forward", "check_array", "takes_rows"} <= set(owed)
     for name in owed:
-        if name.startswith("_") or (name == "forward_rows" and not hasattr(adapter, name)):
-            continue  # where `takes_rows` never is true
+        if name.startswith("_") or (name in UNASKED and not hasattr(adapter, name)):
+            continue
         _, *parameters = inspect.signature(getattr(Adapter, name)).parameters
         own = list(inspect.signature(getattr(adapter, name)).parameters)
-        assert [p for p in own if p != "tangent"] == parameters, name
+        assert [p for p in own if p not in ("tangent", "selectors")] == parameters, name
     assert adapter.float32 is not None
 
 
@@ -198,7 +211,7 @@ def test_geometry_knows_its_axis_alone():
 
 def test_what_is_built_per_instruction_set_instantiates_no_library_code():
     # the linker keeps one copy of an inline function: it could be the one of another CPU
-    seen, todo = set(), [CSRC / "engine" / "engine.cpp"]
+    seen, todo = set(), list((CSRC / "engine").glob("*.cpp"))
     while todo:
         path = todo.pop()
         names = INCLUDE.findall(path.read_text(encoding="utf-8"))

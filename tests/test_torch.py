@@ -1,6 +1,8 @@
 """PyTorch: the same numbers as NumPy's, in every mode and under every transform."""
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -12,9 +14,8 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 
 import roialign.torch  # noqa: E402
 from backends import named  # noqa: E402
-from conftest import draw_problem  # noqa: E402
 from isolation import isolated  # noqa: E402
-from roialign import _core, _rule  # noqa: E402
+from roialign import _rule  # noqa: E402
 from test_transforms import check_without  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -108,6 +109,25 @@ def test_memory_of_the_graph(problem):
     assert features.shape not in kept and boxes.shape in kept
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_large_results_are_in_memory_that_is_kept(layout):
+    """Of 8 MiB, as NumPy's. A view of one that is gone keeps its memory."""
+    maps = [torch.rand(2, 32, 32, 32)] * 2
+    rois, options = ROIS.repeat(512, 1), {"spatial_scales": (1, 1 / 2), "layout": layout}
+
+    def pool():
+        return roialign.multiscale_roi_align(maps, rois, 8, **options)
+
+    view = pool()[3:5].requires_grad_()
+    address, other = view.untyped_storage().data_ptr(), pool()
+    assert other.data_ptr() != address
+    del view
+    again = pool()
+    assert again.data_ptr() == address
+    copies = copy.deepcopy(again), pickle.loads(pickle.dumps(again))
+    assert all(torch.equal(each, other) for each in copies)
+
+
 # The compiler
 
 
@@ -163,14 +183,6 @@ def test_data_loader_workers(make_problem):
 
     loader = torch.utils.data.DataLoader(Crops(), 2, num_workers=2)
     torch.testing.assert_close(torch.cat(list(loader)), expected)
-
-
-# The layer
-
-
-def test_a_layer_is_not_scripted():
-    with pytest.raises(RuntimeError, match="cannot be scripted"):
-        torch.jit.script(roialign.torch.ROIAlign(2, 2, 0.5, 2))
 
 
 # What tensors can be, other than memory
@@ -313,91 +325,57 @@ def test_gradients_of_a_batch():
 # Several maps
 
 
-@pytest.fixture
-def given(pyramid):
-    """The pyramid, and its maps, boxes, image index and levels as tensors."""
-    p = pyramid()
-    return p, *map(torch.from_numpy, (*p.maps, *p.rois))
-
-
 class PoolOfMaps(torch.nn.Module):
-    def __init__(self, pyramid):
-        super().__init__()
-        self.pool = pyramid.forward
+    """By levels that are given, and by those of the scales."""
 
     def forward(self, fine, coarse, boxes, index, levels):
-        return self.pool(fine * 2, coarse, boxes, index, levels)
+        options = {"spatial_scales": (1 / 2, 1 / 4), "sampling_ratio": 2}
+        maps, rois = (fine * 2, coarse), (boxes, index)
+        output = roialign.multiscale_roi_align(maps, rois, (3, 2), levels=levels, **options)
+        maps = [features.movedim(1, -1) for features in maps]
+        last = roialign.multiscale_roi_align(maps, boxes[None], 2, layout="NHWC", **options)
+        return output, last
 
 
-def test_exported(given, tmp_path):
-    pool, inputs = PoolOfMaps(given[0]), given[1:]
-    count = torch.export.Dim("count", min=2, max=64)
-    program = torch.export.export(pool, inputs, dynamic_shapes=({}, {}, *[{0: count}] * 3))
+def draw_maps(count, *size):
+    """As `PoolOfMaps` takes them."""
+    random = torch.Generator().manual_seed(0)
+    sizes = size, [side // 2 for side in size]
+    maps = [torch.randn(1, 3, *each, generator=random) for each in sizes]
+    boxes = 80 * torch.rand(count, 4, generator=random)
+    return *maps, boxes.sort(1).values, torch.zeros(count).long(), torch.arange(count) % 3 - 1
+
+
+SIZES = (7, 48, 62), (9, 36, 54), (3, 40, 80)
+MAP, ROWS = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC), {0: torch.export.Dim.DYNAMIC}
+
+
+def check_maps(pool, sizes=SIZES):
+    for size in sizes:
+        given = draw_maps(*size)
+        for actual, expected in zip(pool(*given), PoolOfMaps()(*given), strict=True):
+            assert torch.equal(actual, expected) and expected.any()
+            assert actual.stride() == expected.stride()
+
+
+def test_one_program_for_pyramids_of_any_size():
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    check_maps(torch.compile(PoolOfMaps(), fullgraph=True, dynamic=True, backend=compiler))
+    assert len(graphs) == 1
+
+
+def test_exported(tmp_path):
+    pool, inputs = PoolOfMaps(), draw_maps(*SIZES[0])
+    program = torch.export.export(pool, inputs, dynamic_shapes=(MAP, MAP, ROWS, ROWS, ROWS))
     stored = io.BytesIO()
     torch.export.save(program, stored)
     stored.seek(0)
-    more = *inputs[:2], *[torch.cat([t, t, t]) for t in inputs[2:]]
-    assert torch.equal(torch.export.load(stored).module()(*more), pool(*more))
+    check_maps(torch.export.load(stored).module())
     program = torch.export.export(pool, inputs)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "p.pt2"))
-    assert torch.equal(torch._inductor.aoti_load_package(path)(*inputs), pool(*inputs))
-
-
-def test_onnx_has_one_map(given):
-    pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
-    with pytest.raises(torch.onnx.OnnxExporterError) as error:
-        torch.onnx.export(PoolOfMaps(given[0]).eval(), given[1:], dynamo=True, verbose=False)
-    assert type(error.value.__cause__) is NotImplementedError
-    assert "one map, got 2" in str(error.value.__cause__)
-
-
-# What calls are made
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Operation, N, C and K, and threads of the calls of the core."""
-    calls = []
-
-    class Core:
-        def __getattr__(self, name):
-            if name not in ("forward", "adjoint", "box_gradient"):
-                return getattr(_core, name)
-
-            def operation(*args):
-                maps = args[0] if name == "forward" else args[-2]
-                boxes, _ = args[2]
-                calls.append((name, *maps[0].shape[:2], len(boxes), args[-1]))
-                return getattr(_core, name)(*args)
-
-            return operation
-
-    monkeypatch.setattr(roialign.torch.kernels, "_core", Core())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    return calls
-
-
-def test_threads_are_at_most_torchs(made):
-    pool(draw_problem())
-    assert [threads for *_, threads in made] == [1]
-
-
-def test_a_batch_of_features_is_more_channels(given, made):
-    """So taps are built once."""
-    p, *maps, boxes, index, levels = given
-    pool = lambda *maps: p.forward(*maps, boxes, index, levels)  # noqa: E731
-    fine, coarse, d_output = (torch.stack([t] * 4) for t in (*maps, torch.from_numpy(p.d_output)))
-    torch.func.vmap(pool)(fine, coarse)
-    torch.func.vmap(pool, (None, 0))(maps[0], coarse)
-    torch.func.vmap(lambda g: p.adjoint(g, boxes, index, levels))(d_output)
-    assert made == [("forward", 2, 12, 7, 1)] * 2 + [("adjoint", 2, 12, 7, 1)]
-
-
-def test_a_batch_of_boxes_is_more_rois(given, made):
-    """On the images that there are; on more where features differ too."""
-    p, fine, coarse, boxes, *others = given
-    pool = lambda fine, coarse, boxes: p.forward(fine, coarse, boxes, *others)  # noqa: E731
-    batch = [torch.stack([t] * 4) for t in (fine, coarse, boxes)]
-    torch.func.vmap(pool, (None, None, 0))(fine, coarse, batch[2])
-    torch.func.vmap(pool)(*batch)
-    assert made == [("forward", 2, 3, 28, 1), ("forward", 8, 3, 28, 1)]
+    check_maps(torch._inductor.aoti_load_package(path), SIZES[:1])

@@ -10,20 +10,17 @@ from pathlib import Path
 import pytest
 
 import roialign
-from isolation import isolated, printed
+from isolation import printed
 
 torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch need torch")
 import torch.distributed as dist  # noqa: E402
 
 import roialign.torch  # noqa: E402
-from roialign import _rule  # noqa: E402
-from roialign._rois import Rois  # noqa: E402
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("the tests of distributed PyTorch need gloo", allow_module_level=True)
 
 import torch.multiprocessing as mp  # noqa: E402
-from torch import nn  # noqa: E402
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_distributed.py"
 TIMEOUT = 120  # seconds: a process that waits for one that failed would wait for ever
@@ -179,12 +176,18 @@ def check_dtensors(compiled=("replicated", "RoIs", "channels", "images"), kinds=
 def check_maps(mesh, table):
     """Two maps: all shards are cut alike, and one decision is remembered for as many maps."""
 
+    options = {"spatial_scales": (0.5, 0.25), "sampling_ratio": 2}
+
     def gradients(fine, coarse, boxes, index, levels, d_output):
         leaves = [t.detach().requires_grad_() for t in (fine, coarse, boxes)]
-        maps, rois = leaves[:2], Rois(leaves[2], index, levels)
-        rule = _rule.vector(roialign.conventions["half_pixel"], 2)
-        output = roialign.torch.forward(maps, rois, (3, 3), (0.5, 0.5, 0.25, 0.25), rule)
+        rois = leaves[2], index
+        output = roialign.multiscale_roi_align(leaves[:2], rois, 3, levels=levels, **options)
         return output.detach(), *torch.autograd.grad(output, leaves, d_output)
+
+    def by_the_scales(fine, coarse, boxes, index, levels, d_output):
+        """And boxes of all images, channels last."""
+        maps = [features[:1].movedim(1, -1) for features in (fine, coarse)]
+        return [roialign.multiscale_roi_align(maps, boxes[None], 3, layout="NHWC", **options)]
 
     features, boxes, index, d_output = draw()
     tensors = features, features[..., ::2, ::2].clone(), boxes, index, index % 3 - 1, d_output
@@ -194,7 +197,9 @@ def check_maps(mesh, table):
         placements = of_maps, of_maps, of_boxes, of_index, of_index, of_output
         if wanted is not None:
             wanted = wanted[0], wanted[1], wanted[1], wanted[2]
-        check_results(gradients(*shards(mesh, tensors, placements)), expected, wanted)
+        given = shards(mesh, tensors, placements)
+        check_results(gradients(*given), expected, wanted)
+        check_results(by_the_scales(*given), by_the_scales(*tensors))
 
 
 def check_second_derivatives(mesh, table):
@@ -230,92 +235,33 @@ def check_dtensors_of_four():
     check_mesh_of_two_axes()
 
 
-def check_import():
-    import roialign.torch
-
-    assert "torch.distributed.tensor" not in sys.modules
-    roialign.roi_align(torch.ones(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 4, 4]]), 2)
-    roialign.roi_align(torch.ones(1, 1, 4, 4, device="meta"), torch.ones(1, 5, device="meta"), 2)
-    assert "torch.distributed.tensor" not in sys.modules
+# Data parallel: DDP is in the example
 
 
-def test_dtensor_is_not_imported():
-    isolated(check_import)
-
-
-# Data parallel
-
-
-class Head(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.pool = roialign.torch.ROIAlign(4, 4, 0.5)
-        self.linear = nn.Linear(8 * 4 * 4, 3)
-
-    def forward(self, images, rois):
-        return self.linear(self.pool(self.conv(images).relu(), rois).flatten(1))
-
-
-def train(model, steps):
-    """Losses; `steps` gives images, rois and classes."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    losses = []
-    for images, rois, classes in steps:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images, rois), classes)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def batches(steps=4, images=4, per_image=5):
-    random = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        pixels = torch.randn(images, 3, 16, 20, generator=random)
-        start = torch.rand(images * per_image, 2, generator=random) * 16
-        sides = 4 + 16 * torch.rand(images * per_image, 2, generator=random)
-        index = torch.arange(images).repeat_interleave(per_image)
-        rois = torch.cat([index[:, None], start, start + sides], 1)
-        yield pixels, rois, torch.randint(3, index.shape, generator=random)
-
-
-def own_part(batch):
-    """The images of this process; their RoIs count them from 0."""
-    images, rois, classes = batch
-    each = len(images) // dist.get_world_size()
-    first = dist.get_rank() * each
-    here = (rois[:, 0] >= first) & (rois[:, 0] < first + each)
-    rois = rois[here] - torch.tensor([first, 0, 0, 0, 0])
-    return images[first : first + each], rois, classes[here]
-
-
-def check_data_parallel():
+def check_fsdp():
+    """Gradients, which it averages, are those of the whole batch; each process has its image."""
+    sys.path.insert(0, str(EXAMPLE.parent))
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
+    from torch_distributed import Head
 
     torch.manual_seed(0)
-    alone = Head()
-    ddp, fsdp = copy.deepcopy(alone), copy.deepcopy(alone)
-    expected = train(alone, batches())
-    assert expected[-1] != expected[0]
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(fsdp.conv, mesh=mesh)
-    fully_shard(fsdp, mesh=mesh)
-    for model in (nn.parallel.DistributedDataParallel(ddp), fsdp):
-        losses = train(model, map(own_part, batches()))
-        dist.all_reduce(losses)
-        torch.testing.assert_close(losses / dist.get_world_size(), expected, rtol=1e-5, atol=0)
-    for right, a, b in zip(alone.parameters(), ddp.parameters(), fsdp.parameters(), strict=True):
-        torch.testing.assert_close(a, right, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(b.full_tensor(), right, rtol=1e-4, atol=1e-6)
+    alone, (images, boxes, index, _) = Head(), draw(images=dist.get_world_size())
+    sharded, mesh = copy.deepcopy(alone), init_device_mesh("cpu", (len(images),))
+    fully_shard(sharded.conv, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    rank = dist.get_rank()
+    alone(images, torch.cat([index[:, None], boxes], 1)).square().sum().backward()
+    own = torch.nn.functional.pad(boxes[index == rank], (1, 0))  # their image is the first here
+    sharded(images[rank : rank + 1], own).square().sum().backward()
+    for right, parameter in zip(alone.parameters(), sharded.parameters(), strict=True):
+        found = parameter.grad.full_tensor() * len(images)
+        torch.testing.assert_close(found, right.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "check, processes",
-    [(check_dtensors, 2), (check_dtensors_of_four, 4), (check_data_parallel, 2)],
+    [(check_dtensors, 2), (check_dtensors_of_four, 4), (check_fsdp, 2)],
 )
 def test_over_processes(check, processes, tmp_path):
     spawn(check, processes, tmp_path)

@@ -1,6 +1,7 @@
 """Export to ONNX: one standard RoiAlign, and our numbers in ONNX Runtime."""
 
 import functools
+import io
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import pytest
 import roialign
 
 torch = pytest.importorskip("torch", reason="export to ONNX needs torch")
-pytest.importorskip("onnx", reason="export to ONNX needs onnx")
+onnx = pytest.importorskip("onnx", reason="export to ONNX needs onnx")
 pytest.importorskip("onnxscript", reason="export to ONNX needs onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="exported models run in onnxruntime")
 import roialign.torch  # noqa: E402
+from backends import batched, pair  # noqa: E402
 from roialign.compat import torchvision  # noqa: E402
 
 # torch's exporter uses what torch deprecates.
@@ -40,6 +42,10 @@ CASES = {
     for name, ratios in RATIOS.items()
     for ratio in ratios
     for scale in (0.25, 0.3)
+}
+CASES |= {
+    f"{name}-max_corner": CASES[name] | {"reduction": "max_corner"}
+    for name in ("half_pixel-2-0.25", "asymmetric-0-0.3")
 }
 
 
@@ -135,7 +141,7 @@ def test_nodes(exported):
             c = roialign.conventions.get(options["convention"], options["convention"])
             mode = b"half_pixel" if c.min_size is None else b"output_half_pixel"
             assert each["coordinate_transformation_mode"].s == mode
-            assert each["mode"].s == b"avg"
+            assert each["mode"].s == (b"max" if "reduction" in options else b"avg")
             assert each["sampling_ratio"].i == options["sampling_ratio"]
             assert each["spatial_scale"].f == np.float32(options["spatial_scale"])
             assert (each["output_height"].i, each["output_width"].i) == (3, 2)
@@ -155,10 +161,10 @@ def results(exported):
             ]
             features, rois = inputs[0]
             inputs += [(features, rois[:count]) for count in (0, 1)]
-            for pair in inputs:
-                for (name, options), output in zip(cases.items(), run(model, *pair), strict=True):
+            for given in inputs:
+                for (name, options), output in zip(cases.items(), run(model, *given), strict=True):
                     if options["spatial_scale"] == scale:
-                        results[name].append((pair, output))
+                        results[name].append((given, output))
     return results
 
 
@@ -237,6 +243,47 @@ def test_layers(pool):
     np.testing.assert_allclose(run(model, features, rois)[0], expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
+def test_the_exporter_that_traces():
+    """Layers, where boxes are shifted before the node too, and a pyramid."""
+    model, axes = Both(), {"rois": {0: "K"}, "fine": {2: "H"}, "coarse": {2: "h"}}
+    maps = torch.rand(1, 3, 64, 48), torch.rand(1, 3, 32, 24)
+    rois = torch.from_numpy(draw(0, (1, 3, 64, 48))[1])
+    file = io.BytesIO()
+    torch.onnx.export(
+        model, (*maps, rois), file, dynamo=False, opset_version=18, dynamic_axes=axes,
+        input_names=["fine", "coarse", "rois"],
+    )  # fmt: skip
+    exported = onnx.load_from_string(file.getvalue())
+    check_standard(exported, count=5)
+    for count, height in ((114, 64), (3, 72), (0, 56)):
+        given = torch.rand(1, 3, height, 48), torch.rand(1, 3, height // 2, 24), rois[:count]
+        for actual, expected in zip(
+            run(exported, *map(np.asarray, given)), model(*given), strict=True
+        ):
+            assert expected.any() == bool(len(given[2]))
+            np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-5)
+
+
+class Both(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            [
+                roialign.torch.ROIAlign(3, 2, 0.25),
+                torchvision.RoIAlign((3, 2), 0.25, 2, aligned=True),
+                torchvision.RoIAlign(2, 0.25, 0),
+            ]
+        )
+        self.pyramid = torchvision.MultiScaleRoIAlign(["fine", "coarse"], 3, 2, canonical_scale=40)
+
+    def forward(self, fine, coarse, rois):
+        x, boxes = {"fine": fine, "coarse": coarse}, [rois[:, 1:]]
+        return *[layer(fine, rois) for layer in self.layers], self.pyramid(x, boxes, [(256, 192)])
+
+
 def test_eager_and_compiled_calls_are_none_of_onnx():
     model = Pool({"spatial_scale": 0.25})
     features, rois = draw(0)
@@ -260,6 +307,7 @@ def test_eager_and_compiled_calls_are_none_of_onnx():
         ({"convention": roialign.Convention()}, r" Convention\(.*number of adaptive samples"),
         ({"spatial_scale": (0.5, 0.25)}, r"'half_pixel' .*one `spatial_scale`.* got \(0.5, 0.25\)"),
         ({"dtype": torch.bfloat16}, "'half_pixel' .*no bfloat16"),
+        ({"reduction": "max"}, "'max' cannot be exported.*'max_corner'"),
     ],
 )
 def test_refused(options, reason):
@@ -269,6 +317,60 @@ def test_refused(options, reason):
     with pytest.raises(torch.onnx.OnnxExporterError, match=reason) as error:
         export(Pool(options), (features, rois))
     assert type(error.value.__cause__) is ValueError
+
+
+def test_boxes_that_turn_are_refused():
+    def pool(features, rois):
+        return roialign.roi_align_rotated(features, rois.repeat(1, 2)[:, :6], (3, 2))
+
+    features, rois = map(torch.from_numpy, draw(0))
+    with pytest.raises(torch.onnx.OnnxExporterError, match="boxes that turn"):
+        export(Pool(pool), (features, rois))
+
+
+class Levels(torch.nn.Module):
+    """By the public function: what it makes of the levels is beside it."""
+
+    def __init__(self, form, **options):
+        super().__init__()
+        self.form, self.options = form, {"sampling_ratio": 2, "convention": "asymmetric"} | options
+
+    def forward(self, fine, coarse, boxes, levels):
+        first = 0 if self.form is batched else torch.zeros_like(boxes[:, 0]).long()
+        rois = boxes if self.form is batched else (boxes, first)
+        options = self.options | {"levels": levels, "spatial_scales": (1 / 8, 1 / 16)}
+        pooled = roialign.multiscale_roi_align([fine, coarse], rois, (3, 2), **options)
+        del options["levels"]
+        return pooled, roialign.multiscale_roi_align([fine, coarse], rois, (3, 2), **options)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("form", [pair, batched])
+def test_levels(form, layout):
+    """Given, where -1 is 0, and by the scales: any number of RoIs on each map."""
+    rng = np.random.default_rng(0)
+    shapes = [(1, 3, 64, 48), (1, 3, 32, 24)]
+    maps = [torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in shapes]
+    if layout == "NHWC":
+        maps = [features.permute(0, 2, 3, 1).contiguous() for features in maps]
+    boxes = np.concatenate([rng.uniform(0, 100, (40, 2)), rng.uniform(100, 500, (40, 2))], 1)
+    boxes = torch.from_numpy(boxes.astype(np.float32))
+    levels = torch.from_numpy(rng.integers(-1, 2, 40))
+    rows = (lambda x, n: x[None, :n]) if form is batched else lambda x, n: x[:n]
+    axis = {int(form is batched): DYNAMIC}
+    model = Levels(form, layout=layout)
+    given = *maps, rows(boxes, 40), rows(levels, 40)
+    exported = export(model, given, (None, None, axis, axis))
+    check_standard(exported, count=4)
+    for count in (40, 3, 0):
+        given = *maps, rows(boxes, count), rows(levels, count)
+        for actual, expected in zip(
+            run(exported, *map(np.asarray, given)), model(*given), strict=True
+        ):
+            assert expected.any() or not count
+            np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-5)
+    off = rows(levels, 40) < 0
+    assert off.any() and not model(*maps, rows(boxes, 40), rows(levels, 40))[0][off].any()
 
 
 class Pyramid(torch.nn.Module):

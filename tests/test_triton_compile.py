@@ -1,6 +1,7 @@
 """The Triton kernels compiled for GPUs that are not there."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,8 +16,12 @@ if triton.knobs.runtime.interpret:
         allow_module_level=True,
     )
 
+import torch
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
 import triton_offline as offline
-from roialign._triton import launch
+from roialign._triton import compiled as compiled_of_triton, launch, sampled
 from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem
 
 pytestmark = pytest.mark.triton_compile
@@ -65,22 +70,41 @@ def test_no_registers_are_spilled(compiled, target):
     assert not [(*v.row, v.registers, v.memory) for v in compiled[target] if v.memory]
 
 
-@each_target
-def test_no_atomics(compiled, target):
-    atomic = re.compile(r"\b(atom|red)\.|_atomic_")
-    assert not [v.row for v in compiled[target] if atomic.search(v.code)]
+@each_gated
+@pytest.mark.parametrize("reduction", [1.0, 2.0])
+def test_largest_samples(target, reduction):
+    """Compiled for float64, which takes the most registers, and a 16-bit type."""
+    device = Device(GATED[target])
+    for dtype in ("float64", "bfloat16"):
+        problem = Problem(dtype, last=dtype == "bfloat16", rule=(*Problem.rule, reduction, 0.0))
+        features, output, rois, _ = problem.arrays()
+        rest = rois, None, problem.scales, problem.rule
+        sampled.forward(device.call, [features], [features], *rest, output)
+        sampled.adjoint(device.call, output, [features], *rest, [features])
+    assert {one.src.fn.__name__ for one in device.compiled.values()} == {
+        "extremes", "largest", "touched", "adjoint_of_winners"
+    }  # fmt: skip
+    variants = [offline._variant(one) for one in device.compiled.values()]
+    assert not [(v.kernel, v.dtype, v.memory) for v in variants if v.memory]
+    assert not [v.kernel for v in variants if re.search(FORBIDDEN["atomics"], v.code)]
 
 
-@each_target
-def test_no_matrix_units(compiled, target):
+FORBIDDEN = {
+    "atomics": r"\b(atom|red)\.|_atomic_",
     # their float32 is TF32
-    matrix = re.compile(r"\b(mma|wmma|wgmma|tcgen05)\.|tf32|v_(mfma|wmma)_")
-    assert not [v.row for v in compiled[target] if matrix.search(v.code)]
+    "matrix units": r"\b(mma|wmma|wgmma|tcgen05)\.|tf32|v_(mfma|wmma)_",
+}
+
+
+@each_target
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_none_of_these(compiled, target, what):
+    assert not [v.row for v in compiled[target] if re.search(FORBIDDEN[what], v.code)]
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("sm_")])
 def test_coordinates_are_not_contracted(compiled, target):
-    taps = [v for v in compiled[target] if v.kernel == "axis_taps"]
+    taps = [v for v in compiled[target] if v.kernel in ("axis_taps", "plan")]
     assert all("div.rn.f" in v.code for v in taps)
     assert not [v.row for v in taps if re.search(r"\bfma\.", v.code)]
 
@@ -89,6 +113,8 @@ def test_coordinates_are_not_contracted(compiled, target):
 def test_aligned_channels_are_read_16_bytes_at_once(compiled, target):
     wide = re.compile(r"\bld\.global\S*\.(v4\.b32|v2\.b64)|\b(global|buffer)_load_dwordx4")
     for v in compiled[target]:
+        if v.kernel in ("gather", "scatter"):
+            assert wide.search(v.code), v.row
         # AMD has twice the lanes: 8 bytes of float16 for each
         enough = target.startswith("sm_") or v.dtype in ("fp32", "fp64")
         if v.kernel == "forward" and v.constants["INNERMOST"] and enough:
@@ -120,17 +146,91 @@ def test_no_kernel_contracts_by_itself(device):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_other_sizes_compile_nothing(target):
     device = Device(GATED[target])
-    Problem().run(device.call)
+    Problem(channels=250).run(device.call)
+    Problem().launch("forward", device.call)
     before = set(device.compiled)
+    Problem(images=1, channels=64, size=(9, 7), bins=(5, 8), count=900).launch(
+        "forward", device.call
+    )
     Problem(images=1, channels=17, size=(1, 1), bins=(5, 8), count=1).run(device.call)
     Problem(images=16, channels=1000, size=(32, 160), bins=(8, 8), count=32).run(device.call)
     assert set(device.compiled) == before
 
 
 def test_strides_beyond_32_bits_compile_a_kernel_once(device):
-    Problem(channels=16).run(device.call)
+    Problem(channels=15).run(device.call)
     few = len(device.compiled)
     for channels in (2**11, 2**12):
         Problem(channels=channels, size=(2**10, 2**11)).run(device.call)
     # what sees strides of features: `forward` and `adjoint`, with a tangent too, and `box_gradient`
     assert len(device.compiled) == few + 5
+
+
+# What is kept
+
+
+@pytest.fixture
+def launched(device, monkeypatch):
+    """Calls of `start`, for each kernel; what they launch; how often by Triton's JIT."""
+    found = SimpleNamespace(calls=[], launches=[], jits=0)
+
+    def call(kernel, grid, inputs, outputs, **constants):
+        arrays = offline.arrays_of(outputs)
+        found.calls.append((kernel, grid, [*inputs, *arrays], constants))
+        return arrays
+
+    def launcher(self, source, metadata):
+        return lambda *given: found.launches.append(given)
+
+    def count(self, *given, jit=JITFunction.run, **options):
+        found.jits += 1
+        return jit(self, *given, **options)
+
+    Problem().run(call)
+    driver.set_active(device)
+    monkeypatch.setattr(Device, "launcher_cls", launcher)
+    monkeypatch.setattr(JITFunction, "run", count)
+    monkeypatch.setattr(compiled_of_triton, "_compiled", {})
+    return found
+
+
+def test_kept_launches_are_those_of_the_jit(launched):
+    for each in launched.calls:
+        compiled_of_triton.start(*each)
+        before = launched.jits
+        compiled_of_triton.start(*each)
+        assert launched.jits == before
+        pairs = list(zip(*launched.launches[-2:], strict=True))
+        _, second = pairs.pop(6)  # what profilers are told
+        assert second is None and all(a is b or a == b for a, b in pairs)
+    assert len(launched.launches) == 2 * len(launched.calls) > launched.jits
+
+
+def test_without_the_interface_the_jit_launches(launched, monkeypatch):
+    monkeypatch.setattr(compiled_of_triton, "INTERFACE", ("run", "not_there"))
+    for each in launched.calls * 2:
+        compiled_of_triton.start(*each)
+    assert launched.jits == len(launched.launches) == 2 * len(launched.calls)
+
+
+def test_a_profiler_is_told_of_each_launch(launched, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None])
+    compiled_of_triton.start(*launched.calls[0])
+    compiled_of_triton.start(*launched.calls[0])
+    assert launched.jits == 2
+
+
+def test_what_is_specialised_is_another_launch(launched):
+    """An array that is not aligned, or of another dtype, and a number of more than 32 bits."""
+    kernel, grid, arguments, constants = launched.calls[0]
+    compiled_of_triton.start(kernel, grid, arguments, constants)
+    number = max(i for i, x in enumerate(arguments) if isinstance(x, int))
+    for place, other in (
+        (0, torch.empty(81)[1:].view(20, 4)),  # 4 bytes off
+        (0, torch.empty(20, 4, dtype=torch.float64, device="meta")),
+        (number, 2**31),
+    ):
+        before = launched.jits
+        changed = [*arguments[:place], other, *arguments[place + 1 :]]
+        compiled_of_triton.start(kernel, grid, changed, constants)
+        assert launched.jits == before + 1

@@ -1,6 +1,7 @@
 """Which kernels are launched, on which grids, with how much private memory: nothing runs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -14,8 +15,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
 
-from roialign._triton import geometry, launch
-from triton_offline import OPERATIONS, Problem, memory
+from roialign._triton import compiled, geometry, launch
+from triton_offline import OPERATIONS, Problem, arrays_of, memory
 
 CONVENTION = roialign.conventions["half_pixel"]
 SCALES = 0.25, 0.5
@@ -29,19 +30,33 @@ def blocks(number, size):
 
 @pytest.mark.parametrize("workload", cases.WORKLOADS.values(), ids=lambda workload: workload.name)
 def test_private_memory(workload):
-    """For each RoI a table as long as the sides of the map and the bins; a bit for each tile."""
+    """For each RoI a table as long as its bins, or also as the map's sides, and a packed map; for
+    the adjoint a table as long as both, and a bit for each tile.
+    """
     (n, _, h, w), (k, c, p, q) = workload.shape, workload.output_shape
     rule = _rule.vector(CONVENTION, workload.sampling)
     problem = Problem(images=n, channels=c, size=(h, w), bins=(p, q), count=k, rule=rule)
     spread = (3, 3) if workload.sampling else (3 + p // 2, 3 + q // 2)
     room = h + w + p * spread[0] + q * spread[1]
     unused = 4
-    assert memory(problem.launches("forward")) == k * (8 + 16 * (p + q) + 8 * room) + unused
-    tiles = n * blocks(h, launch.TILE[0]) * blocks(w, launch.TILE[1])
+    forward = problem.launches("forward")
+    if c % 16:
+        assert memory(forward) == k * (8 + 16 * (p + q) + 8 * room) + unused
+    else:
+        entries = 4 * (p + q) if workload.sampling else room + 5 * (p + q)
+        assert memory(forward) == 8 * k * (entries + 1 + p) + 4 * n * c * h * w
+        last = replace(problem, last=True)
+        assert memory(last.launches("forward")) == 8 * k * (entries + 1 + p)
     table = k * (8 + 8 * (h + w) + 24 + 4 * room)
     adjoint = memory(problem.launches("adjoint"))
-    assert adjoint == table + unused + 8 * tiles * blocks(k, 32)
-    assert adjoint < 4 * c * max(k * p * q, n * h * w) / 2  # of d_output or of the gradient
+    if c % 16:
+        tiles = n * blocks(h, launch.TILE[0]) * blocks(w, launch.TILE[1])
+        assert adjoint == table + unused + 8 * tiles * blocks(k, 32)
+    else:
+        table += k * (16 * (h + w) + 8) + 8 * n * h * blocks(w, 16) * blocks(k, 32)
+        assert adjoint == table + unused + 4 * k * c * p * q
+        last = replace(problem, last=True)
+        assert memory(last.launches("adjoint")) == table + 2 * unused
 
 
 def test_grids():
@@ -54,6 +69,18 @@ def test_grids():
         ("adjoint", tiles * blocks(250, 16)),
         ("box_gradient", 70 * blocks(250, 16)),
         ("sum_blocks", 1),
+    }
+    problem = replace(problem, channels=256)
+    pack, sort = 2 * 8 * blocks(17 * 33, 128), 2 * 3 * 5
+    assert {(each.kernel, *each.grid) for each in problem.launches("forward")} == {
+        ("plan", blocks(70 * 17, 128) + sort + pack),
+        ("gather", blocks(70 * 7, 8) * 8),
+    }
+    tiles, pack = 2 * 17 * 3, 70 * 8 * blocks(70, 128)
+    assert {(each.kernel, *each.grid) for each in problem.launches("adjoint")} == {
+        ("axis_taps", 2 * blocks(70, 2)),
+        ("columns", 2 * 70 + pack + tiles),
+        ("scatter", tiles),
     }
 
 
@@ -82,7 +109,7 @@ def test_maps_are_launched_in_turn(operation):
     [(48, 0, False, False), (40, 1, True, False), (48, 1, True, True), (1, 1, False, False)],
 )
 def test_layouts(operation, channels, channels_last, innermost, aligned):
-    problem = Problem(channels=channels, last=channels_last)
+    problem = Problem("float64", channels=channels, last=channels_last)
     (last,) = (each for each in problem.launches(operation) if "INNERMOST" in each.constants)
     assert (last.constants["INNERMOST"], last.constants["ALIGNED"]) == (innermost, aligned)
 
@@ -114,6 +141,28 @@ def test_spread(size, double):
     assert spread(1023, 4096, False) == min(size, 3 + size // 2**20)
     assert spread(1024, 4096, False) == size
     assert spread(2**20, 4096, True) == min(size, 3)
+
+
+def test_what_is_made_is_dropped_after_its_last_use():
+    """So several maps take no more memory than one."""
+    problem = Problem(maps=2)
+    features, output, rois, _ = problem.arrays()
+    arrays = [None, *rois, None, output, features, features]
+    kinds = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in arrays)
+    given = 1, kinds, problem.scales * 2, problem.rule
+    kept = compiled.steps(launch, "forward", *given)
+    assert compiled.steps(launch, "forward", *given) is kept
+    alive = []
+
+    def call(kernel, grid, inputs, outputs, **constants):
+        made = arrays_of(outputs)
+        alive.append(sum(x is not None for x in arrays))
+        assert all(x is not None for x in (*inputs, *made))
+        return made
+
+    compiled.run(kept, arrays, call)
+    assert len(kept) == 4 and alive[0] == alive[2]
+    assert len(arrays) == 12 and not any(x is not None for x in arrays[8:])
 
 
 # What does not fit

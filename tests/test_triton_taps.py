@@ -14,10 +14,15 @@ pytest.importorskip("torch", reason="the interpreter runs on torch tensors")
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
+import triton
 
-from roialign._triton import kernels, launch
-from triton_interpreter import array, call, rois, rule, tensor, wide_call
+from backends import named
+from roialign import _rule
+from roialign._triton import kernels, launch, rows
 
+TORCH = named("torch")
+TORCH.start(None)
+tensor, array = TORCH.array, TORCH.numpy
 LENGTH = 11
 SPANS = [
     *[(1.3, 7.9), (-2.2, 4.6), (6.1, 14.3), (-5.5, 17), (3.4, 4.1), (0.2, 10.1)],
@@ -28,6 +33,30 @@ SPANS = [
     *[(-1e9, 1e9), (-4e9, 3), (2, 4.2e6), (-9e6, 40), (-3e38, 3e38), (2.2e9, -2.2e9)],
     *[(4.2, 4.201), (4, 4), (1e-45, 2e-45), (-0.0, 0.0), (2.9999, 3.0001), (100, 110), (-50, -40)],
 ]
+
+
+def call(kernel, grid, inputs, outputs, **constants):
+    """Runs a kernel; what it is to make is NaN or -1 before."""
+    arrays = [unwritten(o) if isinstance(o, launch.New) else o for o in outputs]
+    with np.errstate(all="ignore"):  # NaN and overflow are silent on a GPU
+        kernel[grid](*inputs, *arrays, **constants)
+    return arrays
+
+
+def wide_call(kernel, grid, inputs, outputs, **constants):
+    """With the taps of all RoIs in one program for an axis."""
+    if kernel is kernels.axis_taps:
+        grid, constants["BLOCK_K"] = (2,), triton.next_power_of_2(len(inputs[0]))
+    return call(kernel, grid, inputs, outputs, **constants)
+
+
+def unwritten(new):
+    dtype = getattr(torch, new.dtype)
+    return torch.full(new.shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
+
+
+def rule(problem):
+    return _rule.vector(problem.convention, problem.sampling)
 
 
 def problem_of(
@@ -50,10 +79,11 @@ def problem_of(
 
 
 def taps_of(problem, *, columns, tables=1, levels=None, maps=1, level=0, call=wide_call):
-    features = tensor(problem.features)
+    features, given = tensor(problem.features), tensor(problem.rois)
+    given = Rois(*given, None if levels is None else tensor(levels))
     pooled = launch.New(problem.output_shape, features.dtype)
     job = launch.Job(
-        call, [features] * maps, pooled, rois(problem, levels), None, problem.scale * maps,
+        call, [features] * maps, pooled, given, None, problem.scale * maps,
         rule(problem),
     )  # fmt: skip
     return launch.axis_taps(job, level, tables, columns=columns)
@@ -84,6 +114,40 @@ def entries_of(problem, axis, *, columns, tables=1, call=wide_call):
     found, slots = np.array(found, int).reshape(-1, 3), np.array(slots, int).reshape(-1, 2)
     order, (k, slot) = np.lexsort(found.T[::-1]), slots.T
     return found[order], weights[:, k[order], slot[order]]
+
+
+def sorted_entries_of(problem, axis):
+    """The same of `rows.plan`, whose entries are added up where they are of one pixel."""
+    (count, *_, bins_y, bins_x), made = problem.output_shape, []
+    bins = bins_y + bins_x
+
+    def of_taps(kernel, grid, inputs, outputs, **constants):
+        if kernel is not rows.plan:
+            return outputs
+        programs = -(-count * bins // constants["BLOCK"])  # the first ones
+        made.extend([call(kernel, (programs,), inputs, outputs, **constants)[0], constants["TAPS"]])
+        return made[0], outputs[1]
+
+    features = tensor(np.repeat(problem.features, 16, 1))
+    features = features.to(memory_format=torch.channels_last)
+    pooled = torch.empty(problem.output_shape[0], 16, *problem.size, device="meta")
+    given = Rois(*tensor(problem.rois))
+    job = launch.Job(of_taps, [features], pooled, given, None, problem.scale, rule(problem))
+    launch._gather(job, 0, pooled)
+    table, taps = made
+    found = {}
+    for k in range(count):
+        for b in range(problem.size[axis]):
+            bin = k * bins + axis * bins_y + b
+            first, number = (bin * taps, taps) if taps else table[2 * bin - 2 * count * bins :][:2]
+            assert taps or not axis or number % 4 == 0
+            for entry in table[first : first + number].tolist():
+                weight = np.int32(entry >> 32).view(np.float32)
+                key = k, b, entry & 0x7FFFFFFF
+                found[key] = found.get(key, 0.0) + float(weight)
+    held = {key: weight for key, weight in sorted(found.items()) if weight}
+    index = np.array(list(held), int).reshape(-1, 3)
+    return index, np.float32(list(held.values()))[None]
 
 
 def check_values(entries, expected):
@@ -138,13 +202,14 @@ def check_slopes(problem, axis, entries):
 def test_any_box(convention, dtype, sampling, axis):
     options = {"axis": axis, "dtype": dtype, "sampling": sampling, "convention": convention}
     problem = problem_of(SPANS, LENGTH, 5, **options)
-    rows = entries_of(problem, axis, columns=False, tables=3)
+    by_rows = entries_of(problem, axis, columns=False, tables=3)
     expected = of_core(problem, axis)
-    check_values(rows, expected)
+    check_values(by_rows, expected)
     check_values(entries_of(problem, axis, columns=True), expected)
-    check_slopes(problem, axis, rows)
+    check_slopes(problem, axis, by_rows)
     if dtype == np.float32:
-        check_values(rows, of_oracle(problem, axis))
+        check_values(by_rows, of_oracle(problem, axis))
+        check_values(sorted_entries_of(problem, axis), expected)
 
 
 def short_side(length):
@@ -187,7 +252,10 @@ FAR = [(2e6 + 0.5, 2e6 + 1), (2e6 + 3, 2e6 + 2.25), (2**21 - 1.5, 2**21 + 1)]
 )
 def test_rare_boxes(spans, length, bins, options, right, columns):
     problem = problem_of(spans, length, bins, **options)
-    check_values(entries_of(problem, 1, columns=columns), right(problem, 1))
+    expected = right(problem, 1)
+    check_values(entries_of(problem, 1, columns=columns), expected)
+    if not columns and problem.features.dtype == np.float32:
+        check_values(sorted_entries_of(problem, 1), expected)
 
 
 def test_bins_overlap_by_pixels():

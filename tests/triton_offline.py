@@ -111,7 +111,7 @@ class Problem:
     channels: int = 256
     size: tuple[int, int] = (50, 76)
     bins: tuple[int, int] = (7, 7)
-    count: int = 20
+    count: int = 50
     maps: int = 1
     scales: tuple[float, float] = (0.25, 0.5)
     rule: tuple[float, ...] = (2.0, 0.5, 0.0, 1.0, -math.inf, 0.0)
@@ -195,6 +195,16 @@ class Variant:
         elif "INNERMOST" in values:
             layout = "channels last" if values["INNERMOST"] else "channels first"
             layout += ", 16" if values["ALIGNED"] else ""
+        elif "TAPS" in values:
+            layout = "few" if values["TAPS"] else "many"
+            if self.kernel == "gather":
+                layout += ", channels last" if values["LAST"] else ", channels first"
+            else:
+                layout += ", packed" if values["PACK"] else ""
+        elif "LAST" in values:
+            layout = "channels last" if values["LAST"] else "channels first"
+        elif "PACK" in values:
+            layout = "packed" if values["PACK"] else "-"
         return self.kernel, self.dtype, str(values.get("TABLES", "-")), layout
 
 
@@ -204,10 +214,20 @@ def problems(dtypes):
         yield Problem(dtype)
         yield Problem(dtype, last=True)
         yield Problem(dtype, last=True, channels=250)
-        yield Problem(dtype, images=2000)  # 32 bits do not address it
+        for last in (False, True):  # too many for any kernels by rows; 32 bits do not address them
+            yield Problem(dtype, last=last, images=20000)
         if dtype in ("float16", "float64"):
             floor = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
             yield Problem(dtype, boxes=dtype, bins=(64, 64), rule=floor)
+
+
+def forwards(dtypes):
+    """The forward's other paths: few RoIs, many bins; adaptive, or of several maps."""
+    for dtype in dtypes:
+        yield Problem(dtype, count=20)
+        yield Problem(dtype, last=True, bins=(7, 65))
+        for last in (False, True):
+            yield Problem(dtype, last=last, rule=(0.0, *Problem.rule[1:]), maps=1 + last)
 
 
 def compile_all(name, dtypes):
@@ -215,6 +235,8 @@ def compile_all(name, dtypes):
     device = Device(TARGETS[name])
     for problem in problems(dtypes):
         problem.run(device.call)
+    for problem in forwards(dtypes):
+        problem.launch("forward", device.call)
     return [_variant(compiled) for compiled in device.compiled.values()]
 
 
