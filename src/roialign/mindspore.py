@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -246,7 +247,8 @@ class _Recorded(_Function):
     def forward(ctx, call, *flat):
         ctx.call = call
         ctx.save_for_backward(*flat)
-        return _primitive(*call)(*_grouped(call[1], flat))
+        primitive = _primitive(*call, threading.get_ident())
+        return primitive(*_grouped(call[1], flat))
 
     @staticmethod
     def backward(ctx, *d_results):
@@ -294,8 +296,13 @@ def _call(operation: str, names: tuple[str, ...], size: tuple, arrays: tuple) ->
 
 @ops.constexpr
 @functools.lru_cache
-def _primitive(name: str, names: tuple[str, ...], size: tuple) -> ops.Custom:
-    """The core's entry `name`; `size`: a forward's C, P, Q, and the shapes of an adjoint's maps."""
+def _primitive(
+    name: str, names: tuple[str, ...], size: tuple, thread: int | None = None
+) -> ops.Custom:
+    """The core's entry `name`; `size`: a forward's C, P, Q, and the shapes of an adjoint's maps.
+
+    Each thread has its own: MindSpore writes shapes into a primitive's kernel before it runs it.
+    """
     several = bool(size) and isinstance(size[0], tuple)
     source = next(each for each in ("d_output", "features", "boxes") if each in names)
 
@@ -314,7 +321,7 @@ def _primitive(name: str, names: tuple[str, ...], size: tuple) -> ops.Custom:
     bprop = _bprop(name, names) if name in _ORDER else None
     primitive = ops.Custom(entry, shape, dtype, "aot", bprop)
     # to MindSpore, primitives of equal attributes are the same
-    primitive.add_prim_attr("call", str((names, size)))
+    primitive.add_prim_attr("call", str((names, size, thread)))
     return primitive
 
 
