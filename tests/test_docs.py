@@ -20,12 +20,15 @@ FRAMEWORKS = {
     ),
     "jax": ("roialign.jax",),
     "mindspore": ("roialign.mindspore",),
+    "matplotlib": ("roialign._explain",),
 }
 MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]
 MODULES = (
     "roialign",
     "roialign._api",
     "roialign._checks",
+    "roialign._grid",
+    "roialign._identify",
     "roialign._rule",
     "roialign.numpy",
     *(module for name in FRAMEWORKS if name not in MISSING for module in FRAMEWORKS[name]),

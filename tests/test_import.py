@@ -17,6 +17,7 @@ PUBLIC = {
     "Identification",
     "Match",
     "SamplingGrid",
+    "explain",
     "identify",
     "sampling_grid",
     "ROIAlign",

@@ -21,11 +21,12 @@ ADAPTER = "_core _checks _rois _operations _threads"
 
 # module: modules beside it, or of the package, that it may import
 PLACES = {
-    "__init__": "_api _grid _identify _rule",
+    "__init__": "_api _explain _grid _identify _rule",
     "__main__": "cli",
     "_api": "_adapter _checks _graph _layout _levels _rois _rule _threads",
     "_adapter": "_checks _graph _rois numpy torch jax mindspore cupy",
     "_checks": "_adapter _graph _layout _rule",
+    "_explain": "_api _grid _rule",
     "_graph": "mindspore",
     "_layout": "",
     "_grid": "_checks _core _rule",
@@ -73,6 +74,7 @@ PLACES = {
 }
 # file or folder: what it may import beyond the package and the standard library
 BEYOND = {
+    "_explain": "numpy matplotlib",
     "_grid": "numpy",
     "_identify": "numpy",
     "_identify_onnx": "numpy onnx onnxruntime",
@@ -172,12 +174,13 @@ def test_an_adapter_has_what_it_owes(library):
 
 
 def test_the_rule_has_one_list():
-    # names of its numbers: where they are declared, and where coordinates are computed from them
+    # names of its numbers: where they are declared, computed with, or told in words
     known = {
         "csrc/rule.hpp",
         "csrc/geometry.hpp",
         "src/roialign/_rule.py",
         "src/roialign/_dense.py",
+        "src/roialign/_explain.py",
         "src/roialign/_triton/geometry.py",
         "src/roialign/torch/onnx.py",
     }

@@ -24,6 +24,7 @@ from roialign._api import (
 from roialign._rule import Convention, conventions
 
 if TYPE_CHECKING:
+    from roialign._explain import explain
     from roialign._grid import SamplingGrid, sampling_grid
     from roialign._identify import Identification, Match, identify
 
@@ -35,6 +36,7 @@ __all__ = [
     "SamplingGrid",
     "assign_levels",
     "conventions",
+    "explain",
     "get_num_threads",
     "identify",
     "multiscale_roi_align",
@@ -54,6 +56,7 @@ _MODULES = {  # not imported before use
     "Identification": "_identify",
     "Match": "_identify",
     "SamplingGrid": "_grid",
+    "explain": "_explain",
     "identify": "_identify",
     "sampling_grid": "_grid",
 }

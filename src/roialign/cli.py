@@ -1,4 +1,4 @@
-"""The `roialign` command: `roialign demo`, `roialign identify`, `roialign info`."""
+"""The `roialign` command: `roialign demo`, `identify`, `info`, `show`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from roialign import __version__, _core, get_num_threads
+from roialign import __version__, _core, explain, get_num_threads
 
 LIBRARIES = "numpy", "torch", "jax", "mindspore", "cupy"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -94,6 +94,45 @@ def run_identify(path, as_json):
     return 0 if found and all(rule.matches for _, _, rule in found) else 1
 
 
+def listed(separator, number, example):
+    """A reader of numbers with a separator between them."""
+
+    def read(text):
+        try:
+            return tuple(number(part) for part in text.split(separator))
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like {example}") from None
+
+    return read
+
+
+def quotient(text):
+    """1/4 or 0.25."""
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+def run_show(given):
+    """0 if the picture was written, 2 if none can be made of what was given."""
+    try:
+        figure = explain(
+            *(given.box, given.map, given.bins * 2 if len(given.bins) == 1 else given.bins),
+            spatial_scale=given.scale[0] if len(given.scale) == 1 else given.scale,
+            sampling_ratio=given.sampling_ratio,
+            convention=given.convention,
+            angle=given.angle,
+            clockwise=given.clockwise,
+        )
+        figure.savefig(given.output, dpi=120)
+    except ImportError as error:
+        sys.exit(f"roialign show: {error}")
+    except (TypeError, ValueError) as error:
+        print(f"roialign show: {error}", file=sys.stderr)
+        return 2
+    print(*[text.get_text() for text in figure.texts], given.output, sep="\n")
+    return 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="roialign", description="RoIAlign for NumPy, PyTorch, JAX and MindSpore."
@@ -117,12 +156,47 @@ def main(argv=None):
     )
     identify.add_argument("--onnx", type=Path, required=True, metavar="MODEL")
     identify.add_argument("--json", action="store_true", help="print all that was found as JSON")
+    shown = commands.add_parser(
+        "show",
+        help="draw what RoIAlign does with a box, under one convention or several",
+        description="Draws the feature grid, the box, its bins and samples, one sample with its "
+        "pixels and weights, and the pooled values. Several conventions are drawn side by side, "
+        "and what differs is said in words. Needs Matplotlib.",
+        epilog="example: roialign show --box 10,20,60,50 --map 32x48 --scale 1/4 "
+        "--convention onnx:half_pixel openvino:half_pixel -o why.png",
+    )
+    pair = listed("x", int, "32x48")
+    add = shown.add_argument
+    add(
+        "--box",
+        type=listed(",", float, "10,20,60,50"),
+        required=True,
+        metavar="X1,Y1,X2,Y2",
+        help="in image pixels; --box=-3,... if it begins with a minus; "
+        "with --angle: X,Y,WIDTH,HEIGHT,ANGLE",
+    )
+    add("--map", type=pair, required=True, metavar="HxW", help="rows and columns of the map")
+    add("--bins", type=pair, default=(7,), metavar="PxQ", help="bins, one number for both (7)")
+    add(
+        "--scale",
+        type=listed(",", quotient, "1/4 or 0.25,0.5"),
+        default=(1.0,),
+        metavar="S",
+        help="spatial_scale, feature pixels per image pixel, as 1/4 or 0.25; y,x if they differ",
+    )
+    add("--sampling-ratio", type=int, nargs="+", default=[0], metavar="N", help="0: adaptive")
+    add("--convention", nargs="+", default=["half_pixel"], metavar="NAME", help="or an alias")
+    add("--angle", choices=("degrees", "radians"), help="the unit of the angle of a turned box")
+    add("--clockwise", action="store_true", help="how a box turns")
+    add("--output", "-o", type=Path, default=Path("roialign-show.png"), metavar="PATH")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "demo":
             run_demo(arguments.output)
         elif arguments.command == "identify":
             return run_identify(arguments.onnx, arguments.json)
+        elif arguments.command == "show":
+            return run_show(arguments)
         else:
             print(info())
     except (OSError, ValueError) as error:  # a path, an environment variable
