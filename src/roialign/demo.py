@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from roialign import ROIAlign, get_num_threads
+from roialign import ROIAlign, get_num_threads, sampling_grid
 
 DOCUMENTED = [[[[1.775, 2.025], [2.275, 2.525]]]]  # by MindSpore, for its example
 REPEATS = 50
 STEP = 4  # photograph pixels per feature, so spatial_scale = 1 / STEP
-BINS = 14
+BINS = 7
 SAMPLE_NUM = 2
 ROI_END_MODE = 1  # x2 and y2 are the last pixel inside the box
+CONVENTION = "mindspore:roi_end_mode=1"
 
 CREDIT = "photograph: Chelsea, by Stefan van der Walt, CC0"
 
@@ -26,13 +27,14 @@ REGIONS = (
     ("nose", (226, 214, 297, 271), "#12a06a"),
     ("ear", (314, 4, 403, 75), "#e0447c"),
 )
+BIN, SAMPLE = (4, 2), (1, 1)  # the bin, and the sample in it, that are followed, y before x
 
-INK, FAINT, PAPER = "#22262b", "#6b7280", "#fbfaf7"
+INK, FAINT, PAPER, MARK = "#22262b", "#6b7280", "#fbfaf7", "#ffd400"
 FINE = 2  # drawn this much larger, then reduced: smooth edges
-ZOOM = 2.5  # of the photograph
-CELL = 22  # one bin, enlarged
+ZOOM = 2  # of the photograph
 MARGIN, GAP, LINE = 48, 36, 3
-HEADER, CAPTION, FOOTER = 84, 36, 84
+HEADER, FOOTER, ROW = 76, 60, 600  # ROW: height of the photograph
+SMALL = 294  # side of the pictures in the second row
 
 
 def features_of(photograph):
@@ -54,12 +56,6 @@ def extents(box):
     return x2 - x1 + ROI_END_MODE, y2 - y1 + ROI_END_MODE
 
 
-def sample_positions(lo, extent):
-    """Where one axis of a box is sampled, in photograph pixels: [BINS * SAMPLE_NUM]."""
-    count = BINS * SAMPLE_NUM
-    return lo + (np.arange(count) + 0.5) * extent / count
-
-
 def median_milliseconds(call):
     times = []
     for _ in range(REPEATS):
@@ -67,6 +63,11 @@ def median_milliseconds(call):
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def picture_of(values):
+    """Of float (3, height, width) in [0, 1]."""
+    return Image.fromarray(np.rint(255 * values.transpose(1, 2, 0)).astype(np.uint8))
 
 
 class Sheet:
@@ -77,7 +78,7 @@ class Sheet:
         self.draw = ImageDraw.Draw(self.image)
         self.size = (width, height)
 
-    def paste(self, picture, x, y, width, height, resample):
+    def paste(self, picture, x, y, width, height, resample=Image.Resampling.NEAREST):
         size = (round(width * FINE), round(height * FINE))
         self.image.paste(picture.resize(size, resample), (round(x * FINE), round(y * FINE)))
 
@@ -85,66 +86,119 @@ class Sheet:
         font = ImageFont.load_default(size * FINE)
         self.draw.text((x * FINE, y * FINE), string, colour, font, anchor)
 
-    def frame(self, x0, y0, x1, y1, colour):
-        """A line of width LINE inside the rectangle."""
+    def frame(self, x0, y0, x1, y1, colour, width=LINE):
+        """A line of this width inside the rectangle."""
         corners = (x0 * FINE, y0 * FINE, x1 * FINE - 1, y1 * FINE - 1)
-        self.draw.rectangle(corners, None, colour, LINE * FINE)
+        self.draw.rectangle(corners, None, colour, round(width * FINE))
+
+    def line(self, x0, y0, x1, y1, colour, width):
+        self.draw.line([FINE * v for v in (x0, y0, x1, y1)], colour, round(width * FINE))
+
+    def bins(self, ys, xs, colour, width):
+        """The lines between and around bins that end at these places."""
+        for y in ys:
+            self.line(xs[0], y, xs[-1], y, colour, width)
+        for x in xs:
+            self.line(x, ys[0], x, ys[-1], colour, width)
 
     def dot(self, x, y, radius, colour):
         corners = (x - radius, y - radius, x + radius, y + radius)
-        self.draw.ellipse([FINE * v for v in corners], colour)
+        self.draw.ellipse([FINE * v for v in corners], colour, "black", FINE)
 
-    def tag(self, x, y, string, colour, size=19):
-        """A filled label with its top-left corner at (x, y)."""
+    def tag(self, x, y, string, colour, size=17, ink="white", anchor="la"):
+        """A filled label with its top-left corner at (x, y); "mm": its middle."""
         font = ImageFont.load_default(size * FINE)
-        width = self.draw.textlength(string, font) / FINE
-        box = [FINE * v for v in (x, y, x + width + 16, y + size + 9)]
-        self.draw.rectangle(box, colour)
-        self.text(x + 8, y + (size + 9) / 2, string, size, "white", "lm")
+        width, height = self.draw.textlength(string, font) / FINE + 14, size + 8
+        if anchor == "mm":
+            x, y = x - width / 2, y - height / 2
+        self.draw.rectangle([FINE * v for v in (x, y, x + width, y + height)], colour)
+        self.text(x + 7, y + height / 2, string, size, ink, "lm")
 
     def save(self, path):
         self.image.resize(self.size, Image.Resampling.BOX).save(path, "PNG", optimize=True)
 
 
-def draw_sheet(photograph, pooled):
-    """The photograph with boxes and sample points; beside it the pooled regions [K, 3, P, Q]."""
-    height, width = (round(ZOOM * size) for size in photograph.shape[:2])
-    side = BINS * CELL + 2 * LINE  # a pooled region in its frame
-    column = MARGIN + width + GAP
-    sheet = Sheet(column + 2 * side + GAP + MARGIN, HEADER + height + FOOTER)
+def draw_photograph(sheet, photograph, grids, x, y):
+    """With the bins of each box."""
+    height, width = (ZOOM * size for size in photograph.shape[:2])
+    sheet.text(x, y - 14, f"1  Four boxes, each cut into {BINS} x {BINS} bins", 24, anchor="ls")
+    picture = Image.fromarray(photograph)
+    sheet.paste(picture, x, y, width, height, Image.Resampling.BICUBIC)
+    for (name, _, colour), grid in zip(REGIONS, grids, strict=True):
+        ys, xs = y + ZOOM * grid.image_edges_y, x + ZOOM * grid.image_edges_x
+        sheet.bins(ys, xs, "white", 1)
+        sheet.frame(xs[0] - LINE, ys[0] - LINE, xs[-1] + LINE, ys[-1] + LINE, colour)
+        sheet.tag(xs[0] - LINE, ys[-1] + LINE, name, colour)
+    return width
 
-    sheet.text(MARGIN, 34, f"ROIAlign({BINS}, {BINS}, {1 / STEP})", 30)
-    sheet.text(column, 34, f"{BINS} x {BINS} bins from each box", 30)
-    sheet.paste(
-        Image.fromarray(photograph), MARGIN, HEADER, width, height, Image.Resampling.BICUBIC
+
+def draw_grid(sheet, features, grid, x, y):
+    """The first box on the features around it; the samples of one bin; the pixels of one sample."""
+    name, _, colour = REGIONS[0]
+    sheet.text(x, y - 14, f"2  The {name} on the features; yellow: one sample", 24, anchor="ls")
+    left, top = (int(edges[0]) - 1 for edges in (grid.edges_x, grid.edges_y))
+    side = int(max(grid.edges_x[-1] - left, grid.edges_y[-1] - top)) + 3
+    cell = ROW / side
+
+    def place(xs, ys):
+        return x + (xs - left + 0.5) * cell, y + (ys - top + 0.5) * cell
+
+    sheet.paste(picture_of(features[:, top : top + side, left : left + side]), x, y, ROW, ROW)
+    for k in range(1, side):
+        sheet.line(x + k * cell, y, x + k * cell, y + ROW, FAINT, 0.5)
+        sheet.line(x, y + k * cell, x + ROW, y + k * cell, FAINT, 0.5)
+    xs, ys = place(grid.edges_x, grid.edges_y)
+    sheet.bins(ys, xs, "white", 2.5)
+    sheet.frame(xs[0] - LINE, ys[0] - LINE, xs[-1] + LINE, ys[-1] + LINE, colour)
+    for row in grid.samples_y[BIN[0]]:
+        for column in grid.samples_x[BIN[1]]:
+            sheet.dot(*place(column, row), 3.5, "white")
+    row, column = grid.samples_y[BIN[0], SAMPLE[0]], grid.samples_x[BIN[1], SAMPLE[1]]
+    x0, y0 = place(int(column) - 0.5, int(row) - 0.5)
+    sheet.frame(x0 - 2, y0 - 2, x0 + 2 * cell + 2, y0 + 2 * cell + 2, MARK)
+    sheet.dot(*place(column, row), 6, MARK)
+
+
+def draw_sample(sheet, features, grid, x, y):
+    """That sample: its four pixels, their weights, and the colour that they make."""
+    sheet.text(x, y - 14, "3  Its four pixels, weighted", 24, anchor="ls")
+    row, column = grid.samples_y[BIN[0], SAMPLE[0]], grid.samples_x[BIN[1], SAMPLE[1]]
+    top, left = int(row), int(column)
+    four = features[:, top : top + 2, left : left + 2]
+    down, right = row - top, column - left
+    weights = np.outer([1 - down, down], [1 - right, right])
+    sheet.paste(picture_of(four), x, y, SMALL, SMALL)
+    sheet.frame(x, y, x + SMALL, y + SMALL, MARK)
+    half = SMALL / 2
+    for (i, j), weight in np.ndenumerate(weights):
+        corner = x + (j + 0.5) * half, y + (0.16 + 0.68 * i) * SMALL
+        sheet.tag(*corner, f"{weight:.2f}", PAPER, 20, INK, "mm")
+    sheet.dot(x + (right + 0.5) * half, y + (down + 0.5) * half, 8, MARK)
+
+
+def draw_sheet(photograph, features, pooled):
+    """The photograph, one box on the features, one sample; the pooled regions [K, 3, P, Q]."""
+    size = features.shape[2:]
+    rule = {"spatial_scale": 1 / STEP, "sampling_ratio": SAMPLE_NUM, "convention": CONVENTION}
+    grids = [sampling_grid(box, size, BINS, **rule) for _, box, _ in REGIONS]
+    width = 2 * MARGIN + ZOOM * photograph.shape[1] + GAP + ROW
+    second = HEADER + ROW + HEADER
+    sheet = Sheet(width, second + SMALL + FOOTER)
+    right = MARGIN + draw_photograph(sheet, photograph, grids, MARGIN, HEADER) + GAP
+    draw_grid(sheet, features[0], grids[0], right, HEADER)
+    draw_sample(sheet, features[0], grids[0], MARGIN, second)
+    step = (width - 2 * MARGIN - SMALL) / len(REGIONS)
+    for k, (name, _, colour) in enumerate(REGIONS):
+        x = MARGIN + (k + 1) * step
+        sheet.text(x, second - 14, f"{'4  Pooled: ' * (k == 0)}{name}", 24, anchor="ls")
+        sheet.paste(picture_of(pooled[k]), x, second, SMALL, SMALL)
+        sheet.frame(x, second, x + SMALL, second + SMALL, colour)
+    bottom = second + SMALL + FOOTER / 2
+    means = (
+        f"A bin is the mean of its {SAMPLE_NUM} x {SAMPLE_NUM} samples (white); a sample is the "
     )
-    for name, box, colour in REGIONS:
-        x0, y0 = MARGIN + ZOOM * box[0], HEADER + ZOOM * box[1]
-        box_width, box_height = (ZOOM * extent for extent in extents(box))
-        for y in sample_positions(y0, box_height):
-            for x in sample_positions(x0, box_width):
-                sheet.dot(x, y, 1, "white")
-        sheet.frame(x0, y0, x0 + box_width, y0 + box_height, colour)
-        sheet.tag(x0, y0 + box_height, name, colour)
-
-    for k, (name, box, colour) in enumerate(REGIONS):
-        x = column + k % 2 * (side + GAP)
-        y = HEADER + k // 2 * (height - side - CAPTION)
-        pixels = np.rint(255 * pooled[k].transpose(1, 2, 0)).astype(np.uint8)  # [P, Q, 3]
-        sheet.frame(x, y, x + side, y + side, colour)
-        sheet.paste(
-            Image.fromarray(pixels),
-            *(x + LINE, y + LINE, side - 2 * LINE, side - 2 * LINE),
-            Image.Resampling.NEAREST,
-        )
-        sheet.text(x, y + side + CAPTION, name, 24, anchor="ls")
-        size = "{} x {} pixels".format(*extents(box))
-        sheet.text(x + side, y + side + CAPTION, size, 20, FAINT, "rs")
-
-    bottom = HEADER + height + FOOTER / 2
-    samples = f"white: the {SAMPLE_NUM} x {SAMPLE_NUM} samples of each bin"
-    sheet.text(MARGIN, bottom, samples, 20, FAINT, "lm")
-    sheet.text(column + 2 * side + GAP, bottom, CREDIT, 20, FAINT, "rm")
+    sheet.text(MARGIN, bottom, means + "weighted mean of four pixels.", 20, FAINT, "lm")
+    sheet.text(width - MARGIN, bottom, CREDIT, 20, FAINT, "rm")
     return sheet
 
 
@@ -164,7 +218,7 @@ def run(output):
     layer = ROIAlign(BINS, BINS, 1 / STEP, SAMPLE_NUM, ROI_END_MODE)
     pooled = layer(features, rois)  # [K, 3, BINS, BINS]
     milliseconds = median_milliseconds(lambda: layer(features, rois))
-    draw_sheet(photograph, pooled).save(output)
+    draw_sheet(photograph, features, pooled).save(output)
 
     print(f"photograph  {photograph.shape} {photograph.dtype}; {CREDIT.partition(': ')[2]}")
     print(f"features    {features.shape} {features.dtype}, means of {STEP} x {STEP} pixels")
