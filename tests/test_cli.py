@@ -1,5 +1,7 @@
-"""`roialign info` and `roialign demo`, as commands."""
+"""The commands: what they print, their help, their exit status."""
 
+import json
+import os
 import re
 from importlib.util import find_spec
 
@@ -8,7 +10,7 @@ import pytest
 
 import roialign
 from isolation import python
-from roialign import _core
+from roialign import _core, cli
 
 pillow = pytest.mark.skipif(find_spec("PIL") is None, reason="needs Pillow (roialign[demo])")
 
@@ -37,6 +39,22 @@ def test_info():
         assert "not installed" in shown[library] or not missing
     triton = find_spec("triton")
     assert shown["gpu"].split()[1:3] == (["yes", "(triton"] if triton else ["no", "(needs"])
+
+
+def test_info_as_json():
+    ran = run("info", "--json")
+    rows, shown = json.loads(ran.stdout), lines(run("info").stdout)
+    assert ran.returncode == 0 and [name.split()[0] for name in rows] == list(shown)
+    assert rows["roialign"] == roialign.__version__ and type(rows["threads"]) is int
+
+
+@pytest.mark.parametrize("command", [None, *cli.EXAMPLES])
+def test_help_has_examples_and_the_exit_status(command):
+    ran = run(*([command] if command else []), "--help")
+    assert ran.returncode == 0 and not ran.stderr
+    for name, example in cli.EXAMPLES.items():
+        assert (example in ran.stdout) == (command in (name, None))
+    assert all(f"\n  {status}  " in ran.stdout for status in range(3)) and "docs/" in ran.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["info", "extra"], ["demo", "--wrong"]])
@@ -111,12 +129,20 @@ def test_demo_into_a_folder_that_is_not_there(tmp_path):
     assert ran.returncode == 1 and "missing" in ran.stderr and "Traceback" not in ran.stderr
 
 
-def test_demo_without_pillow(tmp_path):
-    (tmp_path / "PIL").mkdir()
-    (tmp_path / "PIL" / "__init__.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'PIL'\", name='PIL')"
+@pytest.mark.parametrize(
+    "package, arguments, words",
+    [
+        ("PIL", ["demo"], "Pillow: pip install pillow, or install roialign[demo]"),
+        ("onnx", ["identify", "--onnx", "model.onnx"], "ONNX and its runtime: pip install onnx"),
+    ],
+)
+def test_a_package_that_is_missing(tmp_path, package, arguments, words):
+    text = f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')"
+    (tmp_path / f"{package}.py").write_text(text)
+    ran = run(
+        *arguments,
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )
-    ran = run("demo", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert ran.returncode == 1 and "Traceback" not in ran.stderr
-    assert "Pillow" in ran.stderr and "roialign[demo]" in ran.stderr
+    assert ran.returncode == 1 and len(ran.stderr.splitlines()) == 1 and words in ran.stderr
     assert not list(tmp_path.glob("*.png"))

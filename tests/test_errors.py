@@ -125,7 +125,7 @@ ROIS_FORMS = [
     *wrong("rois", IndexError, 2.0, -1.0, 0.5, np.nan, np.inf, within=rows, **OF_ROI_1),
     *wrong("rois", IndexError, 7, -3, within=lambda i: (BOXES, np.array([0, i])), **OF_ROI_1),
 ]
-CAST = "{}: cast it to float32 or float64"
+CAST = r"{}: cast it, \w+\.(astype|to)\("
 BYTES = wrong("features", TypeError, *of_dtypes(FEATURES, "u1", bool), received=CAST)
 FEATURE_ARRAYS = [
     *wrong("features", TypeError, *no_arrays(FEATURES), np.float32(1), FEATURES.view("V4")),

@@ -107,17 +107,19 @@ def npu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("allowed", "dtype", "error"),
+    ("allowed", "dtype", "reduction", "error"),
     [
-        ("", "float32", "there use torch_npu.npu_roi_align; ROIALIGN_NPU=1 allows"),
-        ("1", "float64", "`features` must be float16, bfloat16 or float32 on"),
+        ("", "float32", "mean", "there use torch_npu.npu_roi_align; ROIALIGN_NPU=1 allows"),
+        ("1", "float64", "mean", "`features` must be float16, bfloat16 or float32 on"),
+        ("1", "float32", "max", "largest samples are not there on .*: take `reduction` 'mean'"),
     ],
 )
-def test_ascend_refuses(npu, monkeypatch, allowed, dtype, error):
+def test_ascend_refuses(npu, monkeypatch, allowed, dtype, reduction, error):
     monkeypatch.setenv("ROIALIGN_NPU", allowed)
     rois = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(TypeError, match=error):
-        roialign.roi_align(torch.zeros(1, 1, 4, 4, dtype=getattr(torch, dtype)), rois, 1)
+    features = torch.zeros(1, 1, 4, 4, dtype=getattr(torch, dtype))
+    with pytest.raises((TypeError, NotImplementedError), match=error):
+        roialign.roi_align(features, rois, 1, reduction=reduction)
 
 
 def test_the_interpreter_is_what_runs_here():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -237,6 +238,27 @@ def test_a_model_without_the_operator(tmp_path):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), path)
     ran = python("-m", "roialign", "identify", "--onnx", path)
     assert ran.returncode == 1 and "no RoiAlign node" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "No such file"),
+        (b"", "an ONNX model"),
+        (b"text", "an ONNX model"),
+        ({}, "`pool|pool "),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path, content, words):
+    path = tmp_path / "model.onnx"
+    model_of(path, 16, mode="none" if content == {} else "avg")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.unlink()
+    ran = python("-m", "roialign", "identify", "--onnx", path)
+    assert ran.returncode == 1 and not ran.stdout and re.search(words, ran.stderr), ran.stderr
+    assert ran.stderr.startswith("roialign identify: ") and len(ran.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("mode", ["asymmetric", "half_pixel_for_nn", "half_pixel"])

@@ -157,6 +157,12 @@ def test_a_graph_takes_no_dicts_of_maps():
         mindspore.jit(pool)(FEATURES, ROIS)
 
 
+def test_other_targets_are_refused(monkeypatch):
+    monkeypatch.setattr(roialign.mindspore, "_target", lambda: "Ascend")
+    with pytest.raises(NotImplementedError, match="CPU target, got Ascend: use mindspore.ops.ROI"):
+        roialign.roi_align(FEATURES, ROIS, 2)
+
+
 # The layer
 
 

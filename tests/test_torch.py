@@ -280,6 +280,9 @@ def test_devices_are_not_mixed():
     ):
         with pytest.raises(TypeError, match=f"`{name}` must be on the device of"):
             call()
+    given = boxes.to("meta"), index, None, None, [2, 2], [1.0, 1.0], RULE
+    with pytest.raises(TypeError, match="^roialign::forward: tensors must be on one device"):
+        roialign.torch.operators._kernel("forward", [features], *given)
     nested = torch.nested.nested_tensor([torch.rand(3, 8, 9)])
     with pytest.raises(TypeError, match="`features` must be a dense tensor, got a nested one"):
         roialign.roi_align(nested, ROIS, 2)

@@ -188,10 +188,8 @@ def adapter_of(name: str, array: object, others: Sequence[Any] = ()) -> Adapter:
     elif _is_a(array, "cupy", "ndarray"):
         import roialign.cupy as module
     else:
-        raise TypeError(
-            f"`{name}` must be a numpy.ndarray, torch.Tensor, jax.Array, mindspore.Tensor or "
-            f"cupy.ndarray, got {_checks.type_name(array)}"
-        )
+        kinds = "numpy.ndarray, torch.Tensor, jax.Array, mindspore.Tensor or cupy.ndarray"
+        _checks.refuse_array(name, kinds, array)
     return module
 
 

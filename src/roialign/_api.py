@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from roialign import _checks, _layout, _levels, _rois
 from roialign._adapter import Adapter, adapter_of, own, with_own_index
@@ -895,7 +895,7 @@ def assign_levels(
     if IN_GRAPH:  # @jit.cond: True
         setting = graph_adapter().level_setting
     arguments = setting(level_range, rule, canonical_size, canonical_level)
-    images = len(rois) if isinstance(rois, (tuple, list)) else rois.shape[0]
+    images = len(rois) if isinstance(rois, (tuple, list)) else (rois.shape[0] if rois.ndim else 0)
     boxes, _ = _rois.boxes_and_index(adapter, rois, images)
     found = _levels.assign(adapter, boxes, *arguments)
     return found.reshape(_rois.counts(rois, boxes))
@@ -963,6 +963,9 @@ class ROIAlign:
         self.sample_num = sample_num
         self.roi_end_mode = roi_end_mode
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        _checks.refuse_script("roialign.ROIAlign")
+
     def __call__(self, features: Array, rois: Any) -> Array:
         adapter = _adapter("features", features, rois)
         name = "mindspore" if self.roi_end_mode else "mindspore_legacy"
@@ -987,4 +990,11 @@ class ROIAlign:
             f"ROIAlign(pooled_height={self.pooled_height}, pooled_width={self.pooled_width}, "
             f"spatial_scale={self.spatial_scale}, sample_num={self.sample_num}, "
             f"roi_end_mode={self.roi_end_mode})"
+        )
+
+
+for _name in __all__:  # what torch.jit.script asks of them
+    if _name != "ROIAlign":
+        globals()[_name].__prepare_scriptable__ = functools.partial(
+            _checks.refuse_script, f"roialign.{_name}"
         )

@@ -1,8 +1,8 @@
 """Argument checks that do not depend on the array library.
 
 Types are checked for all arguments before any value is, and values before image indices, so that
-errors come in the order TypeError, ValueError, IndexError. A message names the argument and shows
-what came.
+errors come in the order TypeError, ValueError, IndexError. A message names the argument, shows what
+came and says what to write. docs/errors.md lists all of them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,85 @@ def type_name(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+MOST_SHOWN = 100  # characters
+
+
 def shown(value: object) -> str:
-    """As a message shows it; Python writes no integer of more than 4300 digits."""
+    """As a message shows it, in one line; Python writes no integer of more than 4300 digits."""
     if IN_GRAPH:  # @jit.cond: True
         return f"{value!r}"
     else:
         try:
-            return repr(value)
+            text = " ".join(repr(value).split())
         except ValueError:
             return "<too many digits to show>"
+        except Exception as error:  # of the value's own class
+            return f"<no repr: {type(error).__name__}>"
+        return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+# What to write instead: the ends of messages
+
+_MAKERS = {  # of an array, from what NumPy would make one of
+    "torch.Tensor": "torch.as_tensor",
+    "jax.Array": "jnp.asarray",
+    "mindspore.Tensor": "mindspore.Tensor",
+    "cupy.ndarray": "cupy.asarray",
+}
+_LIBRARIES = "numpy", "torch", "jaxlib", "jax", "mindspore", "cupy"
+_STORES = "h5py", "zarr"  # their arrays are files, of which a slice is an array
+_GETTERS = "to_numpy()", "compute()", "filled(0)"  # of pandas, Dask, masked arrays
+
+
+def _way_to_array(name: str, wanted: str, value: Any) -> str:
+    if IN_GRAPH:  # @jit.cond: True
+        return ""
+    else:
+        module = type(value).__module__
+        library = module.partition(".")[0]
+        getter = next((g for g in _GETTERS if hasattr(value, g.partition("(")[0])), None)
+        if module.startswith("torch.fx"):
+            return ": torch.fx records layers, as roialign.torch.ROIAlign, and no functions"
+        if library in _STORES:
+            hint, array = "slice it first, ", f"{name}[...]"
+        elif getter:
+            hint, array = "write ", f"{name}.{getter}"
+        elif library in _LIBRARIES and library not in wanted and hasattr(value, "shape"):
+            hint, array = "arrays of a call are of one library, ", name
+        elif isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
+            hint, array = "write ", name
+        else:
+            return ""
+        if array == name or wanted in _MAKERS:
+            array = f"{_MAKERS.get(wanted, 'np.asarray')}({array})"
+        return f": {hint}{array}"
+
+
+def cast(name: str, value: Any, dtype: str) -> str:
+    """What to write, for tensors of PyTorch too."""
+    how = f"astype('{dtype}')" if hasattr(value, "astype") else f"to(torch.{dtype})"
+    return f": cast it, {name}.{how}"
+
+
+def refuse_script(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} cannot be scripted: use torch.jit.trace, torch.compile or torch.export, or the "
+        "layer roialign.torch.ROIAlign"
+    )
 
 
 # Types
+
+
+def refuse_array(name: str, wanted: str, value: Any) -> NoReturn:
+    """What is no array, or not of the library that is `wanted`."""
+    hint = _way_to_array(name, wanted, value)
+    raise TypeError(f"`{name}` must be a {wanted}, got {type_name(value)}{hint}")
+
+
+def out_dtype(name: str, got: object, dtype: object) -> None:
+    if got != dtype:
+        raise TypeError(f"`{name}` must have dtype {dtype}, got {got}")
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
@@ -88,9 +155,10 @@ def several(name: str, value: Any, each: str) -> tuple[tuple[str, ...], tuple[An
         if not isinstance(value, (tuple, list)):  # its graphs hold no keys
             raise TypeError(f"`{name}` must be a tuple or list in MindSpore's Graph mode")
     elif not isinstance(value, (tuple, list, Mapping)):
+        hint = f": for one map write [{name}]" if hasattr(value, "shape") else ""
         raise TypeError(
             f"`{name}` must be a tuple, list or dict with {each} for each map, "
-            f"got {type_name(value)}"
+            f"got {type_name(value)}{hint}"
         )
     if not value:
         raise ValueError(f"`{name}` must have {each} for each map, got none")
@@ -130,9 +198,8 @@ def features(adapter: Adapter, name: str, value: Any, accepted: str = FLOATS) ->
 
 
 def refuse_dtype(name: str, value: Any, accepted: str) -> NoReturn:
-    raise TypeError(
-        f"`{name}` must be {accepted}, got {value.dtype}: cast it to float32 or float64"
-    )
+    hint = cast(name, value, "float32")
+    raise TypeError(f"`{name}` must be {accepted}, got {value.dtype}{hint}")
 
 
 def pooled_dtype(adapter: Adapter, name: str, value: Any) -> Any:
@@ -147,7 +214,9 @@ def pooled_dtype(adapter: Adapter, name: str, value: Any) -> Any:
 
 def same_dtype(name: str, dtype: object, other: str, expected: object) -> None:
     if dtype != expected:
-        raise TypeError(f"`{name}` must be {expected} to fit `{other}`, got {dtype}")
+        raise TypeError(
+            f"`{name}` must be {expected} to fit `{other}`, got {dtype}: cast one of them"
+        )
 
 
 def exactly(name: str, value: object, kind: type) -> None:
@@ -224,7 +293,8 @@ def feature_shape(
 def map_shape(name: str, got: Sequence[int], layout: str) -> tuple[int, ...]:
     """With channels first."""
     if len(got) != 4:
-        refuse_shape(name, _layout.shown("NCHW", layout), got)
+        hint = f": add a batch axis: {name}[None]" if len(got) == 3 else ""
+        refuse_shape(name, _layout.shown("NCHW", layout), got, hint)
     return _layout.shape_first(got, layout)
 
 
@@ -352,4 +422,6 @@ def has_box_gradient(reduction: str) -> None:
 
 def one_of(name: str, value: str, accepted: Iterable[str]) -> None:
     if value not in accepted:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, accepted))}, got {shown(value)}"
+        )

@@ -325,8 +325,9 @@ def explain(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        needs = "roialign.explain needs Matplotlib: pip install matplotlib, or '.[plot]'"
-        raise ImportError(needs) from error
+        raise ImportError(
+            "roialign.explain needs Matplotlib: pip install matplotlib, or '.[plot]'"
+        ) from error
     rules = [convention] if isinstance(convention, (str, Convention)) else list(convention)
     ratios = list(sampling_ratio) if isinstance(sampling_ratio, Sequence) else [sampling_ratio]
     count = max(len(rules), len(ratios))

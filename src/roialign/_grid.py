@@ -118,20 +118,20 @@ def sampling_grid(
     numbers = [_checks.real("box", number, "of real numbers") for number in numbers]
     sides = _checks.integers("map_size", map_size)
     bins = _checks.integers("output_size", output_size)
-    real = np.dtype(dtype)
     given = spatial_scale, sampling_ratio, convention
     if angle is None:
         scales, rule = _checks.rule(*given, "mean")
     else:
         scales, rule = _checks.rotated_rule(True, *given, angle, clockwise, "NCHW")
     bins = _checks.bins("output_size", bins)
-    if real not in (np.float32, np.float64):
-        raise ValueError(f"`dtype` must be float32 or float64, got {real}")
+    real = _coordinate(dtype)
     if len(numbers) != (4 if angle is None else 5):
         wanted = "4 numbers (x1, y1, x2, y2)" if angle is None else "5 numbers, the last its angle"
         raise ValueError(f"`box` must have {wanted}, got {len(numbers)}")
     if len(sides) != 2 or not all(1 <= side <= _checks.MAX_SIDE for side in sides):
-        raise ValueError(f"`map_size` must be (height, width), both at least 1, got {sides}")
+        raise ValueError(
+            f"`map_size` must be (height, width), both at least 1, got {_checks.shown(sides)}"
+        )
     if bins[0] * bins[1] > MOST:
         raise ValueError(f"`output_size` must have at most {MOST} bins here, got {bins}")
     found = _core.sampling_grid(numbers, bins, sides, scales, rule, real == np.float64, MOST)
@@ -163,6 +163,13 @@ def sampling_grid(
         *(samples[0], samples[1], inside[0], inside[1]),
         *(taps_y, taps_x, cells),
     )
+
+
+def _coordinate(dtype: Any) -> np.dtype:
+    for real in (np.float32, np.float64):
+        if isinstance(dtype, (str, type, np.dtype)) and dtype in (real.__name__, np.dtype(real)):
+            return np.dtype(real)
+    raise ValueError(f"`dtype` must be float32 or float64, got {_checks.shown(dtype)}")
 
 
 def _taps_of(

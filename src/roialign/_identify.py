@@ -271,7 +271,7 @@ def _check_probe(shape: Any, count: Any) -> None:
 def _recorded(features: Any, rois: Any, output: Any) -> Probe:
     for name, array in (("features", features), ("rois", rois), ("output", output)):
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"`{name}` must be a numpy.ndarray, got {_checks.type_name(array)}")
+            _checks.refuse_array(name, "numpy.ndarray", array)
     if features.ndim != 4:
         _checks.refuse_shape("features", "(N, C, H, W)", features.shape)
     if rois.ndim != 2 or rois.shape[1] != 5:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 
 from roialign._identify import Identification, identify
@@ -16,15 +17,30 @@ NEWEST = 21  # of which ONNX Runtime has the operator; those of later opsets are
 
 
 def identify_nodes(path: Any) -> Iterator[tuple[str, dict[str, Any], Identification]]:
-    """Name, attributes and rule of each node."""
-    model = onnx.load(path, load_external_data=False)
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    """Name, attributes and rule of each node.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no model, or ONNX Runtime refuses a node.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        model = onnx.ModelProto()
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    if opset is None:
+        raise ValueError(f"`path` must be an ONNX model with operators of ONNX, got {path}")
     for i, node in enumerate(n for n in model.graph.node if n.op_type == "RoiAlign"):
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in given.items()}
-        function = _alone(node, min(opset, NEWEST))
+        name = node.name or f"RoiAlign {i}"
+        try:
+            function = _alone(node, min(opset, NEWEST))
+        except Exception as error:  # the runtime's own, of any kind
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{name} must be a node that ONNX Runtime runs: {reason}") from None
         scale = float(attributes.get("spatial_scale", 1.0))
-        yield node.name or f"RoiAlign {i}", attributes, identify(function, spatial_scale=scale)
+        yield name, attributes, identify(function, spatial_scale=scale)
 
 
 def _alone(node: Any, opset: int) -> Any:
@@ -40,7 +56,7 @@ def _alone(node: Any, opset: int) -> Any:
     graph = helper.make_graph([copy], "RoiAlign", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # the errors are ours to say
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"]
     )

@@ -35,6 +35,7 @@ RULES = {
     "mmdet": _Rule(("float16", "float32", "float64"), 1e-6, 0.0, True),
 }
 MOST_LEVELS = 64
+LARGEST_LEVEL = 2**20
 
 
 @functools.lru_cache
@@ -136,8 +137,14 @@ def setting(
     if len(levels) != 2 or not 0 <= levels[1] - levels[0] < MOST_LEVELS:
         raise ValueError(
             "`level_range` must be (finest, coarsest), from fine to coarse and with at most "
-            f"{MOST_LEVELS} levels, got {levels}"
+            f"{MOST_LEVELS} levels, got {_checks.shown(levels)}"
         )
+    for name, number in (("level_range", levels[0]), ("canonical_level", level)):
+        if not -LARGEST_LEVEL <= number <= LARGEST_LEVEL:
+            raise ValueError(
+                f"`{name}` must be between -{LARGEST_LEVEL} and {LARGEST_LEVEL}, "
+                f"got {_checks.shown(number)}"
+            )
     if not 0 < size < math.inf:
         raise ValueError(f"`canonical_size` must be finite and > 0, got {size}")
     return rule, *levels, size, level

@@ -25,6 +25,9 @@ class Rois(NamedTuple):
 
 
 PASS_A_LIST = ": for an array of boxes per image pass a list, not a tuple"
+BOXES_ALONE = (
+    ": boxes (K, 4) of one image go in a list, [rois]; of several, with (boxes, image_index)"
+)
 
 
 def check(adapter: Adapter, rois: Any, integers: bool = True) -> None:
@@ -46,7 +49,7 @@ def check(adapter: Adapter, rois: Any, integers: bool = True) -> None:
 def check_integers(adapter: Adapter, name: str, index: Any) -> None:
     adapter.check_array(name, index)
     if adapter.kind(index.dtype) != "integer":
-        hint = PASS_A_LIST if index.ndim == 2 else ""
+        hint = PASS_A_LIST if index.ndim == 2 else _checks.cast(name, index, "int64")
         raise TypeError(f"`{name}` must have an integer dtype, got {index.dtype}{hint}")
 
 
@@ -55,7 +58,8 @@ def _check_boxes(adapter: Adapter, name: str, boxes: Any, integers: bool) -> Non
     accepted = ("float", "wide float", "integer") if integers else ("float", "wide float")
     if adapter.kind(boxes.dtype) not in accepted:
         wanted = "a float or integer" if integers else "a float"
-        raise TypeError(f"`{name}` must have {wanted} dtype, got {boxes.dtype}")
+        hint = _checks.cast(name, boxes, "float32")
+        raise TypeError(f"`{name}` must have {wanted} dtype, got {boxes.dtype}{hint}")
 
 
 def check_shapes(rois: Any, images: int, numbers: int = 4) -> None:
@@ -74,7 +78,8 @@ def check_shapes(rois: Any, images: int, numbers: int = 4) -> None:
     elif isinstance(rois, list):
         if len(rois) != images:
             raise ValueError(
-                f"`rois` as a list must have one array per image, {images}, got {len(rois)}"
+                f"`rois` as a list must have one array per image, {images}, got {len(rois)}: an "
+                "image without boxes has one of shape (0, 4)"
             )
         for i, boxes in enumerate(rois):
             _check_box_shape(f"rois[{i}]", boxes.shape, numbers)
@@ -85,7 +90,8 @@ def check_shapes(rois: Any, images: int, numbers: int = 4) -> None:
         if rois.shape[0] != images or rois.shape[2] != 4:
             _checks.refuse_shape("rois", f"(K, 5) or ({images}, M, 4)", rois.shape)
     elif rois.ndim != 2 or rois.shape[1] != 5:
-        _checks.refuse_shape("rois", "(K, 5) or (N, M, 4)", rois.shape)
+        hint = BOXES_ALONE if rois.shape[-1:] == (4,) else ""
+        _checks.refuse_shape("rois", "(K, 5) or (N, M, 4)", rois.shape, hint)
 
 
 def _check_box_shape(name: str, got: Sequence[int], numbers: int) -> None:

@@ -176,7 +176,7 @@ def of(convention: str | Convention, sampling_ratio: int, reduction: str) -> tup
         near += difflib.get_close_matches(wanted, conventions, 3, 0.4)
         near = list(dict.fromkeys(near)) or list(_ROWS)
         raise ValueError(
-            f"`convention` {convention!r} is unknown; the nearest names are "
+            f"`convention` {convention!r:.100} is unknown; the nearest names are "
             + ", ".join(map(repr, near))
         )
     return _of_name(convention, operator.index(sampling_ratio), reduction)

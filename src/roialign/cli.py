@@ -14,6 +14,19 @@ from roialign import __version__, _core, explain, get_num_threads
 
 LIBRARIES = "numpy", "torch", "jax", "mindspore", "cupy"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+EXAMPLES = {  # of each command
+    "demo": "roialign demo --output picture.png",
+    "info": "roialign info --json",
+    "identify": "roialign identify --onnx model.onnx",
+    "show": "roialign show --box 10,20,60,50 --map 32x48 --scale 1/4 "
+    "--convention onnx:half_pixel openvino:half_pixel -o why.png",
+}
+ENDS = """exit status:
+  0  done; identify: each node has a rule of roialign's
+  1  the answer is no, or something is missing: a file, a package
+  2  wrong usage
+
+What the conventions are, and every error, is in docs/ of the source: start with README.md."""
 
 
 def installed(library):
@@ -40,13 +53,14 @@ def huge_pages():
 
 
 def info():
+    """Name -> what is known of it."""
     isas = ", ".join(
         isa if isa in _core.usable_isas else f"{isa} (not on this CPU)"
         for isa in _core.compiled_isas
     )
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("ROIALIGN_")]
     bfloat16, triton = installed("ml_dtypes"), installed("triton")
-    rows = {
+    return {
         "roialign": __version__,
         "python": f"{platform.python_version()}, {platform.platform()}",
         "ISA": f"{_core.isa}, compiled: {isas}",
@@ -57,7 +71,6 @@ def info():
         "gpu kernels": f"yes (triton {triton})" if triton else "no (needs triton)",
         "bfloat16": f"yes (ml_dtypes {bfloat16})" if bfloat16 else "no (needs ml_dtypes)",
     }
-    return "\n".join(f"{name:13} {value}" for name, value in rows.items())
 
 
 def run_demo(output):
@@ -133,13 +146,38 @@ def run_show(given):
     return 0
 
 
+def run_info(as_json):
+    rows = info()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
+
+
+def with_examples(*commands):
+    """Options of a parser: these examples and the exit status at the end of its help."""
+    lines = "\n  ".join(EXAMPLES[command] for command in commands)
+    return {
+        "epilog": f"examples:\n  {lines}\n\n{ENDS}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="roialign", description="RoIAlign for NumPy, PyTorch, JAX and MindSpore."
+        prog="roialign",
+        description="RoIAlign for NumPy, PyTorch, JAX and MindSpore:\nsee that it works here, and "
+        "which rule a model has.",
+        **with_examples(*EXAMPLES),
     )
     parser.add_argument("--version", action="version", version=f"roialign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="pool regions of a photograph, draw and print them")
+    demo = commands.add_parser(
+        "demo",
+        help="pool regions of a photograph, draw and print them",
+        description="Pools four regions of a photograph, draws them and prints times.",
+        **with_examples("demo"),
+    )
     demo.add_argument(
         "--output",
         type=Path,
@@ -147,23 +185,30 @@ def main(argv=None):
         metavar="PATH",
         help="the picture to write (default: %(default)s)",
     )
-    commands.add_parser("info", help="print version, instruction set, threads, array libraries")
+    about = commands.add_parser(
+        "info",
+        help="print version, instruction set, threads, array libraries",
+        description="Prints versions, the instruction set, threads and the array libraries that\n"
+        "are usable: what a report of an error needs.",
+        **with_examples("info"),
+    )
     identify = commands.add_parser(
         "identify",
         help="say which rule the RoiAlign nodes of an ONNX model have",
-        description="Runs each RoiAlign node of a model in ONNX Runtime and says which rule it "
-        "has. Exit status: 0 if each has one of roialign's, else 1.",
+        description="Runs each RoiAlign node of a model in ONNX Runtime. Says which rule it has,\n"
+        "and the call of roialign that gives the same.",
+        **with_examples("identify"),
     )
-    identify.add_argument("--onnx", type=Path, required=True, metavar="MODEL")
-    identify.add_argument("--json", action="store_true", help="print all that was found as JSON")
+    identify.add_argument("--onnx", type=Path, required=True, metavar="MODEL", help="its file")
+    for command in (about, identify):
+        command.add_argument("--json", action="store_true", help="print all of it as JSON")
     shown = commands.add_parser(
         "show",
         help="draw what RoIAlign does with a box, under one convention or several",
-        description="Draws the feature grid, the box, its bins and samples, one sample with its "
-        "pixels and weights, and the pooled values. Several conventions are drawn side by side, "
-        "and what differs is said in words. Needs Matplotlib.",
-        epilog="example: roialign show --box 10,20,60,50 --map 32x48 --scale 1/4 "
-        "--convention onnx:half_pixel openvino:half_pixel -o why.png",
+        description="Draws the feature grid, the box, its bins and samples, one sample with its\n"
+        "pixels and weights, and the pooled values. Several conventions are drawn side by\n"
+        "side, and what differs is said in words. Needs Matplotlib.",
+        **with_examples("show"),
     )
     pair = listed("x", int, "32x48")
     add = shown.add_argument
@@ -198,6 +243,6 @@ def main(argv=None):
         elif arguments.command == "show":
             return run_show(arguments)
         else:
-            print(info())
+            run_info(arguments.json)
     except (OSError, ValueError) as error:  # a path, an environment variable
         sys.exit(f"roialign {arguments.command}: {error}")

@@ -38,13 +38,12 @@ def kind(dtype: np.dtype) -> str:
 
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, cupy.ndarray):
-        raise TypeError(f"`{name}` must be a cupy.ndarray, got {_checks.type_name(value)}")
+        _checks.refuse_array(name, "cupy.ndarray", value)
 
 
 def check_out(name: str, out: object, dtype: np.dtype) -> None:
     check_array(name, out)
-    if out.dtype != dtype:
-        raise TypeError(f"`{name}` must have dtype {dtype}, got {out.dtype}")
+    _checks.out_dtype(name, out.dtype, dtype)
 
 
 @contextlib.contextmanager

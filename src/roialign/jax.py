@@ -53,7 +53,7 @@ def kind(dtype: Any) -> str:
 
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Array):
-        raise TypeError(f"`{name}` must be a jax.Array, got {_checks.type_name(value)}")
+        _checks.refuse_array(name, "jax.Array", value)
     if not isinstance(value, jax.core.Tracer) and value.is_deleted():
         raise TypeError(f"`{name}` must be in memory, got an array that was deleted or donated")
 

@@ -72,7 +72,7 @@ def _check_target() -> None:
 
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a mindspore.Tensor, got {_checks.type_name(value)}")
+        _checks.refuse_array(name, "mindspore.Tensor", value)
     _check_target()
 
 

@@ -43,20 +43,17 @@ def kind(dtype: np.dtype) -> str:
 
 def check_array(name: str, value: Any) -> None:
     if not is_array(value):
-        raise TypeError(f"`{name}` must be a numpy.ndarray, got {_checks.type_name(value)}")
+        _checks.refuse_array(name, "numpy.ndarray", value)
     if not value.dtype.isnative:
-        raise TypeError(
-            f"`{name}` must be in native byte order, got {value.dtype}: "
-            "use .astype(dtype.newbyteorder('='))"
-        )
+        hint = _checks.cast(name, value, value.dtype.name)
+        raise TypeError(f"`{name}` must be in native byte order, got {value.dtype}{hint}")
 
 
 def check_out(name: str, out: Any, dtype: np.dtype) -> None:
     if type(out) is np.ndarray and out.dtype == dtype:
         return
     check_array(name, out)
-    if out.dtype != dtype:
-        raise TypeError(f"`{name}` must have dtype {dtype}, got {out.dtype}")
+    _checks.out_dtype(name, out.dtype, dtype)
 
 
 # RoIs
@@ -111,9 +108,13 @@ def with_index_column(d_boxes: np.ndarray) -> np.ndarray:
 
 def check_out_values(name: str, out: np.ndarray, shape: tuple[int, ...], inputs: list[Any]) -> None:
     if out.shape != shape:
-        raise ValueError(f"`{name}` must have shape {shape}, got {out.shape}")
+        _checks.refuse_shape(name, str(shape), out.shape)
     if not out.flags.writeable:
         raise ValueError(f"`{name}` must be writeable, got a read-only array")
+    check_overlaps(name, out, inputs)
+
+
+def check_overlaps(name: str, out: np.ndarray, inputs: list[Any]) -> None:
     if overlaps_itself(out):
         raise ValueError(f"`{name}` must not overlap itself, got strides {out.strides}")
     for array in inputs:

@@ -299,13 +299,7 @@ def adjoint_of_winners(
 
 def _only(tangent) -> None:
     if tangent is not None:
-        raise NotImplementedError(_NOT_THERE)
-
-
-_NOT_THERE = (
-    "on GPUs largest samples have a forward and an adjoint: for gradients in boxes, and tangents "
-    "of them, take `reduction` 'mean', or arrays on the CPU"
-)
+        box_gradient()
 
 
 def _extremes(job: launch.Job, level: int) -> tuple:
@@ -408,4 +402,7 @@ def adjoint(call, d_output, selectors, rois, tangent, scales, rule, d_features):
 
 
 def box_gradient(*given):
-    raise NotImplementedError(_NOT_THERE)
+    raise NotImplementedError(
+        "on GPUs largest samples have a forward and an adjoint: for gradients in boxes, and "
+        "tangents of them, take `reduction` 'mean', or arrays on the CPU"
+    )

@@ -34,7 +34,7 @@ __all__ = ["MultiScaleRoIAlign", "RoIAlign", "patch", "replaced", "roi_align", "
 try:
     from torchvision import ops as _theirs
 except Exception as error:  # of any kind: it may be built for another torch
-    _theirs, _missing = None, f"torchvision cannot be imported: {type(error).__name__}: {error}"
+    _theirs, _missing = None, f"{type(error).__name__}: {error}"
 _Layer: Any = _theirs.RoIAlign if _theirs else nn.Module
 _PyramidLayer: Any = _theirs.MultiScaleRoIAlign if _theirs else nn.Module
 
@@ -507,9 +507,13 @@ def unpatch(model: nn.Module) -> list[str]:
 def _changed(model: nn.Module, change: Callable[[Any], bool]) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {_checks.type_name(model)}")
-    if _theirs is None:
-        raise ImportError(_missing)
+    _require_theirs()
     return [name for name, layer in model.named_modules() if change(layer)]
+
+
+def _require_theirs() -> None:
+    if _theirs is None:
+        raise ImportError(f"torchvision cannot be imported: {_missing}")
 
 
 def _become_ours(layer: Any) -> bool:
@@ -552,8 +556,7 @@ def replaced() -> Iterator[None]:
     ...     losses = model(images, targets)
     """
     global _inside
-    if _theirs is None:
-        raise ImportError(_missing)
+    _require_theirs()
     with _lock:
         _inside += 1
         _rename(_their_roi_align, roi_align)

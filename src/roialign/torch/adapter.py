@@ -27,7 +27,7 @@ takes_rotated = True
 
 def check_array(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor, got {_checks.type_name(value)}")
+        _checks.refuse_array(name, "torch.Tensor", value)
     if value.is_nested or value.layout is not torch.strided:
         got = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"`{name}` must be a dense tensor, got {got}")
@@ -46,8 +46,7 @@ def check_array(name: str, value: object) -> None:
 
 def check_out(name: str, out: object, dtype: torch.dtype) -> None:
     check_array(name, out)
-    if out.dtype != dtype:
-        raise TypeError(f"`{name}` must have dtype {dtype}, got {out.dtype}")
+    _checks.out_dtype(name, out.dtype, dtype)
 
 
 # Values
@@ -55,17 +54,13 @@ def check_out(name: str, out: object, dtype: torch.dtype) -> None:
 
 def check_out_values(name: str, out: Tensor, shape: tuple[int, ...], inputs: list[Tensor]) -> None:
     if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(out.shape)}")
+        _checks.refuse_shape(name, str(tuple(shape)), out.shape)
     if routes.needs_gradient([out, *inputs]):
         raise RuntimeError(
             f"`{name}` must be None where a gradient is needed: call under no_grad()"
         )
-    memory = np.asarray(_Addresses(out))
-    if _numpy.overlaps_itself(memory):
-        raise ValueError(f"`{name}` must not overlap itself, got strides {out.stride()}")
-    for tensor in inputs:
-        if _numpy.share_memory(memory, np.asarray(_Addresses(tensor))):
-            raise ValueError(f"`{name}` must not overlap an input, got overlapping memory")
+    memory = [np.asarray(_Addresses(tensor)) for tensor in (out, *inputs)]
+    _numpy.check_overlaps(name, memory[0], memory[1:])
 
 
 class _Addresses:

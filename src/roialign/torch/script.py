@@ -11,6 +11,7 @@ import torch.fx
 from torch import Tensor
 
 import roialign
+from roialign import _checks
 
 
 @torch.jit.unused  # TorchScript need not read it, nor the next
@@ -29,9 +30,7 @@ def is_recorded(given: Any) -> bool:
 def refuse(layer: torch.nn.Module) -> None:
     """As ``__prepare_scriptable__`` of a layer whose arguments TorchScript has no types for."""
     name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    raise RuntimeError(
-        f"{name} cannot be scripted: use torch.jit.trace, torch.compile or torch.export"
-    )
+    _checks.refuse_script(name)
 
 
 def register(name: str, schema: str, function: Callable[..., Tensor]) -> None:
