@@ -45,10 +45,13 @@ class Golden:
 
     @property
     def convention(self):
-        """Its name for users of that library; None if that is none of ours."""
+        """Its name for users of that library; None if that is none of ours.
+
+        The last of its parameters that names one: a mode comes after the opset that it overrules.
+        """
         library, params = self.library.partition("_")[0], self.entry["params"].items()
         names = [f"{library}:{word}" for key, value in params for word in (value, f"{key}={value}")]
-        return next((name for name in names if name in roialign.conventions), None)
+        return next((name for name in reversed(names) if name in roialign.conventions), None)
 
     @property
     def reduction(self):

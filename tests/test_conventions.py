@@ -1,6 +1,7 @@
 """`Convention` records, their names and aliases, and the tables of docs/conventions.md."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, MutableMapping
 from fractions import Fraction
@@ -11,6 +12,7 @@ import pytest
 
 import roialign
 from backends import three
+from conftest import GOLDEN, Golden
 from roialign import Convention, conventions
 
 FIELDS = ("pixel_offset", "input_offset", "end_offset", "min_size", "adaptive")
@@ -143,7 +145,41 @@ def test_any_real_number_is_a_float(value):
     assert type(record.pixel_offset) is float and type(record.min_size) is float
 
 
-def test_an_unknown_setting_of_a_library_lists_its_own_first():
-    own = "'openvino:asymmetric', 'openvino:half_pixel_for_nn', 'openvino:half_pixel'"
-    with pytest.raises(ValueError, match=f"the nearest names are {own}"):
-        roialign.roi_align(np.ones((1, 1, 2, 2)), np.ones((1, 5)), 1, convention="openvino:pixel")
+@pytest.mark.parametrize("name, own", [
+    ("openvino:pixel", ["asymmetric", "half_pixel_for_nn", "half_pixel"]),
+    ("ONNX:opset=17", ["output_half_pixel", "opset=10", "half_pixel", "opset=16", "opset=22"]),
+    ("tensorrt", ["output_half_pixel", "half_pixel"]),
+])  # fmt: skip
+def test_an_unknown_setting_of_a_library_lists_its_own(name, own):
+    library = name.lower().partition(":")[0]
+    listed = ", ".join(f"'{library}:{setting}'" for setting in own)
+    nearest = f"`convention` '{name}' is unknown; the nearest names are {listed}"
+    with pytest.raises(ValueError, match=nearest):
+        roialign.roi_align(np.ones((1, 1, 2, 2)), np.ones((1, 5)), 1, convention=name)
+    with pytest.raises(KeyError, match=nearest):
+        conventions[name]
+    assert conventions.get(name) is None and name not in conventions
+
+
+@pytest.mark.parametrize("library", ["tf_model_garden", "tf_crop_and_resize"])
+def test_tensorflow_inside_the_map(library):
+    """As docs/different.md says: one sample for each bin, or these from corner to corner."""
+    compared = 0
+    for entry in json.loads((GOLDEN / library / "manifest.json").read_text())["cases"]:
+        case = Golden(library, entry)
+        features, y = (case.arrays[name].astype(np.float32) for name in ("features", "y"))
+        last, bins = np.tile(features.shape[:1:-1], 2) - 1, np.array(y.shape[:1:-1])  # x, y
+        level = entry["params"].get("level")
+        boxes = case.rois[:, 1:] * (last if level is None else 0.5**level)  # in feature pixels
+        inside = ((boxes >= 0) & (boxes <= last)).all(1)
+        if level is None:
+            half = (boxes[:, 2:] - boxes[:, :2]) / np.where(bins > 1, 2 * bins - 2, np.inf)
+            boxes = np.concatenate([boxes[:, :2] - half, boxes[:, 2:] + half], 1)
+        rois = boxes.astype(np.float32), case.rois[:, 0].astype(int)
+        ours = roialign.roi_align(
+            features, rois, y.shape[2:], sampling_ratio=1, convention=Convention()
+        )
+        limit = 1e-5 * max(1, np.abs(features).max())
+        np.testing.assert_allclose(ours[inside], y[inside], rtol=0, atol=limit)
+        compared += inside.sum()
+    assert compared > 20

@@ -34,6 +34,7 @@ MODULES = (
     *(module for name in FRAMEWORKS if name not in MISSING for module in FRAMEWORKS[name]),
 )
 BLOCK = re.compile(r"^( *)```(?:python|pycon|py)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+IMPORTED = re.compile(r"^ *(?:import|from) (\w+)", re.MULTILINE)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 
 
@@ -65,8 +66,8 @@ def examples_of(page):
 def test_page(page, tmp_path, monkeypatch):
     example = examples_of(page)
     assert any("roialign" in e.source for e in example.examples)
-    for name in MISSING:
-        if any(f"import {name}" in e.source for e in example.examples):
+    for name in IMPORTED.findall("".join(e.source for e in example.examples)):
+        if importlib.util.find_spec(name) is None:
             pytest.skip(f"the examples of this page need {name}")
     monkeypatch.chdir(tmp_path)
     run(example)

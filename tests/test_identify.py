@@ -81,6 +81,24 @@ def test_recorded(case):
 
 
 @pytest.mark.parametrize(
+    "name, sampling, same",
+    [
+        ("asymmetric", 4, {("openvino_half_pixel", 4), ("mindspore_legacy", 4)}),
+        ("mmdet_legacy", 4, {("mindspore", 4)}),
+        ("half_pixel", 0, {("half_pixel", 2)}),
+    ],
+)
+def test_one_call_tells_what_its_boxes_tell(name, sampling, same):
+    """As docs/conventions.md says; here bins are 1.9 and 1.8 pixels long."""
+    features = np.random.default_rng(0).standard_normal((1, 2, 12, 12), np.float32)
+    rois = np.array([[0, 3.2, 4.1, 7, 9.5], [0, 2, 1.3, 5.8, 6.7]], np.float32)
+    output = call(features, rois, convention=name, sampling_ratio=sampling)
+    found = roialign.identify(features, rois, output, spatial_scale=1)
+    assert {(m.convention, m.sampling_ratio) for m in found.matches} == {(name, sampling), *same}
+    assert {(m.reduction, m.boxes, m.spatial_scale) for m in found.matches} == {("mean", "xyxy", 1)}
+
+
+@pytest.mark.parametrize(
     "order, given", [("xyxy", 0.5), ("xyxy", 4.0), ("yxyx", 2.0), ("xywh", None)]
 )
 def test_order_and_scale(order, given):

@@ -86,8 +86,8 @@ class Convention:
 Convention.__module__ = "roialign"  # what pickles and pages call it
 
 
-# Canonical name: (numbers, the names by which users of other libraries know it). Measured against
-# the libraries themselves (docs/conventions.md). For mmdet_legacy their code was read.
+# Canonical name: (numbers, the names by which users of other libraries know it). Of these names
+# docs/conventions.md says which were measured, and of which the code of the library was read.
 _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
     "mindspore": (
         Convention(end_offset=1, adaptive="floor"),
@@ -109,6 +109,7 @@ _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
             "onnx:output_half_pixel",
             "onnx:opset=10",
             "openvino:asymmetric",
+            "tensorrt:output_half_pixel",
             "caffe2:aligned=False",
             "detectron",
         ),
@@ -123,7 +124,10 @@ _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
             "paddle:aligned=True",
             "ncnn:aligned=1",
             "onnx:half_pixel",
+            "onnx:opset=16",
+            "onnx:opset=22",
             "openvino:half_pixel_for_nn",
+            "tensorrt:half_pixel",
             "cann:roi_end_mode=2",
         ),
     ),
@@ -137,9 +141,27 @@ _ROWS: dict[str, tuple[Convention, tuple[str, ...]]] = {
     ),
 }
 
+
+def _unknown(name: Any) -> str:
+    """The message: it lists the settings of the library that is named."""
+    wanted = str(name).lower()
+    library = wanted.partition(":")[0]
+    own = [known for known in conventions if known.partition(":")[0] == library]
+    near = own or difflib.get_close_matches(wanted, conventions) or list(_ROWS)
+    nearest = ", ".join(map(repr, near))
+    return f"`convention` {name!r:.100} is unknown; the nearest names are {nearest}"
+
+
+class _Records(dict[str, Convention]):
+    def __missing__(self, name: Any) -> Convention:
+        raise KeyError(_unknown(name))
+
+
 conventions: Mapping[str, Convention] = MappingProxyType(
-    {name: row for name, (row, _) in _ROWS.items()}
-    | {alias: row for row, aliases in _ROWS.values() for alias in aliases}
+    _Records(
+        {name: row for name, (row, _) in _ROWS.items()}
+        | {alias: row for row, aliases in _ROWS.values() for alias in aliases}
+    )
 )
 """Read-only: a record for each name. Aliases, ``library:setting``, come after canonical names."""
 
@@ -170,15 +192,7 @@ def of(convention: str | Convention, sampling_ratio: int, reduction: str) -> tup
     if isinstance(convention, Convention):
         return vector(convention, sampling_ratio, reduction)
     if convention not in conventions:
-        wanted = convention.lower()
-        library = wanted.partition(":")[0]
-        near = [name for name in conventions if name.startswith(library + ":")]
-        near += difflib.get_close_matches(wanted, conventions, 3, 0.4)
-        near = list(dict.fromkeys(near)) or list(_ROWS)
-        raise ValueError(
-            f"`convention` {convention!r:.100} is unknown; the nearest names are "
-            + ", ".join(map(repr, near))
-        )
+        raise ValueError(_unknown(convention))
     return _of_name(convention, operator.index(sampling_ratio), reduction)
 
 
