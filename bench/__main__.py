@@ -6,8 +6,19 @@ import sys
 from pathlib import Path
 
 from bench import report, run
+from bench.devices import CLOCKS
 from bench.environments import REQUIREMENTS, ROOT, find, set_up
-from bench.peers import LAYOUTS, MAIN, OPERATIONS, OVERHEAD, PEERS, ROUNDING, TITLES, USUAL
+from bench.peers import (
+    LAYOUTS,
+    MAIN,
+    OPERATIONS,
+    OVERHEAD,
+    PEERS,
+    ROUNDING,
+    SAMPLED_RUN,
+    TITLES,
+    USUAL,
+)
 
 QUICK = {"workloads": ("W1f", "W3", "W6"), "rounds": 2, "slice": 0.05}
 
@@ -17,14 +28,16 @@ def main(arguments=None, start=run.Worker):
     add = parser.add_argument
     add("--device", default="cpu", choices=PEERS, help="cuda: on a GPU")
     add("--overhead", action="store_true", help="what a call costs, in each framework")
+    add("--sampled", action="store_true", help="maxima and rotated boxes, beside the mean")
     add("--before", metavar="PATH", help="another build of ours takes turns: a folder, or a Python")
     add("--setup", nargs="*", metavar="PEER", choices=REQUIREMENTS, help="make environments")
     add("--workloads", nargs="+", choices=run.EVERY)
     add("--operations", nargs="+", choices=OPERATIONS)
-    add("--dtypes", nargs="+", default=[*ROUNDING], choices=ROUNDING)
+    add("--dtypes", nargs="+", choices=ROUNDING)
     add("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
-    add("--convention", default="asymmetric", choices=("asymmetric", "half_pixel"))
+    add("--convention", choices=("asymmetric", "half_pixel"))
     add("--threads", nargs="+", type=int, default=[1], help="one run for each number")
+    add("--clock", default="wall", choices=CLOCKS, help="cpu: where others use the machine too")
     add("--rounds", type=int, help="5, with --before 15; 0 checks the results and times nothing")
     add("--slice", type=float, help="seconds of one turn: 0.2, with --before 0.1")
     add("--budget", type=float, help="seconds; then nothing new is begun. 360 on a GPU")
@@ -46,13 +59,16 @@ def main(arguments=None, start=run.Worker):
     if given.device == "cuda" and (given.quick or given.sweep):
         return on_one_gpu("sweep" if given.sweep else "quick", given.results / "cuda")
     on_gpu, peers = given.device != "cpu", PEERS[given.device]
-    given.extras &= not (given.before or given.overhead or given.quick or given.rounds == 0)
+    part = given.before or given.overhead or given.sampled or given.quick or given.rounds == 0
+    given.extras &= not part
     given.out &= not on_gpu
     workloads = [*run.WORKLOADS, *(() if on_gpu else run.PYRAMIDS)]
     usual = {"workloads": workloads, "peers": USUAL[given.device], "operations": MAIN}
     usual |= {"rounds": 5, "slice": 0.2, "budget": 360.0 if on_gpu else None}
+    usual |= {"dtypes": [*ROUNDING], "convention": "asymmetric"}
     if given.extras and not on_gpu:
         usual["workloads"] = [*workloads, *run.HUGE]
+    usual |= SAMPLED_RUN if given.sampled else {}
     if given.before:
         usual |= {"peers": (), "rounds": 15, "slice": 0.1}
     usual |= (OVERHEAD[given.device] if given.overhead else {}) | (QUICK if given.quick else {})
@@ -65,6 +81,7 @@ def main(arguments=None, start=run.Worker):
             print(f"{name} is not installed: python -m bench --setup {peers[name].environment}")
     given.peers = [name for name in given.peers if peers[name].environment in pythons]
     kind = given.device if on_gpu else "overhead" * given.overhead or "before" * bool(given.before)
+    kind = kind or "sampled" * given.sampled
     wrong = False
     for threads in given.threads:
         settings = argparse.Namespace(**vars(given) | {"threads": threads})

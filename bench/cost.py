@@ -263,7 +263,7 @@ def main(arguments=None):
         seconds, of = expected(counts)
         numbers = [f"{number:.4g}" for number in counts.values()]
         times = [f"{1e3 * seconds:.3g}", of, f"{1e3 * counts['DRAM'] / RATES['DRAM']:.3g}"]
-        lines.append([f"{name} {OPERATIONS[operation][0].lower()}", *numbers, *times])
+        lines.append([f"{name} {OPERATIONS[operation].title.lower()}", *numbers, *times])
     print(f"Expected on an H200, not measured: {given.dtype}, {given.layout}.\n")
     print(report.markdown(["", *counts, "expected, ms", "of", "copy floor, ms"], lines))
 

@@ -1,6 +1,9 @@
-"""What is right: Out = Ay F Ax^T with the oracle's weights, in float64, of a part of a workload."""
+"""What is right, in float64, of a part of a workload: Out = Ay F Ax^T with the oracle's weights. Of
+maxima and of rotated boxes that is some RoIs by the oracle; an adjoint is what transposes them.
+"""
 
 import sys
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +12,11 @@ import roialign
 from bench.environments import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
+import oracle
 from oracle import Problem
 
 CHECKED_CHANNELS = 3
-CHECKED_BOXES = 64  # of a box gradient
+CHECKED_BOXES = 64  # of a box gradient, of maxima and of rotated boxes
 
 
 class Axis(NamedTuple):
@@ -60,16 +64,42 @@ def axis(whole, with_slopes):
 
 
 def part(operation, workload, axes, convention, rois, features, d_output):
-    """A part of a result, and its index in the whole."""
+    """A part of a result, and what takes it out of the whole."""
     if operation == "box_gradient":
-        some = np.unique(np.linspace(0, len(rois) - 1, CHECKED_BOXES).astype(int))
+        some = some_of(len(rois), CHECKED_BOXES)
         slopes = axes_of(workload, rois[some], convention, with_slopes=True)
-        return box_gradient(d_output[some], features, rois[some], slopes), some
-    channels = np.linspace(0, workload.shape[1] - 1, CHECKED_CHANNELS).astype(int)
-    some = np.s_[:, np.unique(channels)]
+        return box_gradient(d_output[some], features, rois[some], slopes), itemgetter(some)
+    some = np.s_[:, some_of(workload.shape[1], CHECKED_CHANNELS)]
     if operation == "forward":
-        return forward(features[some], rois, axes), some
-    return adjoint(d_output[some], rois, axes, workload.stored), some
+        return forward(features[some], rois, axes), itemgetter(some)
+    return adjoint(d_output[some], rois, axes, workload.stored), itemgetter(some)
+
+
+def some_of(count, most):
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
+def sampled_part(operation, workload, convention, rois, features):
+    """As `part`, of maxima or of rotated boxes, whose rows `rois` are then."""
+    some, channels = some_of(len(rois), CHECKED_BOXES), some_of(len(features[0]), CHECKED_CHANNELS)
+    features, index = features[:, channels], rois[some, 0].astype(int)
+    rule = workload.scale, workload.sampling, roialign.conventions[convention]
+    given = rois[some, 1:], index, workload.output_size
+    if operation.rotated:
+        values, _ = oracle.rotated(features, *given, *rule, np.pi / 180)
+    else:
+        problem = Problem(features, *given, (workload.scale,) * 2, *rule[1:])
+        _, values = oracle.largest(problem, operation.reduction)
+    return values, itemgetter(np.ix_(some, channels))
+
+
+def transposed(features, d_output, output):
+    """As `part`, of an adjoint at these random features: <d_output, output> in each channel."""
+
+    def dot(one, two):
+        return np.einsum("ncyx,ncyx->c", one, two, dtype=np.float64)
+
+    return dot(d_output, output), lambda d_features: dot(features, d_features)
 
 
 def terms(rois, axes):

@@ -20,8 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from bench import run
+from bench.devices import CLOCKS
 from bench.environments import ROOT, find
-from bench.peers import LAYOUTS, PEERS, TITLES
+from bench.peers import LAYOUTS, OPERATIONS, PEERS, TITLES
 
 from cases import Workload  # isort: skip (found by bench.reference)
 
@@ -53,7 +54,7 @@ def regimes(seed):
 
 def contestants(layout, settings):
     """Rows: ours, and each peer that has the operation and the layout; others get a copy."""
-    for name, operation in itertools.product(("ours", *settings.peers), ("forward", "adjoint")):
+    for name, operation in itertools.product(("ours", *settings.peers), settings.operations):
         peer = PEERS["cpu"][name]
         if operation in peer.operations:
             here = layout if layout in peer.layouts else peer.layouts[0]
@@ -73,6 +74,7 @@ def measure(workload, layout, workers, settings):
             row |= {"workload": workload.name, "samples": []}
             result, reply = answers.result(row, worker)
             expected = right.setdefault(row["operation"], result)  # ours comes first
+            expected = PEERS["cpu"][row["by"]].right(row["operation"], expected)
             allowed = run.tolerance(workload) * np.abs(expected).max(initial=1)
             run.agree(result, expected, allowed, "ours")
             rows.append((row, worker, run.turn(reply["seconds"], settings)))
@@ -148,15 +150,17 @@ def main(arguments=None, start=run.Worker):
     add = parser.add_argument
     add("--seed", type=int, choices=range(THIRDS), default=random.randrange(THIRDS))
     add("--most", type=int, help="so many regimes and no more")
+    add("--operations", nargs="+", default=["forward", "adjoint"], choices=OPERATIONS)
+    add("--convention", default="asymmetric", choices=("asymmetric", "half_pixel"))
     add("--peers", nargs="+", default=["torchvision", "onnxruntime"], choices=PEERS["cpu"])
     add("--peer", action="append", default=[], metavar="NAME=PYTHON", help="as in python -m bench")
     add("--threads", type=int, default=1)
+    add("--clock", default="wall", choices=CLOCKS, help="cpu: where others use the machine too")
     add("--rounds", type=int, default=3)
     add("--slice", type=float, default=0.03, help="seconds of one turn")
     add("--results", type=Path, default=ROOT / "bench" / "results" / "regimes")
     given = parser.parse_args(arguments)
     settings = SimpleNamespace(**vars(given), device="cpu", overhead=False, before=None)
-    settings.convention = "asymmetric"
     pythons = find({"ours", *given.peers}, dict(peer.split("=", 1) for peer in given.peer))
     settings.peers = [name for name in given.peers if name in pythons]
     by_regime = {}
@@ -175,7 +179,7 @@ def main(arguments=None, start=run.Worker):
     path = run.write(record, given.results)
     print(path, *table(by_regime), sep="\n")
     if importlib.util.find_spec("matplotlib"):
-        image = path.with_name(f"{path.stem}-{given.seed}.png")
+        image = path.with_name("-".join([path.stem, *given.operations, f"{given.seed}.png"]))
         draw(record, by_regime, image)
         print(image)
     return int(any(slower(rows) for rows in by_regime.values()))

@@ -1,6 +1,7 @@
-"""`python -m bench.report`: tables and the chart from a results file, and the README's part."""
+"""`python -m bench.report`: tables and the chart from a results file, and parts of documents."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from bench.environments import ROOT
 from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, TITLES, VARIED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SAMPLED = "<!-- sampled:begin -->", "<!-- sampled:end -->"
 USUAL = "torchvision"  # has a column of its own in the README
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
 PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
@@ -61,8 +63,7 @@ class Rows:
         changes = [{"by": name} for name in self.table[row["by"]].beside]
         if self.table[row["by"]].ours:
             changes = [PLAIN | {"out": self.settings["out"]}]
-            if row["operation"] == "box_gradient":
-                changes.append({"operation": "adjoint"})
+            changes.append({"operation": OPERATIONS[row["operation"]].beside or row["operation"]})
             if row["workload"] == "huge":
                 changes.append({"workload": "map"})
         found = (self.find(has, **same | change) for change in changes if same | change != same)
@@ -127,7 +128,7 @@ def spread(values, middle=None, form="{:.2f}".format):
 
 def named(row):
     """What a row is of."""
-    words = [TITLES[row["by"]], OPERATIONS[row["operation"]][0].lower()]
+    words = [TITLES[row["by"]], OPERATIONS[row["operation"]].title.lower()]
     words += [row[name] for name in ("dtype", "layout") if row[name] != PLAIN[name]]
     return ", ".join(words)
 
@@ -201,9 +202,10 @@ def machine_line(record):
     on = f"{machine['cpu']}, {settings['threads']} thread(s), huge pages `{machine['huge_pages']}`"
     if "gpu" in machine:
         on = f"{machine['gpu']}, driver {machine['driver']}"
+    conventions = {settings["convention"]: 0} | {row["convention"]: 0 for row in record["rows"]}
+    clock = ", CPU time of the process" * (settings.get("clock") == "cpu")
     return (
-        f"{on}, convention `{settings['convention']}` "
-        "(MindSpore and ours against it: `mindspore`), "
+        f"{on}{clock}, convention `{'` and `'.join(conventions)}`, "
         f"{settings['rounds']} interleaved rounds, {record['date'][:10]}. "
         f"Bandwidth in GB/s: {', '.join(speeds) or '-'}. {', '.join(versions)}."
     )
@@ -237,7 +239,7 @@ def short_tables(runs, image):
             cells = [f"{milliseconds(middle(usual))} ({faster(usual, ours)})" if usual else "-"]
             cells += [f"{theirs} ({TITLES[fastest['by']]})", faster(fastest, beside)]
             lines.append([rows.title(workload), seconds, *cells, times_floor(ours)])
-        header = [OPERATIONS[operation][0], "roialign, ms", f"{TITLES[USUAL]}, ms"]
+        header = [OPERATIONS[operation].title, "roialign, ms", f"{TITLES[USUAL]}, ms"]
         header += ["fastest other, ms", "faster", "roialign / memory floor"]
         parts.append(filled(header, lines))
     by_threads = {run["settings"]["threads"]: run for run in runs}  # the last of each
@@ -249,6 +251,22 @@ def short_tables(runs, image):
             )
             parts.append(f"Forward with {threads} threads: {found}.")
     return "\n\n".join(part for part in [*parts, machine_line(record)] if part)
+
+
+def sampled_table(record):
+    """Of maxima and rotated boxes: beside the mean or their forward, and the fastest other."""
+    rows, lines = Rows(record), []
+    for workload, operation in itertools.product(rows.workloads, record["settings"]["operations"]):
+        ours = rows.find(workload=workload, operation=operation)
+        other, fastest = rows.other(ours), rows.fastest(workload=workload, operation=operation)
+        line = [f"{workload} {OPERATIONS[operation].title}", spread(flat(ours), form=milliseconds)]
+        line += [spread(rounds(ours, other), ratio(ours, other)), named(other)] if other else "--"
+        theirs = (
+            f"{milliseconds(middle(fastest[0]))} ({TITLES[fastest[0]['by']]})" if fastest else "-"
+        )
+        lines.append([*line, theirs, faster(*fastest) if fastest else "-"])
+    header = "", "roialign, ms", "times", "that of", "fastest other, ms", "faster"
+    return f"{markdown(header, lines)}\n\n{machine_line(record)}"
 
 
 def main_run(runs):
@@ -291,7 +309,7 @@ def chart(record, path):
             if fastest:
                 x, y = 1000 * max(flat(ours)) * 1.15, place + 0.5 * height - 0.4
                 ax.text(x, y, faster(*fastest), va="center", fontsize=8)
-        ax.set(xscale="log", title=OPERATIONS[operation][0], axisbelow=True)
+        ax.set(xscale="log", title=OPERATIONS[operation].title, axisbelow=True)
         ax.set_xlabel("ms per call (the lower, the better)")
         ax.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(workloads)), map(rows.title, workloads))
@@ -326,13 +344,19 @@ def main(arguments=None):
     add("file", nargs="?", help="a results file; the newest of the CPU if not given")
     add("--chart", metavar="PNG", help="where to draw the chart")
     add("--readme", metavar="FILE", help="rewrite the part of this file between the markers")
+    add("--sampled", action="store_true", help="of a record of maxima and rotated boxes, alone")
     given = parser.parse_args(arguments)
-    files = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+    results = ROOT / "bench" / "results"
+    files = sorted((results / "sampled" if given.sampled else results).glob("*.jsonl"))
     if not (given.file or files):
         raise SystemExit("no results yet: python -m bench")
     runs = records(given.file or files[-1])
     for record in runs:
         print(tables(record), end="\n\n")
+    if given.sampled:
+        if given.readme:
+            rewrite(given.readme, sampled_table(runs[-1]), *SAMPLED)
+        return
     image = Path(given.chart or ROOT / "docs" / "images" / "bench.png")
     if given.chart or given.readme:
         chart(main_run(runs), image)

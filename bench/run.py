@@ -116,7 +116,7 @@ def contestants(workload, settings):
         varied = plain or (everywhere and (dtype == "float32" or layout == settings.layouts[0]))
         wanted = out == settings.out or (name, operation, plain) in without_out
         able = peer.has(workload.name, operation, dtype, layout) and (peer.ours or not build)
-        able &= peer.pyramids or not workload.coarser
+        able &= (peer.pyramids and not OPERATIONS[operation].sampled) or not workload.coarser
         if convention not in (peer.conventions or [convention]):
             convention, by = next(iter(peer.conventions)), ["ours", name]  # beside which it is seen
         for one in by if varied and wanted and able else ():
@@ -136,10 +136,12 @@ class Answers:
     def __init__(self, workload, folder, judge, threads):
         self.workload, self.judge = workload, judge
         self.arrays = {n: getattr(workload, n)() for n in ("rois", "features", "d_output")}
-        self.files = {name: f"{folder}/{name}.npy" for name in self.arrays}
+        self.turned = workload.turned()
+        saved = self.arrays | {"turned": self.turned}
+        self.files = {name: f"{folder}/{name}.npy" for name in saved}
         self.path, self.right = f"{folder}/result.npy", {}
         self.axes = cache(partial(reference.axes_of, workload, self.arrays["rois"]))
-        for name, array in self.arrays.items():
+        for name, array in saved.items():
             np.save(self.files[name], array)
         self.numbers = {
             "output_size": workload.output_size,
@@ -160,29 +162,42 @@ class Answers:
         return np.load(self.path), reply
 
     def expected(self, row, operation):
-        """All that the core gives on the CPU, and a part by the reference with its index."""
-        convention = row["convention"]
+        """All that the core gives on the CPU, a part by the reference, and what takes it out."""
+        convention, what = row["convention"], OPERATIONS[operation]
         if (operation, convention) not in self.right:
             plain = {"by": "ours", "operation": operation, "dtype": "float32", "layout": "nchw"}
             whole, _ = self.result(row | plain, self.judge)
-            asked = operation, self.workload, self.axes(convention), convention
-            self.right[operation, convention] = whole, *reference.part(*asked, **self.arrays)
+            rois, features, d_output = self.arrays.values()
+            if not what.sampled:
+                asked = operation, self.workload, self.axes(convention), convention
+                part = reference.part(*asked, **self.arrays)
+            elif what.function == "forward":
+                asked = what, self.workload, convention, self.turned if what.rotated else rois
+                part = reference.sampled_part(*asked, features)
+            else:
+                output, *_ = self.expected(row, what.beside)
+                part = reference.transposed(features, d_output, output)
+            self.right[operation, convention] = whole, *part
         return self.right[operation, convention]
 
-    def check(self, row, worker, ours):
+    def check(self, row, worker, peer):
         """Seconds of a call of a contestant whose result is right; PeerError if it is not."""
         result, reply = self.result(row, worker)
-        operation = OPERATIONS[row["operation"]][1]
+        operation = OPERATIONS[row["operation"]].result
         if operation:
-            whole, part, index = self.expected(row, operation)
+            whole, part, view = self.expected(row, operation)
             if result.shape != whole.shape:
                 raise PeerError(f"has shape {result.shape}")
-            scale = np.abs(self.arrays["features"] if operation == "forward" else part).max()
-            allowed = TOLERANCE if ours else tolerance(self.workload)
-            allowed = (allowed + ROUNDING[row["dtype"]]) * scale
-            agree(result[index], part, allowed, "the reference")
-            agree(result, whole, allowed, "ours")
-        if ours and not reply["same"]:
+            pooled = OPERATIONS[operation].function == "forward"
+            allowed = TOLERANCE if peer.ours else tolerance(self.workload)
+            allowed += ROUNDING[row["dtype"]]
+            for found, right, whose in (
+                (view(result), part, "the reference"),
+                (result, whole, "ours"),
+            ):
+                scale = np.abs(self.arrays["features"] if pooled else right).max()
+                agree(found, peer.right(operation, right), allowed * scale, whose)
+        if peer.ours and not reply["same"]:
             raise PeerError("has other bits the second time")
         return reply["seconds"]
 
@@ -212,7 +227,8 @@ def turn(call_seconds, settings):
     if settings.device == "cuda":  # each call after a flush, which takes its time too
         number, call_seconds = (CALLS if settings.overhead else 1), max(call_seconds, 1e-3)
     samples = int(np.clip(settings.slice / (call_seconds * number), 1, 25))
-    return {"samples": samples, "number": number, "warm": number if samples > 1 else 0}
+    warm = number if samples > 1 else 0
+    return {"samples": samples, "number": number, "warm": warm, "clock": settings.clock}
 
 
 def memory_folder():
@@ -286,7 +302,7 @@ def run_workload(workload, team, record):
             worker.ask("load", **answers.files)
         for row, worker in begun(contestants(workload, settings)):
             with refusing(row, team.say):
-                seconds = answers.check(row, worker, peers[row["by"]].ours)
+                seconds = answers.check(row, worker, peers[row["by"]])
                 if row["operation"] in MAIN and not settings.overhead:
                     row["floor"] = answers.floor(row, record["bandwidth"])
                 row |= {"samples": [], "turn": turn(seconds, settings)}

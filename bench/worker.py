@@ -14,8 +14,8 @@ from importlib import metadata
 
 import numpy as np
 
-from bench.devices import DEVICES
-from bench.peers import PEERS, Peer
+from bench.devices import CLOCKS, DEVICES
+from bench.peers import OPERATIONS, PEERS, Operation, Peer
 
 
 @dataclass
@@ -23,8 +23,9 @@ class Problem:
     """What an implementation is asked: arrays of its kind, in a dtype and layout, and numbers."""
 
     peer: Peer
+    operation: Operation
     features: object  # [N, C, H, W]
-    rois: object  # [K, 5]: image, x1, y1, x2, y2
+    rois: object  # [K, 5]: image, x1, y1, x2, y2; turned [K, 6]: image, x, y, w, h, degrees
     d_output: object  # [K, C, P, Q]
     output_size: tuple
     spatial_scale: float
@@ -39,6 +40,8 @@ class Problem:
     def options(self):
         """Arguments of our functions."""
         found = {"sampling_ratio": self.sampling_ratio, "convention": self.convention}
+        if self.operation.reduction != "mean":
+            found["reduction"] = self.operation.reduction
         if self.pyramid:
             return found | {"spatial_scales": self.scales}
         return found | {"spatial_scale": self.spatial_scale}
@@ -102,9 +105,9 @@ class Session:
         (seconds,) = self.device.samples(call, 1, 1)
         return {"seconds": seconds, "same": first.tobytes() == second.tobytes()}
 
-    def time(self, key, samples, number, warm):
+    def time(self, key, samples, number, warm, clock):
         """Seconds per call: `samples` means over `number` calls, after `warm` untimed ones."""
-        call = self.calls[key]
+        self.device.clock, call = CLOCKS[clock], self.calls[key]
         for _ in range(warm):
             call(*getattr(call, "before", tuple)())
         return self.device.samples(call, samples, number)
@@ -119,15 +122,18 @@ class Session:
                 name: given(converted(array, dtype, layout), self.device.name)
                 for name, array in self.arrays.items()
             }
-        peer = self.peers[by]
+        peer, operation = self.peers[by], OPERATIONS[operation]
+        arrays = dict(self.given[dtype, layout])
+        turned = arrays.pop("turned", None)
         problem = Problem(
             peer=peer,
+            operation=operation,
             convention=peer.conventions[convention] if peer.conventions else convention,
             output_size=tuple(output_size),
-            **self.given[dtype, layout],
+            **arrays | ({"rois": turned} if operation.rotated else {}),
             **numbers,
         )
-        return getattr(self.module, operation)(problem)
+        return getattr(self.module, operation.function)(problem)
 
     def _result(self, call):
         result = call(*getattr(call, "before", tuple)())

@@ -68,6 +68,13 @@ class Workload:
         index = np.repeat(np.arange(images), self.per_image)
         return np.concatenate([index[:, None], boxes], 1).astype(np.float32)
 
+    def turned(self):
+        """(K, 6) float32: the boxes of `rois`, turned: image, x, y, width, height, degrees."""
+        image, start, end = np.split(self.rois(), (1, 3), 1)
+        degrees = np.random.default_rng((SEED, 4)).uniform(-180, 180, image.shape)
+        turned = np.concatenate([image, (start + end) / 2, end - start, degrees], 1)
+        return turned.astype(np.float32)
+
     def features(self):
         """`stored` float32, standard normal."""
         random = np.random.default_rng((SEED, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command, devices, reference, report, run, worker
-from bench.peers import LAYOUTS, MAIN, PEERS
+from bench.peers import LAYOUTS, MAIN, OPERATIONS, PEERS, SAMPLED
 from cases import PYRAMIDS, WORKLOADS, Workload
 
 TINY = Workload(
@@ -116,6 +116,31 @@ def test_a_pyramid(tiny, tmp_path, monkeypatch, peers):
     assert not any("refused" in row for row in record["rows"])
 
 
+@pytest.mark.parametrize("peers", [(), ("onnxruntime", "openvino")])
+def test_maxima_and_rotated_boxes(tiny, tmp_path, peers):
+    """All results are those of the oracle; a table for a document is made of the record."""
+    for name in peers:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    record = ran(["--sampled", "--clock", "cpu", "--peers", *peers, *tiny], tmp_path)
+    rows = [row for row in record["rows"] if OPERATIONS[row["operation"]].sampled]
+    found = {(row["by"], row["operation"]) for row in rows}
+    theirs = {("onnxruntime", "max_corner"), ("openvino", "max"), ("openvino", "rotated")}
+    assert found == {("ours", operation) for operation in SAMPLED} | (theirs if peers else set())
+    assert not any("refused" in row for row in rows)
+    assert {row["dtype"] for row in rows} == {"float32"}
+    assert {row["layout"] for row in rows} == {*LAYOUTS}
+    text = report.sampled_table(record)
+    assert "| tiny Max, adjoint | " in text and " | roialign, max | " in text
+    assert (" (OpenVINO) | " in text) == bool(peers)
+
+
+def test_rotated_boxes_of_a_peer_have_one_convention(tiny, tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    given = ["--operations", "rotated", "--peers", "openvino", "--no-extras", *tiny]
+    record = ran([*given, "--convention", "asymmetric"], tmp_path)
+    assert ["refused" in row for row in record["rows"]] == [False, True, False]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_one_box_memory_and_import(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "VARIED", ("tiny",))
@@ -181,7 +206,8 @@ def test_every_peer_says_what_it_is():
     for peers in PEERS.values():
         for peer in peers.values():
             source = Path(run.ROOT / "bench" / "peers" / f"{peer.module}.py").read_text()
-            assert all(f"def {operation}(" in source for operation in peer.operations)
+            functions = {OPERATIONS[operation].function for operation in peer.operations}
+            assert all(f"def {function}(" in source for function in functions)
             assert {peers[name].ours for name in peer.beside} == {True}
 
 
@@ -205,14 +231,14 @@ def checked(spoil, operation, folder, ours=True):
     worker.spoil = spoil
     worker.ask("load", **answers.files)
     (row,) = run.contestants(TINY, settings(operations=[operation], peers=[]))
-    return answers.check(row, worker, ours)
+    return answers.check(row, worker, PEERS["cpu"]["ours" if ours else "torchvision"])
 
 
 def added(value, at):
     return lambda result: result.__setitem__(at, result[at] + value)
 
 
-@pytest.mark.parametrize("operation", MAIN)
+@pytest.mark.parametrize("operation", (*MAIN, *SAMPLED))
 def test_refuses_wrong_code(operation, tmp_path):
     assert checked(lambda result: None, operation, tmp_path) > 0
     for value in (0.1, np.nan):

@@ -28,20 +28,22 @@ def test_three_thirds_are_the_grid():
             assert (rois[:, 1:] >= 0).all() and (rois[:, [3, 4]] <= [width, height]).all()
 
 
-SLICE = SimpleNamespace(slice=0.03, device="cpu", overhead=False)  # as by default
+SLICE = SimpleNamespace(slice=0.03, device="cpu", overhead=False, clock="wall")  # as by default
 
 
 class Player:
-    """Answers as a worker does; `wrong` and `slow` are names of who is."""
+    """Answers as a worker does; `wrong`, `slow` and `clipped` are names of who is."""
 
-    wrong = slow = ()
+    wrong = slow = clipped = ()
+    sign = 1
 
     def __init__(self, process, device, threads, python):
         self.name = process
 
     def ask(self, command, key="", save=None, samples=1, **asked):
         if command == "prepare":
-            np.save(save, np.ones(3, np.float32) * (1 + (self.name in self.wrong)))
+            value = self.sign * (1 + (self.name in self.wrong)) * (self.name not in self.clipped)
+            np.save(save, np.full(3, value, np.float32))
             return {"seconds": 0.001, "same": True}
         if command == "time":
             return [0.002 if self.name in self.slow else 0.001] * samples
@@ -55,11 +57,11 @@ class Player:
 def swept(tmp_path, capsys):
     """The exit status, what is printed and the record of a sweep of three regimes."""
 
-    def sweep(**players):
+    def sweep(options=(), peers=("torchvision", "onnxruntime"), **players):
         start = type("One", (Player,), players)
-        peers = ["--peer", "torchvision=a", "--peer", "onnxruntime=b", "--peer", "ours=c"]
-        given = ["--seed", "1", "--most", "3", "--rounds", "2", "--results", str(tmp_path), *peers]
-        status = regimes.main(given, start)
+        named = itertools.chain(*(("--peer", f"{name}=a") for name in ("ours", *peers)))
+        given = ["--seed", "1", "--most", "3", "--rounds", "2", "--results", str(tmp_path)]
+        status = regimes.main([*given, *named, "--peers", *peers, *options], start)
         (file,) = tmp_path.glob("*.jsonl")
         return status, capsys.readouterr().out, json.loads(file.read_text())
 
@@ -81,6 +83,17 @@ def test_who_is_slower_is_measured_again_and_told(swept):
     samples = {len(row["samples"]) for row in record["rows"]}
     assert samples == {regimes.AGAIN * run.turn(0.001, SLICE)["samples"]}
     assert "| 3 | 3 | 0.50, 0.5 |" in printed or "| 1 | 1 | 0.50, 0.5 |" in printed
+
+
+def test_a_clipped_maximum_is_compared_with_ours_clipped(swept):
+    """Ours gives -1 here, and a peer whose maximum starts at 0 gives 0."""
+    given = ["--operations", "max", "max_corner", "--convention", "half_pixel", "--clock", "cpu"]
+    peers = "openvino", "onnxruntime"
+    status, _, record = swept(given, peers, sign=-1, clipped=("openvino",))
+    assert status == 0 and {row["convention"] for row in record["rows"]} == {"half_pixel"}
+    found = {(row["by"], row["operation"]) for row in record["rows"]}
+    ours = {("ours", "max"), ("ours", "max_corner")}
+    assert found == ours | {("openvino", "max"), ("onnxruntime", "max_corner")}
 
 
 @pytest.mark.parametrize("slow, least", [((), 1.0), (("ours",), 0.5)])

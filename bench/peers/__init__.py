@@ -1,23 +1,59 @@
 """What is compared, as data; each module of this folder serves one library.
 
-A module has a function for each operation: it takes a worker's `Problem`, does all that a user does
-once, and returns a function that computes the result and waits for it. Where that has an attribute
-`before`, it takes what `before()` makes, untimed. `given(array, device)` makes a NumPy array its
-own kind, `array(result)` does the reverse; `PACKAGES` are those whose versions are recorded.
+A module has the functions of its operations. A function takes a worker's `Problem`, does all that a
+user does once, and returns another, which computes the result and waits for it. Where that has an
+attribute `before`, it takes what `before()` makes, untimed. `given(array, device)` makes a NumPy
+array its own kind, `array(result)` does the reverse. Versions of `PACKAGES` are recorded.
 """
 
 from dataclasses import dataclass
 
-MAIN = ("forward", "adjoint", "box_gradient")
-OPERATIONS = {  # title, and the one of the three that has the same result
-    "forward": ("Forward", "forward"),
-    "adjoint": ("Adjoint", "adjoint"),
-    "box_gradient": ("Box gradient", "box_gradient"),
-    "gradient": ("Forward and backward", "adjoint"),
-    "backward": ("Backward, its forward untimed", "adjoint"),
-    "nothing": ("A call of nothing", None),
-}
 ROUNDING = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7}  # of input and output
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a call computes."""
+
+    title: str
+    function: str  # of a module
+    result: str | None  # the operation of ours that has the same
+    reduction: str = "mean"
+    rotated: bool = False  # boxes are turned
+    dtypes: tuple = tuple(ROUNDING)  # rounded, several samples may be the largest
+    beside: str = ""  # ours is divided by the time of that
+
+    @property
+    def sampled(self):
+        """Whether it is one of the second engine: docs/spec.md, 9 and 10."""
+        return self.rotated or self.reduction != "mean"
+
+
+def _sampled(name, title, **what):
+    """Forward and adjoint."""
+    what |= {"dtypes": ("float32",)}
+    adjoint = f"{name}_adjoint"
+    return {
+        name: Operation(title, "forward", name, beside="forward", **what),
+        adjoint: Operation(f"{title}, adjoint", "adjoint", adjoint, beside=name, **what),
+    }
+
+
+SAMPLED = {
+    **_sampled("max", "Max", reduction="max"),
+    **_sampled("max_corner", "Max of corners", reduction="max_corner"),
+    **_sampled("rotated", "Rotated boxes", rotated=True),
+}
+OPERATIONS = {
+    "forward": Operation("Forward", "forward", "forward"),
+    "adjoint": Operation("Adjoint", "adjoint", "adjoint"),
+    "box_gradient": Operation("Box gradient", "box_gradient", "box_gradient", beside="adjoint"),
+    "gradient": Operation("Forward and backward", "gradient", "adjoint"),
+    "backward": Operation("Backward, its forward untimed", "backward", "adjoint"),
+    "nothing": Operation("A call of nothing", "nothing", None),
+    **SAMPLED,
+}
+MAIN = ("forward", "adjoint", "box_gradient")
 LAYOUTS = ("nchw", "nhwc")
 VARIED = ("W1", "W4", "W5")  # on a GPU: in every dtype and layout, the deterministic mode, memory
 
@@ -39,6 +75,7 @@ class Peer:
     only: tuple = ()  # workloads
     pyramids: bool = False  # takes several maps
     beside: tuple = ("ours",)  # its time is divided by that of the first of these that is there
+    clipped: tuple = ()  # operations whose results are at least 0
 
     def __post_init__(self):
         object.__setattr__(self, "process", self.process or self.name)
@@ -50,7 +87,12 @@ class Peer:
 
     def has(self, workload, operation, dtype, layout):
         takes = operation in self.operations and dtype in self.dtypes and layout in self.layouts
+        takes &= dtype in OPERATIONS[operation].dtypes
         return takes and workload in (self.only or [workload])
+
+    def right(self, operation, result):
+        """What a right result of ours is here."""
+        return result.clip(0) if operation in self.clipped else result
 
 
 ALIGNED = {"asymmetric": False, "half_pixel": True}
@@ -63,10 +105,15 @@ MINDSPORE = {"conventions": {"mindspore": 1}}  # roi_end_mode
 TORCHVISION = {"conventions": ALIGNED, "module": "torch"}
 
 CPU = (
-    Peer("ours", "roialign", MAIN, ours=True, pyramids=True, **VARIANTS),
-    Peer("onnxruntime", "ONNX Runtime", FORWARD, conventions=ONNX, pyramids=True),
+    Peer("ours", "roialign", (*MAIN, *SAMPLED), ours=True, pyramids=True, **VARIANTS),
+    Peer(
+        "onnxruntime", "ONNX Runtime", (*FORWARD, "max_corner"), conventions=ONNX, pyramids=True
+    ),
     Peer("paddle", "Paddle", conventions=ALIGNED),
-    Peer("openvino", "OpenVINO", FORWARD, conventions=OPENVINO),
+    Peer(
+        "openvino", "OpenVINO", (*FORWARD, "max", "rotated"), conventions=OPENVINO,
+        clipped=("max",),  # which starts at 0
+    ),
     Peer(
         "mindspore", "MindSpore", ("forward", "adjoint", "gradient"), **MINDSPORE,
         dtypes=("float32", "float16"), beside=("ours", "mindspore_ours"),
@@ -122,6 +169,14 @@ OVERHEAD = {  # what a call costs
         ("cpu", "W0", CALLED),
         ("cuda", "W6", ("ours_captured", "torchvision", "torchvision_captured")),
     )
+}
+# max, max_corner and rotated boxes, beside the mean; the peers have one convention in common
+SAMPLED_RUN = {
+    "workloads": ("W1", "W3", "W4s"),
+    "operations": ("forward", "adjoint", *SAMPLED),
+    "peers": ("onnxruntime", "openvino"),
+    "dtypes": ("float32",),
+    "convention": "half_pixel",
 }
 # what names a row of a record
 CONTESTANT = ("workload", "by", "operation", "convention", "dtype", "layout", "out", "build")

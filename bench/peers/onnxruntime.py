@@ -13,6 +13,7 @@ TYPES = {"float32": "float", "int64": "int64"}
 
 def forward(problem):
     inputs, nodes = {}, []
+    mode = {"mean": "avg", "max_corner": "max"}[problem.operation.reduction]
     shape = (len(problem.rois), problem.features.shape[1], *problem.output_size)
     maps, scales, levels = [problem.features], [problem.spatial_scale], np.zeros(shape[0])
     if problem.pyramid:
@@ -25,7 +26,7 @@ def forward(problem):
         inputs[f"image_index{i}"] = rois[:, 0].astype(np.int64)
         result = f"rows{i}" if problem.pyramid else "output"
         nodes.append(f"""{result} = RoiAlign <
-            mode = "avg", sampling_ratio = {problem.sampling_ratio},
+            mode = "{mode}", sampling_ratio = {problem.sampling_ratio},
             output_height = {shape[2]}, output_width = {shape[3]}, spatial_scale = {scale},
             coordinate_transformation_mode = "{problem.convention}">
             (features{i}, boxes{i}, image_index{i})""")

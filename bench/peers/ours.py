@@ -12,6 +12,8 @@ PACKAGES = ("roialign", "numpy")
 
 def _call(name, problem, like, *arguments):
     roialign.set_num_threads(problem.threads)
+    if problem.operation.rotated:
+        name = name.replace("roi_align", "roi_align_rotated")
     function, out = getattr(roialign, ("multiscale_" if problem.pyramid else "") + name), {}
     if problem.out:  # [like's layout]; its pages are touched
         several = isinstance(like, list)
@@ -46,7 +48,8 @@ def forward(problem):
 def adjoint(problem):
     features, rois, d_output = _features(problem), problem.rois, problem.d_output
     shapes = [m.shape for m in features] if problem.pyramid else features.shape
-    return _call("roi_align_adjoint", problem, features, d_output, rois, shapes)
+    call = _call("roi_align_adjoint", problem, features, d_output, rois, shapes)
+    return call if problem.operation.reduction == "mean" else partial(call, features=features)
 
 
 def box_gradient(problem):
