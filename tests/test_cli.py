@@ -134,6 +134,7 @@ def test_demo_into_a_folder_that_is_not_there(tmp_path):
     [
         ("PIL", ["demo"], "Pillow: pip install pillow, or install roialign[demo]"),
         ("onnx", ["identify", "--onnx", "model.onnx"], "ONNX and its runtime: pip install onnx"),
+        ("matplotlib", ["show", "--box", "1,1,5,5", "--map", "8x8"], "pip install matplotlib"),
     ],
 )
 def test_a_package_that_is_missing(tmp_path, package, arguments, words):

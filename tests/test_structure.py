@@ -26,7 +26,8 @@ PLACES = {
     "_api": "_adapter _checks _graph _layout _levels _rois _rule _threads",
     "_adapter": "_checks _graph _rois numpy torch jax mindspore cupy",
     "_checks": "_adapter _graph _layout _rule",
-    "_explain": "_api _grid _rule",
+    "_explain": "_api _explain_figure _grid _rule",
+    "_explain_figure": "_explain _grid _rule",
     "_graph": "mindspore",
     "_layout": "",
     "_grid": "_checks _core _rule",
@@ -74,7 +75,8 @@ PLACES = {
 }
 # file or folder: what it may import beyond the package and the standard library
 BEYOND = {
-    "_explain": "numpy matplotlib",
+    "_explain": "numpy",
+    "_explain_figure": "numpy matplotlib",
     "_grid": "numpy",
     "_identify": "numpy",
     "_identify_onnx": "google numpy onnx onnxruntime",

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import roialign
-from roialign import _explain as draw
+from roialign import _explain_figure as draw
+from roialign._explain import Panel
 
 BOX = np.array([2.7, 1.7, 8.4, 5.4])  # x1, y1, x2, y2 at scale 1
 BINS = 2, 3
@@ -40,7 +41,7 @@ def main(picture):
     y, x = np.ogrid[:8, :12]
     features = (2 + np.sin(x / 1.9 - 0.7) + np.cos(y / 1.6 - x / 9)) / 4
     rule = {"spatial_scale": 1.0, "convention": "half_pixel", "sampling_ratio": 2}
-    panel = draw.Panel(BOX, features, BINS, rule)
+    panel = Panel(BOX, features, BINS, rule)
     corners = panel.edges[:, [[0, 0], [-1, -1]], [[0, -1], [0, -1]]]
     rows, columns = whole_bins(BOX)
     ends = [np.array([bins[0][0], *(end for _, end in bins)]) - 0.5 for bins in (rows, columns)]
