@@ -3,17 +3,20 @@
 import argparse
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import median
 
+from bench import run
 from bench.environments import ROOT
 from bench.peers import CONTESTANT, MAIN, OPERATIONS, PEERS, TITLES, VARIED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SAMPLED = "<!-- sampled:begin -->", "<!-- sampled:end -->"
-USUAL = "torchvision"  # has a column of its own in the README
+USUAL = "torchvision"  # has a column of its own on the page
+SHOWN = ("W7", "W7a", "W8", "W4", "W5", "W9a", "W10", "W6")  # in the README
+PANELS = ("forward", "adjoint")
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")  # which all eyes tell apart
 CACHE = 4 * 2**20  # bytes; a call that moves less has no DRAM floor
 PLAIN = {"dtype": "float32", "layout": "nchw", "build": ""}
 RESULTS = {"samples", "memory", "refused"}
@@ -72,8 +75,17 @@ class Rows:
     def fastest(self, **fields):
         """The fastest row that is not ours, and ours beside it; None if there is none."""
         rows = [self.find(by=name, **fields) for name, peer in self.table.items() if not peer.ours]
-        pairs = [(row, self.other(row)) for row in rows if row]
+        pairs = [self.pair(row) for row in rows if row]
         return min((p for p in pairs if p[1]), key=lambda pair: middle(pair[0]), default=None)
+
+    def others(self, operation):
+        """Who else has rows of an operation."""
+        found = {row["by"] for row in self.rows if row["operation"] == operation}
+        return [by for by, peer in self.table.items() if by in found and not peer.ours]
+
+    def pair(self, row):
+        """A row, and ours beside it."""
+        return row, self.other(row)
 
     def compared(self, operation):
         for workload in self.workloads:
@@ -226,11 +238,10 @@ def tables(record):
     return "\n\n".join(part for part in parts if part)
 
 
-def short_tables(runs, image):
-    """The README's part: the chart, medians against the fastest other, and more threads."""
+def all_tables(runs):
+    """The page's part: every workload against the fastest other, and more threads."""
     record = main_run(runs)
-    rows = Rows(record)
-    parts = [f"![Milliseconds per call, roialign and others]({image})"]
+    rows, parts = Rows(record), []
     for operation in MAIN:
         lines = []
         for workload, ours, fastest, beside in rows.compared(operation):
@@ -243,14 +254,39 @@ def short_tables(runs, image):
         header += ["fastest other, ms", "faster", "roialign / memory floor"]
         parts.append(filled(header, lines))
     by_threads = {run["settings"]["threads"]: run for run in runs}  # the last of each
-    for threads, run in sorted(by_threads.items()):
+    for threads, last in sorted(by_threads.items()):
         if threads != record["settings"]["threads"]:
             found = ", ".join(
                 f"{workload} {milliseconds(middle(ours))} ms ({faster(fastest, beside)})"
-                for workload, ours, fastest, beside in Rows(run).compared("forward")
+                for workload, ours, fastest, beside in Rows(last).compared("forward")
             )
             parts.append(f"Forward with {threads} threads: {found}.")
     return "\n\n".join(part for part in [*parts, machine_line(record)] if part)
+
+
+def in_words(workload):
+    """What a workload of the README is."""
+    title, (rows, columns) = workload.title, workload.output_size
+    boxes, channels = workload.rois_number, workload.shape[1]
+    return f"{title}: {boxes} boxes to {rows} x {columns}, channels: {channels}"
+
+
+def short_table(record, image):
+    """The README's part: the chart, our milliseconds, and how many times as long others take."""
+    rows, header, lines = Rows(record), [""], []
+    shown = [name for name in SHOWN if name in rows.workloads]
+    columns = [(operation, by) for operation in PANELS for by in ("ours", *rows.others(operation))]
+    for operation, by in columns:
+        title = OPERATIONS[operation].title
+        header.append(f"{title}: roialign, ms" if by == "ours" else TITLES[by])
+    for workload in shown:
+        lines.append([in_words(run.EVERY[workload])])
+        for operation, by in columns:
+            row = rows.find(by=by, workload=workload, operation=operation)
+            value = row and (milliseconds(middle(row)) if by == "ours" else faster(*rows.pair(row)))
+            lines[-1].append(value or "-")
+    picture = f"![How many times as long as roialign others take]({image})"
+    return f"{picture}\n\n{markdown(header, lines)}\n\n{machine_line(record)}"
 
 
 def sampled_table(record):
@@ -276,51 +312,39 @@ def main_run(runs):
 
 
 def chart(record, path):
-    """Bars of milliseconds per call, a panel each for forward and adjoint, and the floor."""
+    """Bars of how many times as long as ours others take, a panel for each operation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = Rows(record)
-    present = {(row["operation"], row["by"]) for row in rows.rows}
-    panels = [name for name in ("forward", "adjoint") if (name, "ours") in present]
-    names = [name for name in rows.table if any((panel, name) in present for panel in panels)]
-    workloads = [name for name in rows.workloads if name not in ("map", "huge")]
-    colours = {name: f"C{i}" for i, name in enumerate(rows.table)}
-    height = 0.8 / len(names)
-    size = 5.5 * len(panels) + 1, 0.16 * len(names) * len(workloads) + 1.6
-    options = {"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, **options)
-    for ax, operation in zip(axes[0], panels, strict=True):
-        for place, workload in enumerate(workloads):
-            fields = {"workload": workload, "operation": operation}
-            for i, name in enumerate(names):
-                row = rows.find(by=name, **fields)
-                if row:
-                    times = [1000 * seconds for seconds in flat(row)]
-                    y = place + (i + 0.5) * height - 0.4
-                    ax.barh(y, median(times), height, color=colours[name])
-                    ax.plot([min(times), max(times)], [y, y], color="black", linewidth=0.6)
-            ours, fastest = rows.find(**fields), rows.fastest(**fields)
-            if ours and times_floor(ours) != "-":
-                floor = 1000 * ours["floor"]["dram_and_cache"]
-                ax.plot([floor, floor], [place - 0.4, place - 0.4 + height], color="black")
-            if fastest:
-                x, y = 1000 * max(flat(ours)) * 1.15, place + 0.5 * height - 0.4
-                ax.text(x, y, faster(*fastest), va="center", fontsize=8)
-        ax.set(xscale="log", title=OPERATIONS[operation].title, axisbelow=True)
-        ax.set_xlabel("ms per call (the lower, the better)")
+    shown = [name for name in SHOWN if name in rows.workloads]
+    names = list(dict.fromkeys(by for operation in PANELS for by in rows.others(operation)))
+    height = 0.8 / max(1, len(names))
+    size = 11, 0.22 * len(names) * len(shown) + 1.4
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=size, sharey=True, layout="constrained")
+    for ax, operation in zip(axes, PANELS, strict=True):
+        for place, i in itertools.product(range(len(shown)), range(len(names))):
+            row = rows.find(by=names[i], workload=shown[place], operation=operation)
+            if row:
+                y, times = place + (i + 0.5) * height - 0.4, ratio(*rows.pair(row))
+                ax.barh(y, times, height, color=COLOURS[i])
+                ax.text(times, y, f" {faster(*rows.pair(row))}", va="center", fontsize=8)
+        ax.axvline(1, color="black", linewidth=1)
+        ax.set(title=OPERATIONS[operation].title, axisbelow=True)
+        ax.set_xlabel("times as long as roialign takes (the line: as long as roialign)")
         ax.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(workloads)), map(rows.title, workloads))
-    axes[0, 0].margins(y=0.01)
-    axes[0, 0].invert_yaxis()
-    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    keys.append(pyplot.Line2D([], [], color="black", marker="|", linestyle="none", markersize=10))
-    labels = [*(TITLES[name] for name in names), "memory floor of roialign's bar"]
+        ax.margins(x=0.12)
+    words = [in_words(run.EVERY[name]).replace(": ", "\n", 1) for name in shown]
+    axes[0].set_yticks(range(len(shown)), words)
+    axes[0].margins(y=0.01)
+    axes[0].invert_yaxis()
+    keys = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS[: len(names)]]
+    labels = [TITLES[name] for name in names]
     figure.legend(keys, labels, loc="outside lower center", ncols=4, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -342,8 +366,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
     add = parser.add_argument
     add("file", nargs="?", help="a results file; the newest of the CPU if not given")
-    add("--chart", metavar="PNG", help="where to draw the chart")
-    add("--readme", metavar="FILE", help="rewrite the part of this file between the markers")
+    add("--docs", action="store_true", help="rewrite its parts of the documents, and the chart")
     add("--sampled", action="store_true", help="of a record of maxima and rotated boxes, alone")
     given = parser.parse_args(arguments)
     results = ROOT / "bench" / "results"
@@ -353,16 +376,13 @@ def main(arguments=None):
     runs = records(given.file or files[-1])
     for record in runs:
         print(tables(record), end="\n\n")
-    if given.sampled:
-        if given.readme:
-            rewrite(given.readme, sampled_table(runs[-1]), *SAMPLED)
-        return
-    image = Path(given.chart or ROOT / "docs" / "images" / "bench.png")
-    if given.chart or given.readme:
-        chart(main_run(runs), image)
-    if given.readme:
-        where = os.path.relpath(image, Path(given.readme).parent)
-        rewrite(given.readme, short_tables(runs, where))
+    image, page = "docs/images/bench.png", ROOT / "docs" / "speed.md"
+    if given.docs and given.sampled:
+        rewrite(page, sampled_table(runs[-1]), *SAMPLED)
+    elif given.docs:
+        chart(main_run(runs), ROOT / image)
+        rewrite(ROOT / "README.md", short_table(main_run(runs), image))
+        rewrite(page, all_tables(runs))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_torchvision_is_right_and_takes_turns(tiny, tmp_path):
     rows = [row for row in record["rows"] if row["by"] == "torchvision"]
     found = [(row["operation"], row["layout"]) for row in rows if len(row["samples"]) == 2]
     assert sorted(found) == sorted(itertools.product(("forward", "adjoint"), LAYOUTS))
-    assert "| torchvision, ms | fastest other, ms |" in report.short_tables([record], "")
+    assert "| torchvision, ms | fastest other, ms |" in report.all_tables([record])
 
 
 def test_what_a_call_costs(tiny, tmp_path, capsys):
@@ -283,8 +283,17 @@ def test_readme_part_is_rewritten(tmp_path):
         report.rewrite(readme, "new")
 
 
-def test_the_readme_is_what_a_record_says():
-    found = map(report.records, (run.ROOT / "bench" / "results").glob("*.jsonl"))
-    parts = [report.short_tables(runs, "docs/images/bench.png") for runs in found]
-    readme = (run.ROOT / "README.md").read_text()
-    assert any(f"{report.BEGIN}\n{part}\n{report.END}" in readme for part in parts)
+def test_the_documents_are_what_a_record_says():
+    found = [*map(report.records, (run.ROOT / "bench" / "results").glob("*.jsonl"))]
+    image = "docs/images/bench.png"
+    shorts = [report.short_table(report.main_run(runs), image) for runs in found]
+    for page, parts in (("README.md", shorts), ("docs/speed.md", map(report.all_tables, found))):
+        text = (run.ROOT / page).read_text()
+        assert any(f"{report.BEGIN}\n{part}\n{report.END}" in text for part in parts), page
+
+
+def test_the_chart_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    newest = sorted((run.ROOT / "bench" / "results").glob("*.jsonl"))[-1]
+    report.chart(report.main_run(report.records(newest)), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10000
