@@ -75,7 +75,7 @@ PLACES = {
 }
 # file or folder: what it may import beyond the package and the standard library
 BEYOND = {
-    "_explain": "numpy",
+    "_explain": "numpy matplotlib",
     "_explain_figure": "numpy matplotlib",
     "_grid": "numpy",
     "_identify": "numpy",

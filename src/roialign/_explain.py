@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from roialign._api import roi_align, roi_align_rotated
 from roialign._grid import SamplingGrid, sampling_grid
 from roialign._rule import Convention, conventions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_PIXELS, MOST_BINS, MOST_SAMPLES = 2**24, 32, 2**22  # of the map, on an axis, of the box
 
@@ -129,7 +132,7 @@ def explain(
     angle: str | None = None,
     clockwise: bool = False,
     features: Any = None,
-) -> Any:
+) -> Figure:
     """A picture of what RoIAlign does with one box, under one convention or several.
 
     It shows the map, the box, its bins and samples; one sample with the pixels that it reads and

@@ -177,7 +177,7 @@ def draw_panel(
     return map_
 
 
-def draw(panels: list[Panel], outline: np.ndarray, features: np.ndarray, said: list[str]) -> Any:
+def draw(panels: list[Panel], outline: np.ndarray, features: np.ndarray, said: list[str]) -> Figure:
     """The panels side by side, and above them what is said."""
     known = features[np.isfinite(features)]
     low, high = (known.min(), known.max()) if known.size else (0, 1)
@@ -188,13 +188,13 @@ def draw(panels: list[Panel], outline: np.ndarray, features: np.ndarray, said: l
         any([panel.inside.size > MOST_DOTS for panel in panels]),
     )
     count = len(panels)
-    figure: Any = Figure(figsize=(WIDTH * count, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH * count, HEIGHT), layout="constrained")
     if said:
         lines = [part for line in said for part in textwrap.wrap(line, int(12 * WIDTH * count))]
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10.5)
     handles: dict[str, Any] = {}
     followed = None
-    for panel, part in zip(panels, np.atleast_1d(figure.subfigures(1, count))):
+    for panel, part in zip(panels, figure.subfigures(1, count, squeeze=False)[0]):
         followed = follow(panel, features.shape, followed)
         axes = draw_panel(part, panel, outline, features, followed, look)
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
