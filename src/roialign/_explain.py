@@ -117,7 +117,7 @@ def waves(size: tuple[int, ...], outline: np.ndarray) -> np.ndarray:
     """Features of that size: about one wave in a box on each axis."""
     long = np.nan_to_num(np.ptp(outline, (1, 2)))
     y, x = [np.arange(n) * 2 * np.pi / np.clip(k, 12, max(n, 12)) for n, k in zip(size, long)]
-    return np.float32((2 + np.sin(x) + np.cos(y)[:, None]) / 4)
+    return ((2 + np.sin(x) + np.cos(y)[:, None]) / 4).astype(np.float32)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of a box that is not finite
