@@ -27,6 +27,8 @@ LIBRARIES = "numpy", "matplotlib", "torch", "triton", "jax", "mindspore"
 PLACES = {
     "_explain": "matplotlib",
     "_checks:refuse_script": "torch",
+    "_checks:mapping": "torch",
+    "_checks:flag": "torch",
     "_operations:require_first_order": "torch",
     "torch/kernels:_on_device": "triton",
     "torch/": "torch",

@@ -176,6 +176,23 @@ def alike(name: str, value: Any, other: str, expected: Any) -> None:
         raise ValueError(f"`{name}` must have an array for each of `{other}`, got {len(value)}")
 
 
+def mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a dict, got {type_name(value)}")
+
+
+def text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a str, got {type_name(value)}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """As other libraries take it: an int too, or a scalar of an array library."""
+    if not isinstance(value, int) and getattr(value, "shape", None) != ():
+        raise TypeError(f"`{name}` must be a bool, got {type_name(value)}")
+    return bool(value)
+
+
 def real(name: str, value: Any, expected: str = "a real number") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be {expected}, got {type_name(value)} {shown(value)}")
@@ -249,11 +266,13 @@ def bins(name: str, value: tuple[int, ...]) -> tuple[int, int]:
     return value
 
 
-def samples(name: str, value: int) -> None:
+def samples(name: str, value: Any) -> int:
+    value = integer(name, value)
     if value > MAX_SAMPLES:
         raise ValueError(
             f"`{name}` must be at most {MAX_SAMPLES}, got {shown(value)}: 0 adapts to the box"
         )
+    return value
 
 
 def scales(name: str, value: tuple[float, ...]) -> tuple[float, float]:
@@ -343,7 +362,7 @@ def rule(
     spatial_scale: object,
     sampling_ratio: object,
     convention: object,
-    reduction: object,
+    reduction: Any,
     layout: object = "NCHW",
     maps: int | None = None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -362,14 +381,12 @@ def rule(
     ratio = integer("sampling_ratio", sampling_ratio)
     if not isinstance(convention, (str, _rule.Convention)):
         raise TypeError(f"`convention` must be a name or a Convention, got {type_name(convention)}")
-    if not isinstance(reduction, str):
-        raise TypeError(f"`reduction` must be a str, got {type_name(reduction)}")
-    if not isinstance(layout, str):
-        raise TypeError(f"`layout` must be a str, got {type_name(layout)}")
+    text("reduction", reduction)
+    text("layout", layout)
     if several and len(given) != maps:
         raise ValueError(f"`{name}` must be {maps}, one for each map, got {len(given)}")
     one_of("reduction", reduction, _rule.REDUCTIONS)
-    one_of("layout", layout, ("NCHW", "NHWC"))
+    one_of("layout", layout, _layout.LAYOUTS)
     checked = [scales(each, pair) for each, pair in zip(names, pairs)]
     samples("sampling_ratio", ratio)
     flat = tuple([scale for pair in checked for scale in pair])
@@ -395,8 +412,7 @@ def rotated_rule(
     layout: object,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """`rule`, of boxes that are turned."""
-    if not isinstance(angle, str):
-        raise TypeError(f"`angle` must be a str, got {type_name(angle)}")
+    text("angle", angle)
     if not isinstance(clockwise, bool):
         raise TypeError(f"`clockwise` must be a bool, got {type_name(clockwise)}")
     flat, straight = rule(spatial_scale, sampling_ratio, convention, "mean", layout)
@@ -420,7 +436,8 @@ def has_box_gradient(reduction: str) -> None:
         )
 
 
-def one_of(name: str, value: str, accepted: Iterable[str]) -> None:
+def one_of(name: str, value: Any, accepted: Iterable[str]) -> None:
+    text(name, value)
     if value not in accepted:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, accepted))}, got {shown(value)}"

@@ -129,8 +129,7 @@ def setting(
     """The arguments of `roialign.assign_levels`, checked, as `assign` takes them."""
     _checks.sequence("level_range", "(finest, coarsest)", level_range)
     levels = _checks.integers("level_range", level_range)
-    if not isinstance(rule, str):
-        raise TypeError(f"`rule` must be a str, got {_checks.type_name(rule)}")
+    _checks.text("rule", rule)
     size = _checks.real("canonical_size", canonical_size)
     level = _checks.integer("canonical_level", canonical_level)
     _checks.one_of("rule", rule, RULES)

@@ -80,7 +80,7 @@ class Convention:
         if self.min_size is not None and self.min_size < 0:
             raise ValueError(f"`min_size` must not be negative, got {self.min_size}")
         if self.adaptive not in ("ceil", "floor"):
-            raise ValueError(f"`adaptive` must be 'ceil' or 'floor', got {self.adaptive!r}")
+            raise ValueError(f"`adaptive` must be 'ceil' or 'floor', got {self.adaptive!r:.100}")
 
 
 Convention.__module__ = "roialign"  # what pickles and pages call it

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import roialign
 from roialign import _checks
 from roialign.compat import mmcv, torchvision
-from roialign.torch import is_recorded, refuse
+from roialign.torch import check_array, is_recorded, refuse
 
 __all__ = ["ROIAlign", "ROIAlignRotated", "ROIPooler"]
 
@@ -66,10 +66,13 @@ class ROIAlign(torchvision.RoIAlign):
         super().__init__(output_size, spatial_scale, sampling_ratio, aligned)
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and not is_recorded(input) and input.is_quantized:
-            input = input.dequantize()
+        if torch.jit.is_scripting() or is_recorded(input):
+            features = input
+        else:  # TorchScript reads none of it
+            check_array("input", input)
+            features = input.dequantize() if input.is_quantized else input
         return torchvision.roi_align(
-            input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+            features, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
         )
 
 
@@ -106,11 +109,10 @@ class ROIAlignRotated(nn.Module):
         self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int
     ) -> None:
         super().__init__()
-        _checks.samples("sampling_ratio", sampling_ratio)
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
         bins = _checks.integers("output_size", output_size)
         self.output_size = _checks.bins("output_size", bins)
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
 
     __prepare_scriptable__ = refuse
 
@@ -186,8 +188,9 @@ class ROIPooler(nn.Module):
     ) -> None:
         super().__init__()
         _checks.one_of("pooler_type", pooler_type, POOLERS)
-        self.scales = tuple(scales)
-        finest = 1 - math.frexp(scales[0])[1] if self.scales else 0
+        _checks.sequence("scales", "or list, with a scale for each map", scales)
+        self.scales = tuple([_checks.real(f"scales[{i}]", s) for i, s in enumerate(scales)])
+        finest = 1 - math.frexp(self.scales[0])[1] if self.scales else 0
         if not scales or self.scales != tuple([2.0 ** -(finest + i) for i in range(len(scales))]):
             raise ValueError(
                 "`scales` must be powers of 2, each half of the one before, "
@@ -203,6 +206,7 @@ class ROIPooler(nn.Module):
     __prepare_scriptable__ = refuse
 
     def forward(self, x: Sequence[Tensor], box_lists: Sequence[Any]) -> Tensor:
+        _checks.sequence("box_lists", "or list, with boxes for each image", box_lists)
         boxes = [getattr(each, "tensor", each) for each in box_lists]
         if self.pooler_type == "ROIAlignRotated":
             return self._pool_rotated(x, boxes)

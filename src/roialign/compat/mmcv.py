@@ -65,7 +65,7 @@ def roi_align(
         output_size,
         spatial_scale=spatial_scale,
         sampling_ratio=sampling_ratio,
-        convention=f"mmcv:aligned={bool(aligned)}",
+        convention=f"mmcv:aligned={_checks.flag('aligned', aligned)}",
         reduction=REDUCTIONS[pool_mode],
     ).contiguous()
 
@@ -113,9 +113,9 @@ def roi_align_rotated(
         output_size,
         spatial_scale=spatial_scale,
         sampling_ratio=sampling_ratio,
-        convention=f"mmcv:aligned={bool(aligned)}",
+        convention=f"mmcv:aligned={_checks.flag('aligned', aligned)}",
         angle="radians",
-        clockwise=bool(clockwise),
+        clockwise=_checks.flag("clockwise", clockwise),
     ).contiguous()
 
 
@@ -166,10 +166,9 @@ class RoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         _checks.one_of("pool_mode", pool_mode, REDUCTIONS)
-        _checks.samples("sampling_ratio", sampling_ratio)
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
         self.output_size = _checks.bins("output_size", _checks.integers("output_size", output_size))
-        self.spatial_scale = float(spatial_scale)
-        self.sampling_ratio = int(sampling_ratio)
+        self.spatial_scale = _checks.real("spatial_scale", spatial_scale)
         self.pool_mode = pool_mode
         self.aligned = aligned
         self.use_torchvision = use_torchvision
@@ -221,10 +220,9 @@ class RoIAlignRotated(nn.Module):
         clockwise: bool = False,
     ) -> None:
         super().__init__()
-        _checks.samples("sampling_ratio", sampling_ratio)
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
         self.output_size = _checks.bins("output_size", _checks.integers("output_size", output_size))
-        self.spatial_scale = float(spatial_scale)
-        self.sampling_ratio = int(sampling_ratio)
+        self.spatial_scale = _checks.real("spatial_scale", spatial_scale)
         self.aligned = aligned
         self.clockwise = clockwise
 

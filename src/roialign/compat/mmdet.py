@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import roialign
 from roialign import _checks
 from roialign.compat import mmcv
-from roialign.torch import refuse
+from roialign.torch import check_array, refuse
 
 __all__ = ["GenericRoIExtractor", "SingleRoIExtractor"]
 
@@ -19,7 +19,7 @@ __all__ = ["GenericRoIExtractor", "SingleRoIExtractor"]
 LAYERS = {"RoIAlign": mmcv.RoIAlign, "RoIAlignRotated": mmcv.RoIAlignRotated}
 
 
-def _layer(spatial_scale: float, type: Any, **arguments: Any) -> nn.Module:
+def _layer(spatial_scale: float, type: Any = None, **arguments: Any) -> nn.Module:
     """mmcv's layer of these arguments."""
     name = getattr(type, "__name__", type)
     _checks.one_of("roi_layer['type']", name, LAYERS)
@@ -35,9 +35,11 @@ class _Extractor(nn.Module):
         init_cfg: Any = None,
     ) -> None:
         super().__init__()
-        self.roi_layers = nn.ModuleList(
-            [_layer(1 / stride, **roi_layer) for stride in featmap_strides]
-        )
+        _checks.mapping("roi_layer", roi_layer)
+        names, strides = _checks.several("featmap_strides", featmap_strides, "a stride")
+        for name, stride in zip(names, strides):
+            _checks.scales(name, (_checks.real(name, stride),) * 2)
+        self.roi_layers = nn.ModuleList([_layer(1 / stride, **roi_layer) for stride in strides])
         self.out_channels = out_channels
         self.featmap_strides = featmap_strides
 
@@ -55,14 +57,22 @@ class _Extractor(nn.Module):
 
     def roi_rescale(self, rois: Tensor, scale_factor: float) -> Tensor:
         """The rois, each ``scale_factor`` times as large about its centre."""
+        scale_factor = _checks.real("roi_scale_factor", scale_factor)
         if self.turns:
             return torch.cat([rois[:, :3], rois[:, 3:5] * scale_factor, rois[:, 5:]], 1)
         start, end = rois[:, 1:3], rois[:, 3:]
         centre, half = (start + end) * 0.5, (end - start) * scale_factor * 0.5
         return torch.cat([rois[:, :1], centre - half, centre + half], 1)
 
-    def layers_for(self, feats: Sequence[Tensor]) -> list[Any]:
-        """The layer of each map."""
+    def layers_for(self, feats: Sequence[Tensor], rois: Tensor) -> list[Any]:
+        """The layer of each map; checks what else they take."""
+        _checks.sequence("feats", "or list of maps", feats)
+        names, maps = _checks.several("feats", feats, "an array")
+        for name, array in zip((*names, "rois"), (*maps, rois)):
+            check_array(name, array)
+        numbers = 6 if self.turns else 5
+        if rois.ndim != 2 or rois.shape[1] != numbers:
+            _checks.refuse_shape("rois", f"(K, {numbers})", rois.shape)
         if len(feats) > len(self.roi_layers):
             raise ValueError(
                 f"`feats` must be at most {len(self.roi_layers)} maps, one for each of "
@@ -153,7 +163,7 @@ class SingleRoIExtractor(_Extractor):
     def forward(
         self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:
-        layers, levels = self.layers_for(feats), None
+        layers, levels = self.layers_for(feats, rois), None
         if len(feats) > 1:
             levels = self.map_roi_levels(rois, len(feats))
             if roi_scale_factor is not None:
@@ -227,7 +237,7 @@ class GenericRoIExtractor(_Extractor):
     def forward(
         self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:
-        layers = self.layers_for(feats)
+        layers = self.layers_for(feats, rois)
         if rois.shape[0] == 0:
             return feats[0].new_zeros((0, self.out_channels, *layers[0].output_size))
         if len(feats) == 1:

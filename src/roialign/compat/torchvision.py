@@ -112,22 +112,19 @@ for _name, _type in (("roi_align", "Tensor"), ("roi_align_of_list", "Tensor[]"))
 
 
 def _convention(aligned: bool) -> str:
-    return "torchvision:aligned=True" if aligned else "torchvision:aligned=False"
+    return f"torchvision:aligned={_checks.flag('aligned', aligned)}"
 
 
 def _joined(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The boxes of all images (K, 4), and the image of each (K,)."""
+    if not isinstance(boxes, Tensor) or boxes.ndim == 0:  # one may stand for a list of them
+        _checks.sequence("boxes", "or list, with an array for each image", boxes)
     for i, each in enumerate(boxes):
         check_array(f"boxes[{i}]", each)
         if each.ndim != 2 or each.shape[1] != 4:
             raise ValueError(f"`boxes[{i}]` must have shape (K, 4), got {tuple(each.shape)}")
     together = joined(list(boxes))
     return together, repeated([each.shape[0] for each in boxes], together)
-
-
-def _samples(sampling_ratio: int) -> int:
-    _checks.samples("sampling_ratio", _checks.integer("sampling_ratio", sampling_ratio))
-    return sampling_ratio
 
 
 class RoIAlign(_Layer):
@@ -161,7 +158,7 @@ class RoIAlign(_Layer):
         nn.Module.__init__(self)  # theirs, if there is one, takes arguments
         self.output_size = output_size
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = _samples(sampling_ratio)
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
         self.aligned = aligned
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
@@ -258,7 +255,7 @@ class MultiScaleRoIAlign(_PyramidLayer):
     ) -> None:
         nn.Module.__init__(self)  # theirs, if there is one, takes arguments
         self.featmap_names = featmap_names
-        self.sampling_ratio = _samples(sampling_ratio)
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
         try:
             self.output_size = tuple(output_size)  # type: ignore[arg-type]  # an int is the exception
         except TypeError:
@@ -296,8 +293,11 @@ class MultiScaleRoIAlign(_PyramidLayer):
     def _forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
+        _checks.mapping("x", x)
         maps = [features for name, features in x.items() if name in self.featmap_names]
-        heights = [height for height, _ in image_shapes]
+        for name, features in x.items():
+            check_array(f"x[{name!r}]", features)
+        heights = _heights(image_shapes)
         if not maps:
             raise ValueError(f"`x` must have a map of {self.featmap_names}, got {list(x)}")
         levels, scales = _placed(maps, heights, self.given_scales)
@@ -423,6 +423,15 @@ def _placed(
                 f"map, got scales {scales}"
             )
     return levels, scales
+
+
+def _heights(image_shapes: Sequence[tuple[int, int]]) -> list[int]:
+    _checks.sequence("image_shapes", "or list of (height, width)", image_shapes)
+    for i, size in enumerate(image_shapes):
+        _checks.sequence(f"image_shapes[{i}]", "(height, width)", size)
+        if len(size) != 2:
+            raise ValueError(f"`image_shapes[{i}]` must be (height, width), got {size}")
+    return [height for height, _ in image_shapes]
 
 
 def _levels_of(sides: list[int], image: float) -> list[int]:
