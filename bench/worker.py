@@ -23,7 +23,6 @@ class Problem:
     """What an implementation is asked: arrays of its kind, in a dtype and layout, and numbers."""
 
     peer: Peer
-    operation: Operation
     features: object  # [N, C, H, W]
     rois: object  # [K, 5]: image, x1, y1, x2, y2; turned [K, 6]: image, x, y, w, h, degrees
     d_output: object  # [K, C, P, Q]
@@ -31,6 +30,7 @@ class Problem:
     spatial_scale: float
     sampling_ratio: int
     convention: object  # in the peer's words
+    operation: Operation = OPERATIONS["forward"]
     out: bool = False
     threads: int = 1
     pyramid: list | None = None  # the size of each map, each half of the one before; None: one map
