@@ -588,7 +588,7 @@ class Cupy(Backend):
     """A stand-in: CuPy makes no array without a GPU."""
 
     name, needs = "cupy", ("torch",)
-    traits = Numpy.traits - SAMPLED - {"strided", "bfloat16"}
+    traits = Numpy.traits - {"strided", "bfloat16"}
 
     def start(self, monkeypatch):
         import cupy_stand_in

@@ -35,6 +35,7 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
 
     dtype = property(lambda self: self.values.dtype)
     shape = property(lambda self: self.values.shape)
+    strides = property(lambda self: self.values.strides)
     ndim = property(lambda self: self.values.ndim)
     device = property(lambda self: Device(0, self.entered))
 
@@ -49,6 +50,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         inputs = [each.values if isinstance(each, Array) else each for each in inputs]
         with np.errstate(all="ignore"):
             return Array(getattr(ufunc, method)(*inputs))
+
+    def copy(self):
+        return Array(self.values.copy())
 
     def reshape(self, shape):
         return Array(self.values.reshape(shape))

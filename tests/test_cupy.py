@@ -53,3 +53,17 @@ def test_without_torch():
         "roialign.roi_align(cupy.ndarray(), None, 1)"
     )
     assert "roialign needs PyTorch for CuPy arrays: pip install" in python("-c", code).stderr
+
+
+def test_negative_strides(cupy):
+    """Features are copied; `out` is refused, because its memory would not be written."""
+    features, rois = (
+        np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4),
+        np.array([[0, 1, 1, 3, 3]]),
+    )
+    backwards, rois = features[:, :, ::-1], rois.astype(np.float32)
+    output = roialign.roi_align(Array(backwards), Array(rois), 2)
+    np.testing.assert_array_equal(output.values, roialign.roi_align(backwards, rois, 2))
+    out = Array(np.empty((1, 2, 2, 2), np.float32)[::-1])
+    with pytest.raises(ValueError, match="`out` must have no negative strides"):
+        roialign.roi_align(Array(features), Array(rois), 2, out=out)

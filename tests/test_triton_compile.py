@@ -21,7 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import triton_offline as offline
-from roialign._triton import compiled as compiled_of_triton, launch, sampled
+from roialign._triton import compiled as compiled_of_triton, launch, sampled, turned
 from triton_offline import DTYPES, GATED, PAGE, TARGETS, Device, Problem
 
 pytestmark = pytest.mark.triton_compile
@@ -70,23 +70,36 @@ def test_no_registers_are_spilled(compiled, target):
     assert not [(*v.row, v.registers, v.memory) for v in compiled[target] if v.memory]
 
 
+KERNELS = {
+    "max": {"extremes", "largest", "touched", "adjoint_of_winners"},
+    "max_corner": {"extremes", "largest", "touched", "adjoint_of_winners"},
+    "turned": {"frames", "forward_of_turned", "touched", "adjoint_of_turned"},
+}
+
+
 @each_gated
-@pytest.mark.parametrize("reduction", [1.0, 2.0])
-def test_largest_samples(target, reduction):
+@pytest.mark.parametrize("kind", KERNELS)
+def test_samples(target, kind):
     """Compiled for float64, which takes the most registers, and a 16-bit type."""
-    device = Device(GATED[target])
+    device, turn = Device(GATED[target]), float(kind == "turned")
     for dtype in ("float64", "bfloat16"):
-        problem = Problem(dtype, last=dtype == "bfloat16", rule=(*Problem.rule, reduction, 0.0))
+        rule = *Problem.rule, float(["turned", "max", "max_corner"].index(kind)), turn
+        problem = Problem(dtype, last=dtype == "bfloat16", rule=rule)
         features, output, rois, _ = problem.arrays()
-        rest = rois, None, problem.scales, problem.rule
-        sampled.forward(device.call, [features], [features], *rest, output)
-        sampled.adjoint(device.call, output, [features], *rest, [features])
-    assert {one.src.fn.__name__ for one in device.compiled.values()} == {
-        "extremes", "largest", "touched", "adjoint_of_winners"
-    }  # fmt: skip
+        if turn:
+            rois = rois._replace(boxes=offline.empty((problem.count, 5), rois.boxes.dtype))
+        module, selectors = (turned, []) if turn else (sampled, [[features]])
+        rest = rois, None, problem.scales, rule
+        module.forward(device.call, [features], *selectors, *rest, output)
+        module.adjoint(device.call, output, *selectors, *rest, [features])
     variants = [offline._variant(one) for one in device.compiled.values()]
-    assert not [(v.kernel, v.dtype, v.memory) for v in variants if v.memory]
-    assert not [v.kernel for v in variants if re.search(FORBIDDEN["atomics"], v.code)]
+    assert {v.kernel for v in variants} == KERNELS[kind]
+    # the sine of large angles has an array on a stack
+    assert not [(v.kernel, v.dtype) for v in variants if v.memory and v.kernel != "frames"]
+    forbidden = {"frames": r"fma\.rn\.f32", "adjoint_of_turned": r"bar\.sync|s_barrier"}
+    for v in variants:
+        words = FORBIDDEN["atomics"], *[forbidden[k] for k in forbidden if k == v.kernel]
+        assert not [each for each in words if re.search(each, v.code)], (v.kernel, v.dtype)
 
 
 FORBIDDEN = {

@@ -26,8 +26,8 @@ __all__: list[str] = []
 float32 = np.dtype(np.float32)
 byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
 takes_any_form = takes_numpy = False
-reductions: tuple[str, ...] = ("mean",)
-takes_rotated = False
+reductions: tuple[str, ...] = ("mean", "max", "max_corner")
+takes_rotated = True
 
 
 def kind(dtype: np.dtype) -> str:
@@ -44,6 +44,8 @@ def check_array(name: str, value: object) -> None:
 def check_out(name: str, out: object, dtype: np.dtype) -> None:
     check_array(name, out)
     _checks.out_dtype(name, out.dtype, dtype)
+    if _is_reversed(out):
+        raise ValueError(f"`{name}` must have no negative strides, got {out.strides}")
 
 
 @contextlib.contextmanager
@@ -65,8 +67,17 @@ def _converted(given: Any, kind: type, convert: Callable) -> Any:
     return convert(given) if isinstance(given, kind) else given
 
 
+def _is_reversed(array: cupy.ndarray) -> bool:
+    return any(step < 0 for step in array.strides)
+
+
+def _tensor(array: cupy.ndarray) -> torch.Tensor:
+    """On the array's memory; a copy of one with negative strides, which tensors have not."""
+    return torch.from_dlpack(array.copy() if _is_reversed(array) else array)
+
+
 def _tensors(given: Any) -> Any:
-    return _converted(given, cupy.ndarray, torch.from_dlpack)
+    return _converted(given, cupy.ndarray, _tensor)
 
 
 def _arrays(given: Any) -> Any:
@@ -85,9 +96,10 @@ def _as_torch(name: str) -> Callable:
 
     def run(*args: Any, out: Any = None, **options: Any) -> Any:
         if out is not None:
-            options["out"] = _tensors(out)
+            options["out"] = out
         array = _first(args)
         with contextlib.nullcontext() if array is None else _shared(array):
+            options = {key: _tensors(value) for key, value in options.items()}
             result = getattr(_torch, name)(*_tensors(args), **options)
             return _arrays(result) if out is None else out
 

@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 
 from roialign._rois import Rois
 
-from . import kernels, launch, sampled
+from . import kernels, launch, sampled, turned
 
 INTERFACE = "run", "function", "packed_metadata"  # of what is compiled: Triton's JIT uses it so
 KINDS = 1024  # of calls, whose launches are kept
@@ -88,7 +88,7 @@ def steps(
         else:
             sampled.box_gradient()
         return _with_last_uses(found, len(kinds), len(given))
-    function = getattr(launches, operation)
+    function = getattr(turned if any(rule[launch.TURN :]) else launches, operation)
     if operation == "forward":
         function(call, maps, rois, tangent, scales, rule, out[0])
     elif operation == "adjoint":

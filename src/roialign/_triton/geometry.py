@@ -57,19 +57,26 @@ def grid_of(lo, hi, scale, bins, RULE: tl.constexpr):
     float64, until they have the coordinates' type: unpacked at once they would be tensors of
     float32.
     """
-    sampling_ratio: tl.constexpr = int(tl.constexpr(RULE).value[0])
     pixel_offset: tl.constexpr = tl.constexpr(RULE).value[1]
     input_offset: tl.constexpr = tl.constexpr(RULE).value[2]
     end_offset: tl.constexpr = tl.constexpr(RULE).value[3]
-    min_size: tl.constexpr = tl.constexpr(RULE).value[4]
-    adaptive: tl.constexpr = tl.constexpr(RULE).value[5]
     real: tl.constexpr = lo.dtype
     before, shift = tl.full((), input_offset, real), tl.full((), pixel_offset, real)
-    least = tl.full((), min_size, real)
 
     start = (lo + before) * scale - shift
     end = (hi + before + tl.full((), end_offset, real)) * scale - shift
-    size = end - start
+    _, bin, samples, clamped = sides_of(end - start, bins, RULE)
+    return start, bin, samples, clamped
+
+
+@triton.jit
+def sides_of(size, bins, RULE: tl.constexpr):
+    """Equation (1) from a size on: what counts as it, and the rest that `grid_of` gives."""
+    sampling_ratio: tl.constexpr = int(tl.constexpr(RULE).value[0])
+    min_size: tl.constexpr = tl.constexpr(RULE).value[4]
+    adaptive: tl.constexpr = tl.constexpr(RULE).value[5]
+    real: tl.constexpr = size.dtype
+    least = tl.full((), min_size, real)
     clamped = size < least
     size = tl.where(clamped, least, size)
     size = tl.where(tl.abs(size) < float("inf"), size, float("nan"))
@@ -87,7 +94,7 @@ def grid_of(lo, hi, scale, bins, RULE: tl.constexpr):
             )  # NVIDIA's takes subnormals for 0
         counted = (size > 0) & (samples <= MAX_SAMPLES)
         samples = tl.where(counted, samples, 0).to(tl.int64)
-    return start, bin, samples, clamped
+    return size, bin, samples, clamped
 
 
 @triton.jit

@@ -43,6 +43,7 @@ TILE_OF_ROW = 16  # pixels of a row that one program writes
 MOST_BITS = 2**26  # RoIs times tiles: a bit each
 PACKED = (32, 128)  # channels and pixels that one program packs
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
+TURN = 7  # in the vector of csrc/rule.hpp: not 0 where boxes have an angle
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # coordinates are defined to the bit; sums say `fma` themselves
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -110,12 +111,13 @@ class Job:
         count, sides = tuple(pooled.shape[:1]), [side for each in maps for side in each.shape[2:]]
         vectors = [array for array in rois[1:] if array is not None]
         rows = [array for array in (rois.boxes, self.tangent) if array is not None]
+        numbers = 5 if any(self.rule[TURN:]) else 4  # of a box
         fits = (
             all(len(array.shape) == 4 for array in (*maps, pooled))
             and all(array.shape[0] == maps[0].shape[0] for array in maps)
             and all(array.shape[1] == pooled.shape[1] for array in maps)
             and all(tuple(array.shape) == count for array in vectors)
-            and all(tuple(array.shape) == (*count, 4) for array in rows)
+            and all(tuple(array.shape) == (*count, numbers) for array in rows)
             and 0 < 2 * len(maps) == len(self.scales)
             and (len(maps) == 1 or rois.levels is not None)
             and not (0 in sides and count[0])

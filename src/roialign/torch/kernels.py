@@ -187,13 +187,10 @@ def threads() -> int:
 
 def _on_device(like: Tensor, call: Call, tensors: Tensors, out: Result, maps: Tensors) -> None:
     folder, operation = home(like), call.operation
-    if tensors[1].shape[1] != 4:
+    if folder == "_ascend" and (call.selects or tensors[1].shape[1] != 4):
         raise NotImplementedError(
-            f"boxes that turn are there for tensors on the CPU alone: on {like.device} take (K, 4)"
-        )
-    if call.selects and folder == "_ascend":
-        raise NotImplementedError(
-            f"largest samples are not there on {like.device}: take `reduction` 'mean'"
+            f"largest samples and boxes that turn are not there on {like.device}: take "
+            "`roi_align` with `reduction` 'mean', or tensors on the CPU"
         )
     if _core.logging:
         _core.log(f"{operation} on {like.device} by the kernels of roialign.{folder}")
