@@ -38,14 +38,6 @@ def test_no_copy(cupy):
     assert adapter._arrays(tensor).values.ctypes.data == features.ctypes.data
 
 
-def test_what_is_not_there(cupy):
-    features, rois = Array(np.ones((2, 3, 8, 9), np.float32)), Array(np.zeros((1, 5), np.float32))
-    with pytest.raises(NotImplementedError, match="`reduction` 'max' is not there yet for arrays"):
-        roialign.roi_align(features, rois, 2, reduction="max")
-    with pytest.raises(NotImplementedError, match="rotated boxes are not there yet for arrays of"):
-        roialign.roi_align_rotated(features, Array(np.zeros((1, 6))), 2, angle="degrees")
-
-
 def test_without_torch():
     code = (
         "import sys, types; sys.modules['torch'] = None; cupy = types.ModuleType('cupy');"

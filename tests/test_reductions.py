@@ -280,11 +280,3 @@ def test_errors(backend):
         roialign.roi_align_adjoint(
             d_output, rois, features.shape, reduction="max", features=features, out=features
         )
-
-
-@pytest.mark.backends("-reductions", "fast")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_not_there(backend, reduction):
-    features, rois = np.ones((1, 2, 4, 4), np.float32), np.array([[0, 0, 0, 2, 2]], np.float32)
-    with pytest.raises(NotImplementedError, match="mean"):
-        backend.roi_align(features, rois, 2, reduction=reduction)

@@ -299,12 +299,3 @@ def test_errors(backend, changed, error, message):
     given = {"features": FEATURES, "rois": (BOXES, INDEX), "output_size": 2} | changed
     with pytest.raises(error, match=message):
         roialign.roi_align_rotated(**given)
-
-
-@pytest.mark.backends("-rotated", "fast")
-def test_not_there(backend):
-    def pool(features, boxes, index):
-        return roialign.roi_align_rotated(features, (boxes, index), 2)
-
-    with pytest.raises(NotImplementedError, match="rotated"):
-        backend.run(pool, FEATURES, BOXES, INDEX)

@@ -31,8 +31,6 @@ class Adapter(Protocol):
     byte_types: Any  # the dtypes of features beside floats: they are pooled to float32
     takes_any_form: bool
     takes_numpy: bool  # arrays of NumPy beside its own
-    reductions: tuple[str, ...]  # that it has
-    takes_rotated: bool  # boxes (K, 5) that are turned
 
     def check_array(self, name: str, value: object) -> None:
         """Raises TypeError if it is no array that the operations can take."""
@@ -118,8 +116,8 @@ class Adapter(Protocol):
     ) -> Maps:
         """The gradient in each map (N, C, H, W); `out` is a tuple of as many arrays.
 
-        An adapter that has other `reductions` than "mean" takes for those, as `selectors`, the maps
-        whose samples were compared.
+        For reductions other than "mean" it takes, as `selectors`, the maps whose samples were
+        compared.
         """
 
     def box_gradient(

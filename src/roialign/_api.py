@@ -65,25 +65,20 @@ def _rule_of(
     Not where torch's compiler reads: it warns of what is remembered.
     """
     if IN_GRAPH:  # @jit.cond: True
-        found = graph_adapter().rule(scale, *given)
-    elif adapter.is_compiling():
-        found = _checks.rule(scale, *given)
-    elif tuple(map(type, (scale, *given))) == _USUAL:
-        found = _remembered_rule(scale, *given)
-    elif tuple(map(type, given)) == _USUAL_OF_SEVERAL and _are_floats(scale):
-        found = _remembered_rule(tuple(scale), *given)
-    else:
-        found = _checks.rule(scale, *given)
-    reduction = given[2]
-    if reduction != "mean":
-        _checks.is_there(adapter.reductions, reduction)
-    return found
+        return graph_adapter().rule(scale, *given)
+    if adapter.is_compiling():
+        return _checks.rule(scale, *given)
+    if tuple(map(type, (scale, *given))) == _USUAL:
+        return _remembered_rule(scale, *given)
+    if tuple(map(type, given)) == _USUAL_OF_SEVERAL and _are_floats(scale):
+        return _remembered_rule(tuple(scale), *given)
+    return _checks.rule(scale, *given)
 
 
-def _rotated_rule_of(adapter: Adapter, *given: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _rotated_rule_of(*given: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if IN_GRAPH:  # @jit.cond: True
-        return graph_adapter().rotated_rule(adapter.takes_rotated, *given)
-    return _checks.rotated_rule(adapter.takes_rotated, *given)
+        return graph_adapter().rotated_rule(*given)
+    return _checks.rotated_rule(*given)
 
 
 def _are_floats(scales: Any) -> bool:
@@ -527,7 +522,7 @@ def roi_align_rotated(
     bins = _checks.integers("output_size", output_size)
     if out is not None:
         adapter.check_out("out", out, dtype)
-    scales, rule = _rotated_rule_of(adapter, *given)
+    scales, rule = _rotated_rule_of(*given)
     bins = _checks.bins("output_size", bins)
     return _forward(
         adapter, ("features",), (features,), rois, None, bins, scales, rule, layout, out, 5
@@ -573,7 +568,7 @@ def roi_align_rotated_adjoint(
     names = {"feature_shape": _checks.integers("feature_shape", feature_shape)}
     if out is not None:
         adapter.check_out("out", out, d_output.dtype)
-    scales, rule = _rotated_rule_of(adapter, *given)
+    scales, rule = _rotated_rule_of(*given)
     outs = {} if out is None else {"out": out}
     (d_features,) = _adjoint(
         adapter, d_output, rois, names, None, scales, rule, layout, outs, numbers=5
@@ -623,7 +618,7 @@ def roi_align_rotated_box_gradient(
     _checks.same_dtype("d_output", d_output.dtype, "features", dtype)
     rois = _own_rois(adapter, rois, d_output)
     _check_box_out(adapter, rois, out)
-    scales, rule = _rotated_rule_of(adapter, *given)
+    scales, rule = _rotated_rule_of(*given)
     return _box_gradient(
         adapter, d_output, ("features",), (features,), rois, None, scales, rule, layout, out, 5
     )

@@ -393,17 +393,7 @@ def rule(
     return flat, _rule.of(convention, ratio, reduction)
 
 
-def is_there(reductions: Iterable[str], reduction: str) -> None:
-    """Refuses what an array library does not have yet."""
-    if reduction not in reductions:
-        raise NotImplementedError(
-            f"`reduction` {reduction!r} is not there yet for arrays of this library: take 'mean', "
-            "or arrays of NumPy"
-        )
-
-
 def rotated_rule(
-    adapter_takes: bool,
     spatial_scale: object,
     sampling_ratio: object,
     convention: object,
@@ -420,12 +410,7 @@ def rotated_rule(
     if flat[0] != flat[1]:
         raise ValueError(f"`spatial_scale` must be one number for boxes that turn, got {flat}")
     turn = math.pi / 180 if angle == "degrees" else 1.0
-    turned = _rule.turned(straight, -turn if clockwise else turn)
-    if not adapter_takes:
-        raise NotImplementedError(
-            "rotated boxes are not there yet for arrays of this library: take arrays of NumPy"
-        )
-    return flat, turned
+    return flat, _rule.turned(straight, -turn if clockwise else turn)
 
 
 def has_box_gradient(reduction: str) -> None:

@@ -122,7 +122,7 @@ def sampling_grid(
     if angle is None:
         scales, rule = _checks.rule(*given, "mean")
     else:
-        scales, rule = _checks.rotated_rule(True, *given, angle, clockwise, "NCHW")
+        scales, rule = _checks.rotated_rule(*given, angle, clockwise, "NCHW")
     bins = _checks.bins("output_size", bins)
     real = _coordinate(dtype)
     if len(numbers) != (4 if angle is None else 5):

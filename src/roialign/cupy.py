@@ -26,8 +26,6 @@ __all__: list[str] = []
 float32 = np.dtype(np.float32)
 byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
 takes_any_form = takes_numpy = False
-reductions: tuple[str, ...] = ("mean", "max", "max_corner")
-takes_rotated = True
 
 
 def kind(dtype: np.dtype) -> str:

@@ -41,8 +41,6 @@ _FLOATS = frozenset(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.f
 float32, int32 = np.dtype(np.float32), np.dtype(np.int32)
 byte_types = frozenset(map(np.dtype, (np.uint8, np.bool_)))
 takes_any_form = takes_numpy = True
-reductions: tuple[str, ...] = ("mean", "max", "max_corner")
-takes_rotated = True
 
 
 def kind(dtype: Any) -> str:

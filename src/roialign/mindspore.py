@@ -45,8 +45,6 @@ def _is_traced() -> bool:
 float32 = mindspore.float32
 byte_types = (mindspore.uint8, mindspore.bool_)
 takes_any_form, takes_numpy = True, False
-reductions: tuple[str, ...] = ("mean", "max", "max_corner")
-takes_rotated = True
 
 
 def kind(dtype: Any) -> str:

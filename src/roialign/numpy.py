@@ -27,8 +27,6 @@ def is_array(value: object) -> bool:
 float32 = np.dtype(np.float32)
 byte_types = frozenset(map(np.dtype, ("uint8", "bool")))
 takes_any_form = takes_numpy = False
-reductions: tuple[str, ...] = ("mean", "max", "max_corner")
-takes_rotated = True
 
 
 def _is_bfloat16(dtype: np.dtype) -> bool:

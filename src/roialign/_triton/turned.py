@@ -318,16 +318,10 @@ def adjoint_of_turned(
     )
 
 
-_NOT_THERE = (
-    "on GPUs boxes that turn have a forward and an adjoint: for gradients in boxes, and tangents "
-    "of them, take arrays on the CPU"
-)
-
-
 def _frames(job: launch.Job, level: int) -> tuple:
     """The image, numbers and samples of each RoI, and the pixels that it reaches of a map."""
     if job.tangent is not None:
-        raise NotImplementedError(_NOT_THERE)
+        box_gradient()
     count = job.pooled.shape[0]
     return job.call(
         frames,
@@ -406,4 +400,7 @@ def adjoint(call, d_output, rois, tangent, scales, rule, d_features):
 
 
 def box_gradient(*given):
-    raise NotImplementedError(_NOT_THERE)
+    raise NotImplementedError(
+        "on GPUs boxes that turn have a forward and an adjoint: for gradients in boxes, and "
+        "tangents of them, take arrays on the CPU"
+    )

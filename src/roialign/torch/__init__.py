@@ -25,12 +25,10 @@ from .adapter import (
     is_view as is_view,
     joined as joined,
     numbered as numbered,
-    reductions as reductions,
     repeated as repeated,
     split as split,
     takes_any_form as takes_any_form,
     takes_numpy as takes_numpy,
-    takes_rotated as takes_rotated,
     takes_rows as takes_rows,
     with_index_column as with_index_column,
 )

@@ -18,8 +18,6 @@ from .calls import Call, Result, columns as columns, with_index_column as with_i
 float32 = torch.float32
 byte_types = kernels.BYTES
 takes_any_form = takes_numpy = False
-reductions: tuple[str, ...] = ("mean", "max", "max_corner")
-takes_rotated = True
 
 
 # Types
