@@ -1,6 +1,9 @@
 """Every error of the public functions: its class, the argument it names and what it received."""
 
+import inspect
+import os
 import re
+import traceback
 from fractions import Fraction
 from itertools import product
 
@@ -10,6 +13,7 @@ import pytest
 import roialign
 from backends import Foreign, array, arrays_of, operations, pair, per_image, summed, taken_apart
 from oracle import Problem
+from roialign import _checks
 
 FEATURES = np.arange(2 * 3 * 8 * 9, dtype=np.float32).reshape(2, 3, 8, 9)
 ROIS = np.array([[0, 1, 1, 6, 5], [1, 0, 2, 7, 6.5]], np.float32)
@@ -277,6 +281,43 @@ def test_type_errors_come_before_value_errors_before_index_errors(
             attempt(backend, operation, **early, **late)
 
 
+LEVELS = {"spatial_scales": [1.0, 0.5]}
+CALLS = {  # of each public function of arrays: what is valid, and positional
+    roialign.multiscale_roi_align: ([FEATURES, FEATURES[..., ::2]], ROIS, 2),
+    roialign.multiscale_roi_align_adjoint: (D_OUTPUT, ROIS, [FEATURES.shape] * 2),
+    roialign.multiscale_roi_align_box_gradient: (D_OUTPUT, [FEATURES] * 2, ROIS),
+    roialign.roi_align_rotated: (FEATURES, np.zeros((2, 6), np.float32), 2),
+    roialign.assign_levels: (ROIS, (2, 5)),
+    roialign.ROIAlign: (2, 2, 0.25),
+} | {function: tuple(arguments.values()) for function, arguments in OPERATIONS.values()}
+WRONG_KINDS = [
+    None, True, -1, 2.5, np.nan, ENDLESS, "abc", b"", (), {}, object(), len, np.float32(1),
+    np.ones(2), np.ones((2, 5), bool), [[1.0]], ((1, 2),), slice(1), {1}, "x" * 10**5,
+]  # fmt: skip
+
+
+@pytest.mark.backends("fast")
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_wrong_kinds_in_every_argument(backend, function):
+    """An error is ours: raised by the package itself, with the name of an argument."""
+    for i, parameter in enumerate(inspect.signature(function).parameters.values()):
+        for wrong in WRONG_KINDS:
+            for given in (wrong, [wrong] * 2, (wrong, wrong)):
+                arguments = [backend.own(each) for each in CALLS[function]]
+                options = dict(LEVELS) if "multiscale" in function.__name__ else {}
+                if i < len(arguments):
+                    arguments[i] = given
+                else:
+                    options[parameter.name] = given
+                try:
+                    function(*arguments, **options)
+                except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+                    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+                    ours = raised_in.startswith(os.path.dirname(roialign.__file__))
+                    assert ours and "`" in str(error), (parameter.name, given)
+                    assert len(str(error)) < 1000
+
+
 @pytest.mark.backends("fast")
 def test_arrays_of_another_library(backend):
     features, rois = (backend.own(each) for each in (FEATURES, ROIS))
@@ -303,6 +344,33 @@ def test_arrays_of_another_library(backend):
     ):
         with pytest.raises(TypeError, match="Tensor"):
             roialign.roi_align(first, rest, 2)
+
+
+def holder(module, *names):
+    """An object that holds an array, of a class of this module."""
+    methods = {name: lambda self: None for name in names}
+    return type("Holder", (ArrayLike,), {"__module__": module, **methods})(ROIS)
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        (ROIS.tolist(), "write np.asarray(features)"),
+        (holder("anywhere"), "write np.asarray(features)"),
+        (holder("pandas", "to_numpy"), "write features.to_numpy()"),
+        (holder("dask.array", "compute"), "write features.compute()"),
+        (np.ma.masked_array(ROIS), "write features.filled(0)"),
+        (holder("h5py._hl.dataset"), "slice it first, features[...]"),
+        (holder("zarr.core"), "slice it first, features[...]"),
+        (None, None),
+        ("features.npy", None),
+    ],
+)
+def test_what_is_no_array_has_a_way_to_one(given, hint):
+    with pytest.raises(TypeError) as caught:
+        roialign.roi_align(given, ROIS, 2)
+    _, _, end = str(caught.value).partition(f"got {_checks.type_name(given)}")
+    assert end == (f": {hint}" if hint else "")
 
 
 @pytest.mark.parametrize(
