@@ -117,6 +117,7 @@ def frames(
     tl.store(samples + roi * 2, tl.where(meets, many_v, 0), known)
     tl.store(samples + roi * 2 + 1, tl.where(meets, many_u, 0), known)
     eps: tl.constexpr = 2.0**-52 if y.dtype == tl.float64 else 2.0**-23
+    # rounding of what (10) computes: 2 eps of the sides and 3 of `far`; of the ranges: 3 and 4
     far = tl.abs(y) + tl.abs(x) + (height + width).to(REAL)
     at = numbers + roi * NUMBERS
     tl.store(at, y, known)
@@ -129,7 +130,7 @@ def frames(
     tl.store(at + 7, bin_v, known)
     tl.store(at + 8, start_u, known)
     tl.store(at + 9, bin_u, known)
-    tl.store(at + 10, eps * (2 * (h + w) + 4 * far), known)
+    tl.store(at + 10, eps * (5 * (h + w) + 8 * far), known)
     tl.store(at + 11, many_v.to(REAL) * many_u.to(REAL), known)
 
 
