@@ -474,7 +474,7 @@ class JaxDense(JaxJit):
     """The way of platforms without a kernel, on the CPU."""
 
     name = "jax.dense"
-    traits = JaxJit.traits - SAMPLED - {"exact"} | {"slow"}
+    traits = JaxJit.traits - {"exact"} | {"slow"}
 
     def start(self, monkeypatch):
         super().start(monkeypatch)
@@ -493,7 +493,8 @@ class JaxDense(JaxJit):
 
 
 class JaxGpu(JaxJit):
-    """The way of GPUs, on the CPU: the kernels in Triton's interpreter."""
+    """The way of GPUs, on the CPU: the kernels in Triton's interpreter. What has none is that of
+    `JaxDense`."""
 
     name, needs = "jax_triton", ("jax", "triton")
     traits = JaxJit.traits - SAMPLED - {"exact"} | {"slow", "interprets"}

@@ -23,10 +23,10 @@ from backends import (  # noqa: E402
     named,
     pair,
     per_image,
-    pooling,
     three,
 )  # fmt: skip
 from isolation import isolated, printed  # noqa: E402
+from test_sampled_derivatives import KINDS, draw, functions  # noqa: E402
 from test_transforms import check_without  # noqa: E402
 from tolerance import close  # noqa: E402
 
@@ -185,27 +185,32 @@ def test_donated_buffers(make_problem):
         same(donating(jnp.array(problem.features)), expected + 1)
 
 
-def test_export(make_problem):
+@pytest.mark.parametrize("kind", ["mean", *KINDS])
+def test_export(kind):
     """Stored, with derivatives; of any number of RoIs, and any map."""
     pytest.importorskip("jax.export", reason="that module needs absl in older versions of JAX")
     pytest.importorskip("flatbuffers", reason="jax.export stores with flatbuffers")
-    problem = make_problem()
-    features, boxes, index = JAX.array((problem.features, *problem.rois))
+    features, boxes, index = JAX.array(draw(kind)[:3])
     k, h, w = jax.export.symbolic_shape("k, h, w")
-    shapes = (*features.shape[:2], h, w), (k, 4), (k,)
+    shapes = (*features.shape[:2], h, w), (k, boxes.shape[1]), (k,)
     dtypes = features.dtype, boxes.dtype, index.dtype
     shaped = map(jax.ShapeDtypeStruct, shapes, dtypes)
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in make_jax.CALLS]
-    made = jax.export.export(jax.jit(pooling(problem)), disabled_checks=checks)(*shaped)
+
+    def pool(features, boxes, index):  # the boxes of a largest corner have no gradient
+        boxes = jax.lax.stop_gradient(boxes) if kind == "max_corner" else boxes
+        return functions(kind)[0](features, boxes, index)
+
+    made = jax.export.export(jax.jit(pool), disabled_checks=checks)(*shaped)
     loaded = jax.export.deserialize(made.serialize(vjp_order=1))
-    for count in (1, 4):
+    for count in (1, 3):
 
         def results(function):
             some = boxes[:count], index[:count]
             output, pull = jax.vjp(lambda f, b: function(f, b, some[1]), features, some[0])
             return output, *pull(jnp.sin(output))
 
-        for actual, right in zip(*map(results, (loaded.call, pooling(problem))), strict=True):
+        for actual, right in zip(*map(results, (loaded.call, pool)), strict=True):
             same(actual, right)
 
 
@@ -231,16 +236,16 @@ def test_an_export_of_roialign_0_1():
         jax.block_until_ready(loaded.call(*make_jax.arguments()))
 
 
-def test_each_platform_has_its_own_way(make_problem):
-    problem = make_problem()
-    features, boxes = leaves(problem)
-    traced = jax.jit(lambda *x: pool(problem, *x)).trace(features, boxes)
+@pytest.mark.parametrize("kind", ["mean", *KINDS])
+def test_each_platform_has_its_own_way(kind):
+    traced = jax.jit(functions(kind)[0]).trace(*JAX.array(draw(kind)[:3]))
     texts = {
         name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")
     }
     assert "roialign_forward" in texts["cpu"]
     for name in ("tpu", "cuda"):
-        assert "roialign_forward" not in texts[name] and "dot_general" in texts[name]
+        assert "roialign_forward" not in texts[name] and "stablehlo.while" in texts[name]
+        assert ("dot_general" in texts[name]) == (kind == "mean")
 
 
 def test_without_64_bits(make_problem):
@@ -281,14 +286,6 @@ def test_channels_last_are_not_moved(make_problem, form):
 
 
 # Plain JAX, where there is no kernel
-
-
-def test_dense_has_the_mean_alone(dense):
-    with pytest.raises(NotImplementedError, match="JAX on the CPU alone"):
-        roialign.roi_align(FEATURES, ROIS, 2, reduction="max")
-    turned = jnp.pad(ROIS, ((0, 0), (0, 1)))
-    with pytest.raises(NotImplementedError, match="JAX on the CPU alone"):
-        roialign.roi_align_rotated(FEATURES, turned, 2)
 
 
 def test_dense_boxes_of_whole_pixels(dense, make_problem, convention):

@@ -234,6 +234,41 @@ def check_maps():
         check(both(cut)(maps, boxes, index, levels, d_output), expected)
 
 
+# Largest samples, and boxes that are turned
+
+
+def pool_largest(reduction, features, boxes, index):
+    if reduction == "max_corner":  # the boxes have no gradient
+        boxes = jax.lax.stop_gradient(boxes)
+    options = PROBLEM.options | {"reduction": reduction}
+    return roialign.roi_align(features, (boxes, index), PROBLEM.size, **options)
+
+
+def pool_turned(features, boxes, index):
+    return roialign.roi_align_rotated(features, (boxes, index), PROBLEM.size, sampling_ratio=2)
+
+
+def check_sampled(dense):
+    """In `jit`, where the arrays are cut, and in a shard_map."""
+    import roialign.jax
+
+    roialign.jax._dense_everywhere = dense
+    mesh, (features, boxes, index, d_output) = mesh_of_eight(), arguments()
+    turned = jnp.pad(boxes, ((0, 0), (0, 1)), constant_values=30)  # any numbers make a box
+    kinds = [(functools.partial(pool_largest, name), boxes) for name in ("max", "max_corner")]
+    for pool, boxes in [*kinds[: 1 if dense else 2], (pool_turned, turned)]:
+        given = features, boxes, index, d_output
+        expected = differentiated(pool, *given)
+        for name in () if dense else ("RoIs and channels", "images and RoIs", "pixels and bins"):
+            cut = put(mesh, given, CUT[name])
+            check(both(pool)(*cut), expected)
+            assert name != "RoIs and channels" or sends_nothing(pool, *cut[:3])
+        ins, _, outs = CUT["RoIs and channels"]
+        ins = ins, P("x"), P("x")
+        for shard_map in spellings():
+            check(both(mapped(shard_map, mesh, True, pool, ins, outs))(*given), expected)
+
+
 # shard_map, in each of its spellings
 
 
@@ -340,6 +375,8 @@ def check_explicit():
         pytest.param(check_jit, [list(CUT)[6:]], id="jit-mixed"),
         pytest.param(check_shard_map, [False], id="shard_map"),
         pytest.param(check_shard_map, [True], id="shard_map-dense"),
+        pytest.param(check_sampled, [False], id="sampled"),
+        pytest.param(check_sampled, [True], id="sampled-dense"),
         *(
             (check, [])
             for check in (check_other_numbers, check_per_image, check_maps, check_explicit)

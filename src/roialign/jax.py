@@ -229,9 +229,11 @@ def _bind(call: _Call, given: Mapping[str, Sequence[Array]]) -> list[Array]:
 def _apply(
     functions: Mapping[str, Callable], call: _Call, operands: Sequence[Array], results: Sequence
 ) -> list[Array]:
-    """By functions with the arguments of those in `_dense`."""
+    """By functions with the arguments of those in `_dense`; of these alone `selectors`."""
     given, numbers = call.named(operands), (call.scales, call.rule)
     run, rois = functions[call.operation], Rois(*[given.get(name, (None,))[0] for name in ROIS])
+    if "selectors" in given:
+        run = functools.partial(run, selectors=given["selectors"])
     if call.operation == "box_gradient":
         return [run(*given["d_output"], given["features"], rois, *numbers, *results)]
     (tangent,) = given.get("tangent", (None,))
@@ -326,11 +328,6 @@ def _kernels(call: _Call, *operands: Array) -> list[Array]:
 
 @_of_rows()
 def _plain(call: _Call, *operands: Array) -> list[Array]:
-    if not call.is_mean_along_axes:
-        raise NotImplementedError(
-            "largest samples and boxes that turn are there for JAX on the CPU alone: elsewhere "
-            "take `reduction` 'mean' and boxes (K, 4)"
-        )
     _core.log(f"{call.operation} is compiled to plain JAX: there is no kernel for this platform")
     return _apply(vars(_dense), call, operands, call.results(operands))
 
