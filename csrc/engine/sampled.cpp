@@ -4,10 +4,12 @@
 //
 // A bin's candidates come in the order of the definition, and the first of the largest wins. What
 // is linear in features, d_output and a tangent is then taken at the winner, for each channel its
-// own. Kernels run over vectors of channels, of packed lines or of a map where it is, or over
-// single channels there.
+// own. Kernels run over lines of channels, of packed pixels or of a map where it is, and there over
+// vectors and single channels too.
 //
 // Compiled as engine.cpp is, but without fused multiply-adds: every language has the same samples.
+#include <type_traits>
+
 #include "tasks.hpp"
 
 namespace roialign {
@@ -40,17 +42,90 @@ struct Pixels {
   int64_t column(int32_t x) const { return x * step; }
 };
 
-// What a kernel runs over: a vector of channels, or one.
+// The vectors of a line, as one number: where a sample is and what it weighs is then found once.
+template <class E>
+struct Wide {
+  typedef E Part __attribute__((vector_size(kVectorBytes)));
+  Part of[kVectors];
+};
+template <class T>
+constexpr bool is_wide = false;
+template <class E>
+constexpr bool is_wide<Wide<E>> = true;
+
+template <class T>
+ROIALIGN_INLINE T part_of(const T& value, int) {
+  return value;
+}
+template <class E>
+ROIALIGN_INLINE auto part_of(const Wide<E>& value, int v) {
+  return value.of[v];
+}
+// run(parts of the values) for each vector.
+template <class Run, class... T>
+ROIALIGN_INLINE auto each(const Run& run, const T&... values) {
+  Wide<std::decay_t<decltype(run(part_of(values, 0)...)[0])>> results;
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) results.of[v] = run(part_of(values, v)...);
+  return results;
+}
+#define ROIALIGN_EACH(op)                                                                   \
+  template <class A, class B, class = std::enable_if_t<is_wide<A> || is_wide<B>>>           \
+  ROIALIGN_INLINE auto operator op(const A& a, const B& b) {                                \
+    return each([](const auto& x, const auto& y) ROIALIGN_LAMBDA { return x op y; }, a, b); \
+  }
+ROIALIGN_EACH(+)
+ROIALIGN_EACH(-)
+ROIALIGN_EACH(*)
+ROIALIGN_EACH(>)
+ROIALIGN_EACH(<=)
+ROIALIGN_EACH(==)
+ROIALIGN_EACH(!=)
+ROIALIGN_EACH(&)
+#undef ROIALIGN_EACH
+
+// What kernels run over: a line, a vector or one channel.
 template <class V, class E>
 ROIALIGN_INLINE V load_channels(const E* p) {
-  if constexpr (sizeof(V) == kVectorBytes)
-    return *reinterpret_cast<const V*>(p);
-  else
+  if constexpr (is_wide<V>) {
+    V value;
+    ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
+      value.of[v] = *reinterpret_cast<const Vector<E>*>(p + v * (kLanes<E> / kVectors));
+    }
+    return value;
+  } else if constexpr (sizeof(V) == kVectorBytes) {
+    return *reinterpret_cast<const Vector<E>*>(p);
+  } else {
     return widen(*p);
+  }
 }
 template <class V, class E>
 ROIALIGN_INLINE void store_channels(E* p, V value) {
-  *reinterpret_cast<V*>(p) = value;
+  if constexpr (is_wide<V>) {
+    ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
+      *reinterpret_cast<Vector<E>*>(p + v * (kLanes<E> / kVectors)) = value.of[v];
+    }
+  } else if constexpr (sizeof(V) == kVectorBytes) {
+    *reinterpret_cast<Vector<E>*>(p) = value;
+  } else {
+    *p = value;
+  }
+}
+template <class Mask, class V>
+ROIALIGN_INLINE V select(const Mask& mask, const V& yes, const V& no) {
+  if constexpr (is_wide<V>)
+    return each([](auto m, auto y, auto n) ROIALIGN_LAMBDA { return m ? y : n; }, mask, yes, no);
+  else
+    return mask ? yes : no;
+}
+template <class E>
+ROIALIGN_INLINE bool any_of(const Wide<E>& mask) {
+  typename Wide<E>::Part any{};
+  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) any |= mask.of[v];
+  return any_of(any);
+}
+template <class E>
+ROIALIGN_INLINE Wide<E> and_not(const Wide<E>& mask, const Wide<E>& other) {
+  return each([](auto m, auto o) ROIALIGN_LAMBDA { return and_not(m, o); }, mask, other);
 }
 template <class V>
 struct IdOf {
@@ -64,16 +139,35 @@ template <>
 struct IdOf<double> {
   using type = int64_t;
 };
+template <class E>
+struct IdOf<Wide<E>> {
+  using type = Wide<typename IdOf<E>::type>;
+};
 template <class V>
 using Id = typename IdOf<V>::type;
 
-// Calls body(V{}, c) for the channels of a block: vectors where all pixels allow, single ones.
+// A line of channels.
+template <class Real>
+ROIALIGN_INLINE auto whole_line() {
+  if constexpr (kVectors == 1)
+    return Vector<Real>{};
+  else
+    return Wide<Real>{};
+}
+
+// Calls body(V{}, c) for the channels of a block: lines, and of a map where it is vectors and
+// single ones too.
 template <class Real, class Body, class... P>
 ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
+  if constexpr ((std::is_same_v<P, PackedPixels<Real>> && ...)) {
+    body(whole_line<Real>(), 0);
+    return;
+  }
   constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(Real));
   int64_t c = 0;
   if constexpr (((sizeof(typename P::Element) == sizeof(Real)) && ...)) {
     if (((pixels.channel_step == 1) && ...)) {
+      for (; c + kLanes<Real> <= channels; c += kLanes<Real>) body(whole_line<Real>(), c);
       for (; c + lanes <= channels; c += lanes) body(Vector<Real>{}, c);
     }
   }
@@ -104,13 +198,11 @@ struct Sample {
   Weights<Real> values() const { return product(y, x); }
   // Whether all four pixels are read. No product of what is larger is 0.
   bool whole() const { return y[1] > Real(0x1p-60) && x[1] > Real(0x1p-60); }
-  // Its value, if it is whole: a product of vectors costs less than one to be spread.
+  // Its value, if it is whole.
   template <class V>
   V value() const {
-    const V zero{}, wy[] = {y[0] - zero, y[1] - zero}, wx[] = {x[0] - zero, x[1] - zero};
-    const auto term = [&](int k) ROIALIGN_LAMBDA {
-      return wy[k / 2] * wx[k % 2] * load_channels<V>(at(k));
-    };
+    const Weights<Real> w = values();
+    const auto term = [&](int k) ROIALIGN_LAMBDA { return w.of[k] * load_channels<V>(at(k)); };
     return ((term(0) + term(1)) + term(2)) + term(3);
   }
 };
@@ -119,7 +211,7 @@ template <class V, class S, class Real>
 ROIALIGN_INLINE V dot(const Weights<Real>& w, const S& sample) {
   V sum{};
   for (int k = 0; k < 4; ++k)
-    if (w.of[k] != 0) sum += w.of[k] * load_channels<V>(sample.at(k));
+    if (w.of[k] != 0) sum = sum + w.of[k] * load_channels<V>(sample.at(k));
   return sum;
 }
 template <class V, class S>
@@ -153,12 +245,12 @@ struct Largest {
   ROIALIGN_INLINE void consider(V candidate, int32_t candidate_id) {
     if (identified) {
       const auto wins = and_not(candidate <= number, nan == nan);
-      id = wins ? Id<V>{} + candidate_id : id;
+      id = select(wins, Id<V>{} + candidate_id, id);
     }
-    number = candidate > number ? candidate : number;
-    nan = candidate != candidate ? candidate : nan;
+    number = select(candidate > number, candidate, number);
+    nan = select(candidate != candidate, candidate, nan);
   }
-  V value() const { return nan == nan ? number : nan; }
+  V value() const { return select(nan == nan, number, nan); }
 };
 
 // The samples of a window, and one of its bins.
@@ -218,11 +310,12 @@ ROIALIGN_INLINE Largest<V, identified> largest_of(const Grid<Real>& grid, Bin bi
         if constexpr (!corner) {
           largest.consider(value_of<V>(sample), number);
         } else {
-          const auto& w = sample.values();
+          const Weights<Real> w = sample.values();
+          const bool whole = sample.whole();
 #pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) {
             V value{};
-            if (w.of[k] != 0) value = w.of[k] * load_channels<V>(sample.at(k));
+            if (whole || w.of[k] != 0) value = w.of[k] * load_channels<V>(sample.at(k));
             largest.consider(value, number * 4 + k);
           }
         }
@@ -245,11 +338,13 @@ ROIALIGN_INLINE void for_winners(const Grid<Real>& grid, Bin bin, const S& selec
           const auto wins = winner == number;
           if (any_of(wins)) body(sample, sample.values(), sample.whole(), wins);
         } else {
+          const Weights<Real> values = sample.values();
+#pragma GCC unroll 4
           for (int k = 0; k < 4; ++k) {
             const auto wins = winner == number * 4 + k;
             if (!any_of(wins)) continue;
-            auto one = sample.values();
-            for (int other = 0; other < 4; ++other) one.of[other] *= other == k;
+            Weights<Real> one{};
+            one.of[k] = values.of[k];
             body(sample, one, false, wins);
           }
         }
@@ -310,7 +405,7 @@ ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins,
             grid, bin, selectors, pixels, c,
             [&](const auto& sample, const Weights<Real>& values, bool, auto wins) ROIALIGN_LAMBDA {
               const V found = dot<V>(moved ? slopes_of(sample, grid) : values, sample);
-              result = wins ? found : result;
+              result = select(wins, found, result);
             });
         store_channels(to, result);
       },
@@ -330,7 +425,7 @@ ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bin
         for_winners<corner, V>(grid, bin, selectors, sums, c,
                                [&](const auto& sample, const Weights<Real>& values, bool whole,
                                    auto wins) ROIALIGN_LAMBDA {
-                                 const V won = wins ? d : V{};
+                                 const V won = select(wins, d, V{});
                                  if constexpr (moved)
                                    add<V>(slopes_of(sample, grid), false, won, sample);
                                  else
@@ -363,7 +458,7 @@ ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, 
                 for (int e = 0; e < 2; ++e) {
                   Real* lane = lanes[2 * e + 1 - axis] + c;
                   const V before = load_channels<V>(lane);
-                  store_channels(lane, wins ? before + moves[e][k] * slope : before);
+                  store_channels(lane, select(wins, before + moves[e][k] * slope, before));
                 }
               }
             });
@@ -406,9 +501,9 @@ ROIALIGN_NOINLINE void pool_patches(const Patches<Real> patches, int64_t bins, i
         V sums[4] = {};  // four at a time: each sum waits for the one before
         for (; at + 4 <= end; at += 4) {
 #pragma GCC unroll 4
-          for (int64_t i = 0; i < 4; ++i) sums[i] += term(at + i);
+          for (int64_t i = 0; i < 4; ++i) sums[i] = sums[i] + term(at + i);
         }
-        for (; at < end; ++at) sums[0] += term(at);
+        for (; at < end; ++at) sums[0] = sums[0] + term(at);
         store_channels(out + k * kLanes<Real> + c, (sums[0] + sums[1]) + (sums[2] + sums[3]));
       },
       pixels);
@@ -448,7 +543,8 @@ ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, in
         for (; at < end; ++at) {
           const V product = d * load_channels<V>(pixel_at(pixels, patches, at, c));
 #pragma GCC unroll 5
-          for (int e = 0; e < numbers; ++e) sums[e] += patches.slopes[at * numbers + e] * product;
+          for (int e = 0; e < numbers; ++e)
+            sums[e] = sums[e] + patches.slopes[at * numbers + e] * product;
         }
 #pragma GCC unroll 5
         for (int e = 0; e < numbers; ++e) store_channels(lanes[e] + c, sums[e]);
