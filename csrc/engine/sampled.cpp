@@ -8,8 +8,6 @@
 // vectors and single channels too.
 //
 // Compiled as engine.cpp is, but without fused multiply-adds: every language has the same samples.
-#include <type_traits>
-
 #include "tasks.hpp"
 
 namespace roialign {
@@ -23,6 +21,7 @@ enum class Kind { largest, corner, turned };
 template <class Real>
 struct PackedPixels {
   using Element = Real;
+  static constexpr bool packed = true;
   Real* data;
   const int32_t* rows;  // by the number of a pixel of y
   static constexpr int64_t channel_step = 1;
@@ -34,6 +33,7 @@ struct PackedPixels {
 template <class E>
 struct Pixels {
   using Element = E;
+  static constexpr bool packed = false;
   E* data;
   const int32_t* rows;
   int64_t row_step, step, channel_step;
@@ -64,15 +64,21 @@ ROIALIGN_INLINE auto part_of(const Wide<E>& value, int v) {
 // run(parts of the values) for each vector.
 template <class Run, class... T>
 ROIALIGN_INLINE auto each(const Run& run, const T&... values) {
-  Wide<std::decay_t<decltype(run(part_of(values, 0)...)[0])>> results;
+  Wide<decltype(+run(part_of(values, 0)...)[0])> results;
   ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) results.of[v] = run(part_of(values, v)...);
   return results;
 }
-#define ROIALIGN_EACH(op)                                                                   \
-  template <class A, class B, class = std::enable_if_t<is_wide<A> || is_wide<B>>>           \
+#define ROIALIGN_EACH_OF(op, A, B)                                                          \
   ROIALIGN_INLINE auto operator op(const A& a, const B& b) {                                \
     return each([](const auto& x, const auto& y) ROIALIGN_LAMBDA { return x op y; }, a, b); \
   }
+#define ROIALIGN_EACH(op)                \
+  template <class A, class B>            \
+  ROIALIGN_EACH_OF(op, Wide<A>, Wide<B>) \
+  template <class A, class B>            \
+  ROIALIGN_EACH_OF(op, Wide<A>, B)       \
+  template <class A, class B>            \
+  ROIALIGN_EACH_OF(op, A, Wide<B>)
 ROIALIGN_EACH(+)
 ROIALIGN_EACH(-)
 ROIALIGN_EACH(*)
@@ -82,6 +88,7 @@ ROIALIGN_EACH(==)
 ROIALIGN_EACH(!=)
 ROIALIGN_EACH(&)
 #undef ROIALIGN_EACH
+#undef ROIALIGN_EACH_OF
 
 // What kernels run over: a line, a vector or one channel.
 template <class V, class E>
@@ -159,7 +166,7 @@ ROIALIGN_INLINE auto whole_line() {
 // single ones too.
 template <class Real, class Body, class... P>
 ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
-  if constexpr ((std::is_same_v<P, PackedPixels<Real>> && ...)) {
+  if constexpr ((P::packed && ...)) {
     body(whole_line<Real>(), 0);
     return;
   }
