@@ -289,20 +289,26 @@ def short_table(record, image):
     return f"{picture}\n\n{markdown(header, lines)}\n\n{machine_line(record)}"
 
 
-def sampled_table(record):
-    """Of maxima and rotated boxes: beside the mean or their forward, and the fastest other."""
-    rows, lines = Rows(record), []
-    for workload, operation in itertools.product(rows.workloads, record["settings"]["operations"]):
-        ours = rows.find(workload=workload, operation=operation)
-        other, fastest = rows.other(ours), rows.fastest(workload=workload, operation=operation)
-        line = [f"{workload} {OPERATIONS[operation].title}", spread(flat(ours), form=milliseconds)]
-        line += [spread(rounds(ours, other), ratio(ours, other)), named(other)] if other else "--"
-        theirs = (
-            f"{milliseconds(middle(fastest[0]))} ({TITLES[fastest[0]['by']]})" if fastest else "-"
-        )
-        lines.append([*line, theirs, faster(*fastest) if fastest else "-"])
+def sampled_table(runs):
+    """Of maxima and rotated boxes, each from the last run that has it: beside the mean or their
+    forward, and the fastest other.
+    """
+    lines = {}
+    for rows in map(Rows, runs):
+        for place in itertools.product(rows.workloads, rows.settings["operations"]):
+            fields = dict(zip(("workload", "operation"), place, strict=True))
+            ours, fastest = rows.find(**fields), rows.fastest(**fields)
+            line = [f"{place[0]} {OPERATIONS[place[1]].title}"]
+            line += [spread(flat(ours), form=milliseconds), "-", "-", "-", "-"]
+            if other := rows.other(ours):
+                line[2:4] = spread(rounds(ours, other), ratio(ours, other)), named(other)
+            if fastest:
+                theirs = f"{milliseconds(middle(fastest[0]))} ({TITLES[fastest[0]['by']]})"
+                line[4:] = theirs, faster(*fastest)
+            lines[place] = line
     header = "", "roialign, ms", "times", "that of", "fastest other, ms", "faster"
-    return f"{markdown(header, lines)}\n\n{machine_line(record)}"
+    ordered = sorted(lines, key=lambda place: (place[0], [*OPERATIONS].index(place[1])))
+    return f"{markdown(header, [lines[place] for place in ordered])}\n\n{machine_line(runs[-1])}"
 
 
 def main_run(runs):
@@ -378,7 +384,7 @@ def main(arguments=None):
         print(tables(record), end="\n\n")
     image, page = "docs/images/bench.png", ROOT / "docs" / "speed.md"
     if given.docs and given.sampled:
-        rewrite(page, sampled_table(runs[-1]), *SAMPLED)
+        rewrite(page, sampled_table(runs), *SAMPLED)
     elif given.docs:
         chart(main_run(runs), ROOT / image)
         rewrite(ROOT / "README.md", short_table(main_run(runs), image))

@@ -129,7 +129,7 @@ def test_maxima_and_rotated_boxes(tiny, tmp_path, peers):
     assert not any("refused" in row for row in rows)
     assert {row["dtype"] for row in rows} == {"float32"}
     assert {row["layout"] for row in rows} == {*LAYOUTS}
-    text = report.sampled_table(record)
+    text = report.sampled_table([record])
     assert "| tiny Max, adjoint | " in text and " | roialign, max | " in text
     assert (" (OpenVINO) | " in text) == bool(peers)
 
@@ -290,6 +290,12 @@ def test_the_documents_are_what_a_record_says():
     for page, parts in (("README.md", shorts), ("docs/speed.md", map(report.all_tables, found))):
         text = (run.ROOT / page).read_text()
         assert any(f"{report.BEGIN}\n{part}\n{report.END}" in text for part in parts), page
+
+
+def test_the_table_of_maxima_is_what_a_record_says():
+    found = map(report.records, (run.ROOT / "bench" / "results" / "sampled").glob("*.jsonl"))
+    text, (begin, end) = (run.ROOT / "docs" / "speed.md").read_text(), report.SAMPLED
+    assert any(f"{begin}\n{report.sampled_table(runs)}\n{end}" in text for runs in found)
 
 
 def test_the_chart_is_drawn(tmp_path):
