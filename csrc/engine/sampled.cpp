@@ -42,7 +42,14 @@ struct Pixels {
   int64_t column(int32_t x) const { return x * step; }
 };
 
-// The vectors of a line, as one number: where a sample is and what it weighs is then found once.
+// Two vectors are taken as one number: where a sample is and what it weighs is then found once. Of
+// four, or with sanitizers, compilers would take many minutes.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kPaired = false;
+#else
+constexpr bool kPaired = kVectors == 2;
+#endif
+
 template <class E>
 struct Wide {
   typedef E Part __attribute__((vector_size(kVectorBytes)));
@@ -153,32 +160,22 @@ struct IdOf<Wide<E>> {
 template <class V>
 using Id = typename IdOf<V>::type;
 
-// A line of channels.
-template <class Real>
-ROIALIGN_INLINE auto whole_line() {
-  if constexpr (kVectors == 1)
-    return Vector<Real>{};
-  else
-    return Wide<Real>{};
-}
-
-// Calls body(V{}, c) for the channels of a block: lines, and of a map where it is vectors and
-// single ones too.
+// Calls body(V{}, c) for the channels of a block: a pair of vectors, or vectors, and of a map where
+// it is single ones too.
 template <class Real, class Body, class... P>
 ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
-  if constexpr ((P::packed && ...)) {
-    body(whole_line<Real>(), 0);
-    return;
-  }
   constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(Real));
+  if constexpr ((P::packed && ...)) channels = kLanes<Real>;
   int64_t c = 0;
   if constexpr (((sizeof(typename P::Element) == sizeof(Real)) && ...)) {
-    if (((pixels.channel_step == 1) && ...)) {
-      for (; c + kLanes<Real> <= channels; c += kLanes<Real>) body(whole_line<Real>(), c);
+    if (((P::packed || pixels.channel_step == 1) && ...)) {
+      if constexpr (kPaired)
+        for (; c + kLanes<Real> <= channels; c += kLanes<Real>) body(Wide<Real>{}, c);
       for (; c + lanes <= channels; c += lanes) body(Vector<Real>{}, c);
     }
   }
-  for (; c < channels; ++c) body(Real{}, c);
+  if constexpr (!(P::packed && ...))
+    for (; c < channels; ++c) body(Real{}, c);
 }
 
 // Weights of the pixels (low, low), (low, high), (high, low), (high, high) in y and x. Those of 0
