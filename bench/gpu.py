@@ -28,8 +28,7 @@ CASES = tuple(product(DTYPES, ("nchw", "nhwc"), (0, 2), (32, 7)))
 ROIS = 64
 TAPS = tuple(product((0, 1, 2, 3), (96, 97)))
 GENERAL = "general"  # our kernels for any call, where others are usual
-# what asks whether they are
-USUAL = {"forward": "by_rows", "adjoint": "by_map_rows", "box_gradient": "by_box_rows"}
+USUAL = {"forward": "by_rows", "adjoint": "by_map_rows"}  # what asks whether they are
 TUNED = {
     "sorted": ((8, 8), (4, 16), (8, 16), (16, 16), (2**20, 2**20)),  # the last: not sorted
     "lanes": (128, 64, 256),
@@ -172,7 +171,8 @@ def contestants(workload):
             able = operation in peer.operations and (peer.pyramids or not workload.coarser)
             if able and workload.name in (peer.only or [workload.name]):
                 yield name, operation, peer, {}
-        yield GENERAL, operation, peers["ours"], {USUAL[operation]: lambda *_: False}
+        if operation in USUAL:
+            yield GENERAL, operation, peers["ours"], {USUAL[operation]: lambda *_: False}
 
 
 def quick(record, seed):

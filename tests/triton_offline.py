@@ -199,8 +199,7 @@ class Variant:
             layout = "few" if values["TAPS"] else "many"
             if self.kernel == "gather":
                 layout += ", channels last" if values["LAST"] else ", channels first"
-            elif self.kernel == "plan":
-                layout += ", slopes" if values["SLOPES"] else ""
+            else:
                 layout += ", packed" if values["PACK"] else ""
         elif "LAST" in values:
             layout = "channels last" if values["LAST"] else "channels first"
@@ -222,8 +221,8 @@ def problems(dtypes):
             yield Problem(dtype, boxes=dtype, bins=(64, 64), rule=floor)
 
 
-def others(dtypes):
-    """Other paths of what has sorted rows: few RoIs, many bins; adaptive, or of several maps."""
+def forwards(dtypes):
+    """The forward's other paths: few RoIs, many bins; adaptive, or of several maps."""
     for dtype in dtypes:
         yield Problem(dtype, count=20)
         yield Problem(dtype, last=True, bins=(7, 65))
@@ -236,9 +235,8 @@ def compile_all(name, dtypes):
     device = Device(TARGETS[name])
     for problem in problems(dtypes):
         problem.run(device.call)
-    for problem in others(dtypes):
+    for problem in forwards(dtypes):
         problem.launch("forward", device.call)
-        problem.launch("box_gradient", device.call)
     return [_variant(compiled) for compiled in device.compiled.values()]
 
 
@@ -247,7 +245,7 @@ def _variant(compiled):
     kernel, names = source.fn.__name__, source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     constants.pop("REAL", None)  # an object of Triton's; `weights` have that type
-    typed = ["weights"] if kernel == "axis_taps" else ["d_output", "features", "source"]
+    typed = ["weights"] if kernel == "axis_taps" else ["d_output", "features"]
     kinds = [source.signature[name] for name in typed if name in source.signature]
     nvidia = metadata.target.backend == "cuda"
     registers, memory = (_nvidia if nvidia else _amd)(compiled.asm)
