@@ -111,7 +111,7 @@ def npu(monkeypatch):
     [
         ("", "float32", "mean", "there use torch_npu.npu_roi_align; ROIALIGN_NPU=1 allows"),
         ("1", "float64", "mean", "`features` must be float16, bfloat16 or float32 on"),
-        ("1", "float32", "max", "largest samples are not there on .*: take `reduction` 'mean'"),
+        ("1", "float32", "max", "largest samples and boxes that turn are not there on .*: take"),
     ],
 )
 def test_ascend_refuses(npu, monkeypatch, allowed, dtype, reduction, error):
