@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HANG = 600  # seconds that no process takes, with a sanitizer and on a slow machine neither
 
 
-def python(*arguments, env=None, timeout=60, **options):
+def python(*arguments, env=None, **options):
     """The finished process, its output as text."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=os.environ | (env or {}),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG,
         **options,
     )
 
@@ -43,11 +44,11 @@ def isolated(body, *args, **options):
 
 
 def in_a_child(body):
-    """Whether `body()` is true in a forked child, within a minute."""
+    """Whether `body()` is true in a forked child that does not hang."""
     if (child := os.fork()) == 0:
         right = False
         try:
-            signal.alarm(60)
+            signal.alarm(HANG)
             right = body()
         finally:
             os._exit(not right)

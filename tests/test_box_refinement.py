@@ -20,7 +20,7 @@ def run(request, tmp_path):
         """Columns of the `step` lines (judge, refined, box gradient), and the held-out IoUs."""
         env = {"OMP_NUM_THREADS": "1"}  # steady where other work runs beside it
         arguments = "--seed", 0, "--output", picture, *arguments
-        shown = printed(example, *arguments, env=env, timeout=300)
+        shown = printed(example, *arguments, env=env)
         assert picture.read_bytes().startswith(b"\x89PNG")
         step = r"^step +\d+  judge (\S+)  refined (\S+)  box gradient (\S+)$"
         rows = re.findall(step, shown, re.MULTILINE)

@@ -16,5 +16,5 @@ def test_same_function(isa):
     """The tests of values; those of the chosen instruction set run without this."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=quick"]
     env = {"ROIALIGN_ISA": isa}
-    done = python("-m", "pytest", *options, *TESTS, env=env, cwd=ROOT, timeout=600)
+    done = python("-m", "pytest", *options, *TESTS, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -321,7 +321,7 @@ def test_dense_gigantic_boxes(dense, make_problem, side):
 def test_without_what_is_private_to_jax():
     """It only cuts the operations over devices."""
     name = "prim_requires_devices_during_lowering"
-    isolated(check_without, "jax", "jax._src.dispatch", name, timeout=120)
+    isolated(check_without, "jax", "jax._src.dispatch", name)
 
 
 def test_an_older_jax_is_refused():

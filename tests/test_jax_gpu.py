@@ -221,7 +221,7 @@ def check_dense():
 @compiled
 @pytest.mark.parametrize("check", [check_kernels, check_platforms, check_devices, check_dense])
 def test_programs(check):
-    isolated(check, env=COMPILER | (FOUR if check is check_devices else {}), timeout=300)
+    isolated(check, env=COMPILER | (FOUR if check is check_devices else {}))
 
 
 @pytest.mark.parametrize("version", [None, (0, 2, 0), (0, 4, 1)], ids=["missing", "older", "newer"])

@@ -384,4 +384,4 @@ def check_explicit():
     ],
 )
 def test_over_devices(check, arguments):
-    isolated(check, *arguments, env=DEVICES, timeout=300)
+    isolated(check, *arguments, env=DEVICES)

@@ -78,7 +78,7 @@ def check_every_allocation(name):
 )
 @pytest.mark.parametrize("name", CALLS)
 def test_every_allocation(name):
-    isolated(check_every_allocation, name, env={"PYTHONWARNINGS": "ignore"}, timeout=600)
+    isolated(check_every_allocation, name, env={"PYTHONWARNINGS": "ignore"})
 
 
 def check_a_limit_of_the_system(room):

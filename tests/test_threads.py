@@ -155,7 +155,7 @@ def check_interrupt(operation, threads):
 
 @pytest.mark.parametrize("operation, threads", [("adjoint", 2), ("box_gradient", 1)])
 def test_interrupt(operation, threads):
-    isolated(check_interrupt, operation, threads, timeout=120)
+    isolated(check_interrupt, operation, threads)
 
 
 def check_daemon_threads():

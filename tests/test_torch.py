@@ -89,7 +89,7 @@ def test_sparse_features():
 @pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_are_functorch_transforms_active"])
 def test_without_what_is_private_to_torch(name):
     """It only makes calls shorter."""
-    isolated(check_without, "torch", "torch._C", name, timeout=120)
+    isolated(check_without, "torch", "torch._C", name)
 
 
 # Derivatives

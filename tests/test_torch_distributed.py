@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import roialign
-from isolation import printed
+from isolation import HANG, printed
 
 torch = pytest.importorskip("torch", reason="the tests of distributed PyTorch need torch")
 import torch.distributed as dist  # noqa: E402
@@ -23,7 +23,6 @@ if not (dist.is_available() and dist.is_gloo_available()):
 import torch.multiprocessing as mp  # noqa: E402
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_distributed.py"
-TIMEOUT = 120  # seconds: a process that waits for one that failed would wait for ever
 OPTIONS = {"spatial_scale": 0.5, "sampling_ratio": 2}
 
 
@@ -41,10 +40,10 @@ def spawn(body, processes, tmp_path):
     """`body()` in each of the processes; an assertion that fails in one fails here."""
     arguments = (body, processes, str(tmp_path / "store"))
     context = mp.start_processes(_process, arguments, processes, join=False, start_method="spawn")
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + HANG  # for one that failed, others would wait for ever
     try:
         while not context.join(timeout=1):
-            assert time.monotonic() < end, f"not done after {TIMEOUT} s"
+            assert time.monotonic() < end, f"not done after {HANG} s"
     finally:
         for process in context.processes:
             process.kill()
@@ -273,7 +272,7 @@ def test_over_processes(check, processes, tmp_path):
 def test_example(tmp_path):
     torchrun = "-m", "torch.distributed.run", "--nproc-per-node", 2, "--log-dir", tmp_path
     local = "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"
-    shown = printed(*torchrun, *local, EXAMPLE, timeout=TIMEOUT)
+    shown = printed(*torchrun, *local, EXAMPLE)
     for line in (
         r"RoIs sharded: \(6, 8, 7, 7\) of \(12, 8, 7, 7\) here",
         r"channels sharded: \(12, 4, 7, 7\) of \(12, 8, 7, 7\) here",

@@ -168,7 +168,7 @@ def check_the_first_call(name):
 @pytest.mark.backends("values", "exact", "-fast")
 def test_the_first_call_is_compiled(backend):
     """The adapter is found and loaded while the compiler reads."""
-    isolated(check_the_first_call, backend.name, timeout=120)
+    isolated(check_the_first_call, backend.name)
 
 
 def check_without(library, module, name):

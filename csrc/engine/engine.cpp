@@ -210,7 +210,7 @@ void adjoint_samples(const Tensor& d_output, const Rois& rois, const Rule& rule,
       d_features, rois, rule, d_output.shape + 2, 1,
       [&](int64_t roi, int64_t map, int64_t image, int64_t p, int64_t q, const auto& y,
           const auto& x) {
-        if (map < 0) return;
+        if (map < 0 || !y.count || !x.count) return;
         const auto d_out = plane_of<const Real>(d_output, roi, channels);
         spread_samples(y, x, d_out.data + p * d_out.row_stride + q * d_out.pixel_stride,
                        d_out.channel_stride,
