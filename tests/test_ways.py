@@ -3,6 +3,7 @@
 Shared bodies run on each (`numpy.packed`, `numpy.rows`, ... in backends.py)."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -71,6 +72,34 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
                 for other in others:
                     tolerance.check(other, expected, bounds[name])
                 assert one.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
+@pytest.mark.parametrize("reduction", ["max", "max_corner"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_largest_samples_agree(shape, reduction, dtype, make_problem, layouts, by_way):
+    """Bit for bit, with zeros of both signs, infinities and NaNs among the pixels."""
+    rng = np.random.default_rng(5)
+    for seed, (convention, sampling) in enumerate(product(CANONICAL, (1, 2))):
+        problem = make_problem(
+            seed, shape=shape, count=6, size=(5, 3), sampling=sampling, convention=convention,
+            dtype=dtype,
+        )  # fmt: skip
+        problem.boxes[3] = problem.boxes[3, [2, 3, 0, 1]]  # inverted
+        problem.boxes[4] = np.inf
+        x = problem.features
+        if dtype != np.uint8:
+            odd = rng.random(x.shape)
+            x[odd < 0.3], x[odd < 0.2], x[odd < 0.02], x[odd < 0.01] = 0.0, -0.0, np.inf, np.nan
+        for layout in ("contiguous", "channels_last", "transposed", "reversed", "sliced"):
+            one, *others = by_way(
+                roialign.roi_align, layouts[layout](x), problem.rois, problem.size,
+                reduction=reduction, **problem.options,
+            )  # fmt: skip
+            for other in others:
+                np.testing.assert_array_equal(one, other)
+                assert np.array_equal(np.signbit(one[one == 0]), np.signbit(other[other == 0]))
+        assert (one != 0).any()
 
 
 @pytest.mark.parametrize("sampling", [1, 2])

@@ -76,22 +76,14 @@ void forward_bins(const Task<Real>& task, const Plane<const T>& map, const Tenso
 template <int taps, class Real, class Body>
 void for_sampled_bins(Maps maps, const Rois& rois, const Rule& rule, const int64_t bins[2],
                       int threads, Body body) {
-  struct Work : Scratch {
-    SampledRois<Real>* rois;
-    Work() {
-      take([&](Cut& cut) { cut(rois, 1); });
-    }
-  };
-  parallel_for((rois.count + kSampledRois - 1) / kSampledRois, threads, [&](int64_t task) {
-    const Work work;
-    const SampledRois<Real>& found = *work.rois;
-    const int64_t first = task * kSampledRois, count = least_of(kSampledRois, rois.count - first);
-    find_samples(maps, rois, rule, bins, first, count, *work.rois);
-    for_bins<taps>(found, count, bins,
-                   [&](int64_t r, int64_t p, int64_t q, const auto& y, const auto& x) {
-                     body(first + r, found.map[r], found.image[r], p, q, y, x);
-                   });
-  });
+  for_sampled_rois<Real>(maps, rois, rule, bins, threads,
+                         [&](const SampledRois<Real>& found, int64_t first, int64_t count) {
+                           for_bins<taps>(
+                               found, count, bins,
+                               [&](int64_t r, int64_t p, int64_t q, const auto& y, const auto& x) {
+                                 body(first + r, found.map[r], found.image[r], p, q, y, x);
+                               });
+                         });
 }
 
 // The same by samples.

@@ -8,6 +8,7 @@
 // vectors and single channels too.
 //
 // Compiled as engine.cpp is, but without fused multiply-adds: every language has the same samples.
+#include "samples.hpp"
 #include "tasks.hpp"
 
 namespace roialign {
@@ -373,8 +374,8 @@ ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, const Gri
 
 // Calls body(V{}, bin, c, line of the bin) for all bins of a window and the channels of a block.
 template <class Real, class Tile, class Body, class... P>
-ROIALIGN_INLINE void for_bins(const int64_t* bins, int64_t channels, Tile* lines, const Body& body,
-                              const P&... pixels) {
+ROIALIGN_INLINE void for_bin_lines(const int64_t* bins, int64_t channels, Tile* lines,
+                                   const Body& body, const P&... pixels) {
   for (int64_t p = 0; p < bins[0]; ++p) {
     for (int64_t q = 0; q < bins[1]; ++q, lines += kLanes<Real>) {
       for_channels<Real>(
@@ -388,7 +389,7 @@ ROIALIGN_INLINE void for_bins(const int64_t* bins, int64_t channels, Tile* lines
 template <bool corner, class Real, class P>
 ROIALIGN_NOINLINE void pool(const Grid<Real> grid, const int64_t* bins, int64_t channels,
                             const P pixels, Real* out) {
-  for_bins<Real>(
+  for_bin_lines<Real>(
       bins, channels, out,
       [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
         store_channels(to, largest_of<corner, false, decltype(v)>(grid, bin, pixels, c).value());
@@ -396,11 +397,84 @@ ROIALIGN_NOINLINE void pool(const Grid<Real> grid, const int64_t* bins, int64_t 
       pixels);
 }
 
+// The samples of one axis of one RoI of a chunk, for the way by samples. Its pixels are numbered
+// two for each sample.
+template <class Real>
+struct ListedSamples {
+  int32_t first[kMostSamples + 1], pixels[2 * kMostSamples];
+  typename Samples<Real>::At at[kMostSamples];
+  bool before[kMostSamples], after[kMostSamples];
+
+  ListedSamples(const SampledRois<Real>& rois, int axis, int64_t r, int64_t bins, int64_t samples,
+                bool numbered) {
+    int32_t count = 0;
+    const int32_t* low = rois.low[axis] + r;
+    const Real* fraction = rois.fraction[axis] + r;
+    for (int64_t k = 0; k < bins; ++k) {
+      first[k] = count;
+      before[k] = after[k] = false;
+      for (int64_t i = 0; i < samples; ++i, low += kSampledRois, fraction += kSampledRois) {
+        if (*low < 0) {
+          (count == first[k] ? before : after)[k] = true;
+          continue;
+        }
+        const int32_t both[] = {*low, *low + (*fraction != 0)};
+        for (int32_t e = 0; e < 2; ++e) pixels[2 * count + e] = both[e];
+        at[count] = {numbered ? 2 * count : both[0],
+                     numbered ? 2 * count + 1 : both[1],
+                     {1 - *fraction, *fraction}};
+        ++count;
+      }
+    }
+    first[bins] = count;
+  }
+  Samples<Real> samples() { return {first, at, {nullptr, nullptr}, before, after}; }
+};
+
+// output = the bins of all RoIs, by samples.
+template <bool corner, class T>
+void pool_samples(Maps features, const Rois& rois, const Rule& rule, const Tensor& output,
+                  int threads) {
+  using Real = Accumulator<T>;
+  const int64_t *bins = output.shape + 2, samples = int64_t(rule.sampling_ratio);
+  const bool few = count_of(output) * samples * samples < kSerialWork / 4;
+  const Range channels{0, output.shape[1]};
+  const auto pool_one = [&](const SampledRois<Real>& found, int64_t first, int64_t r) {
+    const auto out = plane_of<Pooled<T>>(output, first + r, channels);
+    if (found.map[r] < 0) return clear(out);
+    ListedSamples<Real> y(found, 0, r, bins[0], samples, true);
+    ListedSamples<Real> x(found, 1, r, bins[1], samples, false);
+    const Grid<Real> grid{y.samples(), x.samples()};
+    const auto plane = plane_of<const T>(features[found.map[r]].array, found.image[r], channels);
+    const Pixels<const T> pixels{plane.data, y.pixels, plane.row_stride, plane.pixel_stride,
+                                 plane.channel_stride};
+    for (int64_t p = 0; p < bins[0]; ++p) {
+      for (int64_t q = 0; q < bins[1]; ++q) {
+        Pooled<T>* to = out.data + p * out.row_stride + q * out.pixel_stride;
+        for_channels<Real>(
+            out.channels,
+            [&](auto v, int64_t c) ROIALIGN_LAMBDA {
+              using V = decltype(v);
+              Real values[sizeof(V) / sizeof(Real)];
+              store_channels(values,
+                             largest_of<corner, false, V>(grid, Bin{p, q}, pixels, c).value());
+              for (Real value : values) narrow(value, to[c++ * out.channel_stride]);
+            },
+            pixels);
+      }
+    }
+  };
+  for_sampled_rois<Real>(features, rois, rule, bins, few ? 1 : threads,
+                         [&](const SampledRois<Real>& found, int64_t first, int64_t count) {
+                           for (int64_t r = 0; r < count; ++r) pool_one(found, first, r);
+                         });
+}
+
 // The same of the samples that `selectors` choose, or their derivative along the tangent.
 template <bool corner, bool moved, class Real, class P>
 ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
                                      const P pixels, const P selectors, Real* out) {
-  for_bins<Real>(
+  for_bin_lines<Real>(
       bins, channels, out,
       [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
         using V = decltype(v);
@@ -421,7 +495,7 @@ ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins,
 template <bool corner, bool moved, class Real, class S, class P>
 ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
                                        const Real* d_out, const S selectors, const P sums) {
-  for_bins<Real>(
+  for_bin_lines<Real>(
       bins, channels, d_out,
       [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
         using V = decltype(v);
@@ -444,7 +518,7 @@ template <class Real, class P>
 ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
                                     const Real* d_out, const P pixels, const P selectors,
                                     Real (*lanes)[kLanes<Real>]) {
-  for_bins<Real>(
+  for_bin_lines<Real>(
       bins, channels, d_out,
       [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
         using V = decltype(v);
@@ -597,6 +671,11 @@ void forward(Maps features, Maps selectors, const Rois& rois, const void* tangen
   using Real = Accumulator<T>;
   const int64_t* bins = output.shape + 2;
   const bool moved = tangent;
+  if constexpr (kind != Kind::turned) {
+    if (!selectors.count &&
+        by_samples(Operation::forward, features.first(), rois.count, rule, bins, tangent))
+      return pool_samples<kind == Kind::corner, T>(features, rois, rule, output, threads);
+  }
   const auto slices_of = [&](int64_t m) {
     return slices_of_map<T>(features[m].array, &output, true);
   };

@@ -1,13 +1,33 @@
 // The way by samples: each bin adds up its samples where they are, from coordinates that are found
-// for many RoIs at once. This is for RoIs of few samples and channels.
+// for many RoIs at once. This is for RoIs of few samples and channels. Those whose bins take the
+// largest sample use the same coordinates (sampled.cpp).
 #pragma once
 
+#include "../parallel.hpp"
 #include "../samples.hpp"
 #include "arrays.hpp"
 
 namespace roialign {
 namespace ROIALIGN_ISA {
 namespace {
+
+// Calls body(where the samples of RoIs lie, the first RoI, how many) for chunks of the RoIs.
+template <class Real, class Body>
+void for_sampled_rois(Maps maps, const Rois& rois, const Rule& rule, const int64_t bins[2],
+                      int threads, Body body) {
+  struct Work : Scratch {
+    SampledRois<Real>* rois;
+    Work() {
+      take([&](Cut& cut) { cut(rois, 1); });
+    }
+  };
+  parallel_for((rois.count + kSampledRois - 1) / kSampledRois, threads, [&](int64_t task) {
+    const Work work;
+    const int64_t first = task * kSampledRois, count = least_of(kSampledRois, rois.count - first);
+    find_samples(maps, rois, rule, bins, first, count, *work.rois);
+    body(*work.rois, first, count);
+  });
+}
 
 // The taps of a bin in one axis: of its samples two each, where those share pixels merged. The last
 // one is repeated with weight 0.
