@@ -3,7 +3,7 @@ mmcv."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,30 @@ def upright(rois: Tensor) -> Tensor:
     return torch.nn.functional.pad(rois[:, 3:5], (2, 0))
 
 
-class RoIAlign(nn.Module):
+class _Layer(nn.Module):
+    """A function of this module as a layer, which has what it takes as attributes."""
+
+    taken: tuple[str, ...]
+    function: Callable[..., Tensor]
+
+    def __init__(
+        self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int
+    ) -> None:
+        super().__init__()
+        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
+        self.output_size = _checks.bins("output_size", _checks.integers("output_size", output_size))
+        self.spatial_scale = _checks.real("spatial_scale", spatial_scale)
+
+    __prepare_scriptable__ = refuse
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+        return self.function(input, rois, **{name: getattr(self, name) for name in self.taken})
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"{name}={getattr(self, name)}" for name in self.taken])
+
+
+class RoIAlign(_Layer):
     """``mmcv.ops.RoIAlign``: :func:`roi_align` as a layer.
 
     Args:
@@ -155,6 +178,9 @@ class RoIAlign(nn.Module):
     torch.Size([1, 3, 2, 2])
     """
 
+    taken = "output_size", "spatial_scale", "sampling_ratio", "pool_mode", "aligned"
+    function = staticmethod(roi_align)
+
     def __init__(
         self,
         output_size: int | Sequence[int],
@@ -164,37 +190,17 @@ class RoIAlign(nn.Module):
         aligned: bool = True,
         use_torchvision: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(output_size, spatial_scale, sampling_ratio)
         _checks.one_of("pool_mode", pool_mode, REDUCTIONS)
-        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
-        self.output_size = _checks.bins("output_size", _checks.integers("output_size", output_size))
-        self.spatial_scale = _checks.real("spatial_scale", spatial_scale)
         self.pool_mode = pool_mode
         self.aligned = aligned
         self.use_torchvision = use_torchvision
 
-    __prepare_scriptable__ = refuse
-
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        return roi_align(
-            input,
-            rois,
-            self.output_size,
-            self.spatial_scale,
-            self.sampling_ratio,
-            self.pool_mode,
-            self.aligned,
-        )
-
     def extra_repr(self) -> str:
-        return (
-            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, pool_mode={self.pool_mode}, "
-            f"aligned={self.aligned}, use_torchvision={self.use_torchvision}"
-        )
+        return f"{super().extra_repr()}, use_torchvision={self.use_torchvision}"
 
 
-class RoIAlignRotated(nn.Module):
+class RoIAlignRotated(_Layer):
     """``mmcv.ops.RoIAlignRotated``: :func:`roi_align_rotated` as a layer.
 
     Args:
@@ -211,6 +217,9 @@ class RoIAlignRotated(nn.Module):
     torch.Size([1, 3, 2, 2])
     """
 
+    taken = "output_size", "spatial_scale", "sampling_ratio", "aligned", "clockwise"
+    function = staticmethod(roi_align_rotated)
+
     def __init__(
         self,
         output_size: int | Sequence[int],
@@ -219,29 +228,6 @@ class RoIAlignRotated(nn.Module):
         aligned: bool = True,
         clockwise: bool = False,
     ) -> None:
-        super().__init__()
-        self.sampling_ratio = _checks.samples("sampling_ratio", sampling_ratio)
-        self.output_size = _checks.bins("output_size", _checks.integers("output_size", output_size))
-        self.spatial_scale = _checks.real("spatial_scale", spatial_scale)
+        super().__init__(output_size, spatial_scale, sampling_ratio)
         self.aligned = aligned
         self.clockwise = clockwise
-
-    __prepare_scriptable__ = refuse
-
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        return roi_align_rotated(
-            input,
-            rois,
-            self.output_size,
-            self.spatial_scale,
-            self.sampling_ratio,
-            self.aligned,
-            self.clockwise,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}, "
-            f"clockwise={self.clockwise}"
-        )
