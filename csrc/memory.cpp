@@ -20,6 +20,8 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kKeptScratch = std::size_t{64} << 20;
+// More than a training step of a Mask R-CNN with one image frees.
+constexpr std::size_t kKeptBuffers = std::size_t{256} << 20;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) {
   if (bytes > SIZE_MAX - unit) throw std::bad_alloc();
@@ -71,7 +73,7 @@ Buffer remove_buffer(int i) {
 std::size_t cache_limit() {
   static const std::size_t limit = [] {
     const char* text = std::getenv("ROIALIGN_CACHE_MB");
-    if (!text || !*text) return std::size_t{64} << 20;
+    if (!text || !*text) return kKeptBuffers;
     std::size_t megabytes = 0;
     for (const char* c = text; *c; ++c) {
       if (*c < '0' || *c > '9') {

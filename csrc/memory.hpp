@@ -15,7 +15,7 @@ constexpr std::size_t kHugePage = std::size_t{2} << 20;
 void* map_memory(std::size_t bytes, bool sparse = false);
 void unmap_memory(void* memory, std::size_t bytes);
 
-// The most that the cache of freed buffers holds: ROIALIGN_CACHE_MB, default 64, 0 turns it off.
+// The most that the cache of freed buffers holds: ROIALIGN_CACHE_MB, default 256, 0 turns it off.
 // Throws std::runtime_error if that is no number.
 std::size_t cache_limit();
 
