@@ -388,6 +388,9 @@ class Triton(TorchFunc):
     def start(self, monkeypatch):
         super().start(monkeypatch)
         if self.interpreted:
+            import triton_interpreter
+
+            triton_interpreter.hasten()
             home = lambda tensor: None if tensor.is_meta else self.folder  # noqa: E731
             monkeypatch.setattr(roialign.torch.kernels, "home", home)
             self.torch.use_deterministic_algorithms(True)  # and so new memory holds NaN

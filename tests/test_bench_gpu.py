@@ -287,9 +287,11 @@ def in_one_process(monkeypatch, tmp_path):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled here")
     pytest.importorskip("triton", reason="triton is not installed")
+    import triton_interpreter
     from bench import gpu
     from roialign.torch import kernels
 
+    triton_interpreter.hasten()
     small = replace(
         TINY, shape=(1, 16, 8, 8), per_image=2, output_size=(2, 3), sampling=2, name="tiny"
     )

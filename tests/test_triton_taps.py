@@ -16,12 +16,14 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 import torch
 import triton
 
+import triton_interpreter
 from backends import named
 from roialign import _rule
 from roialign._triton import kernels, launch, rows
 
 TORCH = named("torch")
 TORCH.start(None)
+triton_interpreter.hasten()
 tensor, array = TORCH.array, TORCH.numpy
 LENGTH = 11
 SPANS = [
