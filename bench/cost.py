@@ -3,17 +3,19 @@
 Counted from a workload's own boxes, and from the launches as they are made; nothing runs, so it
 needs torch and Triton and no GPU. The time is the longest of what each count takes at an H200's
 rates, as if all of it overlapped: expected, not measured. Latency and what a launch costs are not
-in it, nor what makes taps, nor what is outside of the innermost loop, but for the kernels by rows.
-So a GPU takes longer.
+in it, nor what makes taps. So a GPU takes longer. `--write` writes the table of docs/kernels.md.
 """
 
 import argparse
+import functools
 import sys
 from itertools import product
 
 import numpy as np
 
 from bench import floor, reference, report, run
+from bench.environments import ROOT
+from bench.gpu import GENERAL, USUAL, tuned
 from bench.peers import LAYOUTS, MAIN, OPERATIONS, ROUNDING
 from roialign import _checks
 
@@ -21,21 +23,31 @@ from triton_offline import Problem, memory  # isort: skip (found by the referenc
 
 SECTOR, WARP = 32, 32  # the bytes that L1 moves at least, the lanes of a warp
 PROCESSORS, CLOCK = 132, 1.755e9  # of an H200
-ISSUED = 0.75  # of the slots for instructions
+ISSUED = 0.75  # of the slots for instructions: an assumption
 RATES = {  # per second: assumptions
     "DRAM": 4.3e12,
     "L2": 5.5e12,
     "L1": 128 * PROCESSORS * CLOCK,
     "instructions": ISSUED * 128 * PROCESSORS * CLOCK,
 }
-# of the innermost loop per value that it loads, in NCHW and channels_last, as Triton 3.9.0 compiles
-# it for sm_90
-INSTRUCTIONS = {"forward": (10.6, 7.5), "adjoint": (8.6, 6.2), "box_gradient": (21.5, 18.0)}
+# Of machine code of sm_90, as Triton 3.9.0 compiles it, instructions of a lane for each channel:
+# of the general kernels in NCHW and channels_last, for a value that is loaded, for a step over y,
+# and for a program (of the adjoint: for a RoI that reaches its tile)
+INSTRUCTIONS = {
+    "forward": ((10.6, 5.9, 60), (7.4, 10.9, 45)),
+    "adjoint": ((8.6, 6.0, 15.8), (6.2, 5.1, 9.6)),
+    "box_gradient": ((21.5, 25.5, 86), (18.0, 28.3, 79)),
+}
 # of all loops of `gather`, of few taps and of any number, by (output in NCHW, 16 bits)
 GATHER = ((2.97, 3.05), (4.23, 3.72)), ((4.65, 4.0), (5.7, 4.9))
-# of `scatter`, per value of a tile: for a RoI that reaches it, and if it has weight there; for a
-# row of its bins, and for a bin of the general loop
-SCATTER = 1.2, 2.9, 8.3, 5.6
+# of `scatter`, per value of a tile, in NCHW and channels_last: for a RoI that reaches it, and if it
+# has weight there; for a row of its bins, and for a bin of the general loop
+SCATTER = (1.3, 4.4, 6.0, 5.9), (1.1, 3.2, 5.7, 5.7)
+# of `box_rows`, of any number of taps and of few, by 16 bits: for a value; and of 32 channels for a
+# block of CHANNELS, for the sums of a pair of taps, and for each of 16 pairs of a step
+BOX_ROWS = ((2.7, 3.7), 10.1, 3.8), ((2.2, 3.2), 11.6, 0)
+# of torchvision's kernels: for an output, and for a sample of it
+PEER, PEER_OUTPUT, PEER_SAMPLE = "torchvision", 274, 91.5
 WEIGHTS = {"forward": 1, "adjoint": 1, "box_gradient": 3}  # of a tap: the latter has slopes too
 
 
@@ -48,15 +60,30 @@ def launched(workload, dtype, layout, convention):
     return Problem(dtype, last=layout == "nhwc", **shapes, scales=scales, rule=rule)
 
 
-def cost(workload, operation, dtype="float32", layout="nchw", convention="asymmetric"):
-    """Counts by name, of bytes where it says so; those of lanes too that wait for others."""
-    rois, itemsize = workload.rois(), 4 if dtype == "float32" else 2
-    axes = reference.axes_of(workload, rois, convention)
+@functools.lru_cache(1)
+def taps_of(workload, convention):
+    """The RoIs, and their taps."""
+    rois = workload.rois()
+    return rois, reference.axes_of(workload, rois, convention)
+
+
+def cost(workload, operation, dtype="float32", layout="nchw", convention="asymmetric", by="ours"):
+    """Counts by name, of bytes where it says so; those of lanes too that wait for others.
+
+    `by`: our kernels, the GENERAL ones of them, or those of the PEER.
+    """
+    rois, axes = taps_of(workload, convention)
+    itemsize = 4 if dtype == "float32" else 2
     through, _ = floor.traffic(operation, workload, rois, axes, itemsize, layout)
-    launches = launched(workload, dtype, layout, convention).launches(operation)
-    if launches[-1].kernel == "gather":
-        return gathered(workload, rois, axes, launches, itemsize, through)
-    if launches[-1].kernel == "scatter":
+    if by == PEER:
+        return of_peer(workload, operation, rois, convention, axes, itemsize, through)
+    changed = {name: lambda *_: False for name in USUAL.values()} if by == GENERAL else {}
+    with tuned(**changed):
+        launches = launched(workload, dtype, layout, convention).launches(operation)
+    kernels = {each.kernel: each for each in launches}
+    if "plan" in kernels:
+        return gathered(workload, rois, axes, launches, kernels, itemsize, through)
+    if "scatter" in kernels:
         return scattered(workload, axes, launches, itemsize, through)
     (constants,) = (each.constants for each in launches if "INNERMOST" in each.constants)
     weights = WEIGHTS[operation]
@@ -68,7 +95,7 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
         for y, x in axes
         for lanes_y, lanes_x, table in of_box(y, x, weights, constants)
     ]
-    values, sectors, loads, outer, table = np.sum(counts, 0, dtype=np.int64).tolist()
+    values, sectors, loads, outer, started, table = np.sum(counts, 0, dtype=np.int64).tolist()
     channels, last = workload.shape[1], constants["INNERMOST"]
     if last:  # lanes go along channels
         taps = sum((y.weights != 0).sum() * (x.weights != 0).sum() for y, x in axes)
@@ -83,7 +110,7 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
         "DRAM": through,
         "L2": values * channels * itemsize + table * blocks + d_output,
         "L1": sectors * channels * SECTOR + 2 * d_output,
-        "instructions": loads * lanes * INSTRUCTIONS[operation][last],
+        "instructions": lanes * np.dot((loads, outer, started), INSTRUCTIONS[operation][last]),
         "loads": loads * lanes,
         "multiply-adds": steps * lanes,
         "programs": sum(each.grid[0] for each in launches),
@@ -92,44 +119,81 @@ def cost(workload, operation, dtype="float32", layout="nchw", convention="asymme
     return {name: int(number) for name, number in found.items()}
 
 
-def gathered(workload, rois, axes, launches, itemsize, through):
-    """Of the forward by sorted rows: a program's pixels come from L2 once, and then from L1."""
-    plan, gather = launches
-    numbers, constants = gather.arguments, gather.constants
+def gathered(workload, rois, axes, launches, kernels, itemsize, through):
+    """Of what takes sorted rows: a program's pixels come from L2 once, and then from L1."""
+    main = kernels.get("gather") or kernels["box_rows"]
+    numbers, constants, sloped = main.arguments, main.constants, main.kernel == "box_rows"
     lanes = constants["ROWS"] * constants["BINS"]
     taps, channels, (_, width) = constants["TAPS"], workload.shape[1], workload.shape[2:]
-    rows = in_order(workload, rois, plan.constants)
-    values, loads = 0, 0
+    rows = in_order(workload, rois, kernels["plan"].constants)
+    values, groups, steps = 0, 0, 0
     for program in chunks(rows, numbers["steps"] * constants["ROWS"]):
         touched = []
         for step in chunks(program, constants["ROWS"]):
             chosen = [(axes[k][0].weights[p] != 0, axes[k][1]) for k, p in step]
             of_x = max(((x.weights != 0).sum(1).max(initial=0) for _, x in chosen), default=0)
             of_y = max((y.sum() for y, _ in chosen), default=0)
-            loads += lanes * (taps**2 if taps else of_y * 4 * -(-of_x // 4))
+            of_y = -(-of_y // 4) * 4 if sloped else of_y
+            groups += taps if taps else of_y * -(-of_x // 4)  # of four taps of x
+            steps += 1
         for k, p in program:
             y, x = axes[k]
             lines = y.pixels[y.weights[p] != 0]
             touched.append((rois[k, 0] * workload.shape[2] + lines[:, None]) * width + x.pixels)
         values += len(np.unique(np.concatenate([each.ravel() for each in touched])))
+    loads, output = 4 * lanes * groups, np.prod(workload.output_shape) * itemsize
+    if sloped:
+        (of_value, of_pair, of_step), short = BOX_ROWS[taps > 0], itemsize == 2
+        blocks = 32 * channels / constants["CHANNELS"]
+        instructions = loads * (channels * of_value[short] + blocks * of_pair)
+        instructions += 16 * lanes * steps * blocks * of_step
+    else:
+        of_value = GATHER[not taps][not constants["LAST"]][itemsize == 2]
+        instructions = loads * channels * of_value
     found = {
         "DRAM": through,
-        "L2": values * channels * itemsize + np.prod(workload.output_shape) * itemsize,
+        "L2": values * channels * itemsize + output,
         "L1": loads * channels * itemsize,
-        "instructions": loads * channels * GATHER[not taps][not constants["LAST"]][itemsize == 2],
+        "instructions": instructions,
         "loads": loads * channels,
         "multiply-adds": loads * channels,
         "programs": sum(each.grid[0] for each in launches),
         "private": memory(launches),
     }
-    return with_pack(found, plan, workload.shape, itemsize)
+    packed = [workload.shape] * kernels["plan"].constants["PACK"]
+    packed += [workload.output_shape] * ("pack" in kernels)
+    return with_packed(found, packed, itemsize)
 
 
-def with_pack(found, launched, shape, itemsize):
-    """And what a launch packs: read and written."""
-    if launched.constants["PACK"]:
+def with_packed(found, shapes, itemsize):
+    """And arrays that are copied: read and written."""
+    for shape in shapes:
         moved = 2 * np.prod(shape) * itemsize
         found["DRAM"], found["L2"] = found["DRAM"] + moved, found["L2"] + moved
+    return {name: int(number) for name, number in found.items()}
+
+
+def of_peer(workload, operation, rois, convention, axes, itemsize, through):
+    """A lane makes an output of all its samples. Their adjoint adds 4 pixels of each by atomics.
+
+    An atomic addition moves a sector; what each RoI touches comes from L2 once.
+    """
+    pairs = reference.samples(workload, rois, convention)
+    samples = sum(max(y.n, 0) * max(x.n, 0) for y, x in pairs)
+    bins = np.prod(workload.output_shape[1:])  # of a RoI, in all channels
+    outputs, samples = len(rois) * bins, samples * bins
+    values = sum(y.pixels.size * x.pixels.size for y, x in axes) * workload.shape[1] * itemsize
+    atomics = 4 * samples * (operation == "adjoint")
+    found = {
+        "DRAM": through,
+        "L2": (SECTOR * atomics or values) + outputs * itemsize,
+        "L1": 4 * samples * itemsize,
+        "instructions": outputs * PEER_OUTPUT + samples * PEER_SAMPLE,
+        "loads": 4 * samples,
+        "multiply-adds": 4 * samples,
+        "programs": 0,
+        "private": 0,
+    }
     return {name: int(number) for name, number in found.items()}
 
 
@@ -151,18 +215,20 @@ def scattered(workload, axes, launches, itemsize, through):
             general += len(parts) * of_y.sum() * of_x.max()
         loads += of_y.sum() * of_x.sum()
         bins += of_y.sum() * sum(len(np.unique(part[part >= 0])) for part in parts)
-    steps = reached, lines, pairs, general
+    each = SCATTER[scatter.constants["LAST"]]
+    steps = np.dot((reached, lines, pairs, general), each)
     found = {
         "DRAM": through,
         "L2": bins * channels * itemsize + np.prod(workload.shape) * itemsize,
         "L1": loads * channels * itemsize,
-        "instructions": sum(a * b for a, b in zip(steps, SCATTER, strict=True)) * tile * channels,
+        "instructions": steps * tile * channels,
         "loads": loads * channels,
         "multiply-adds": (2 * pairs + general) * tile * channels,
         "programs": sum(each.grid[0] for each in launches),
         "private": memory(launches),
     }
-    return with_pack(found, columns, workload.output_shape, itemsize)
+    packed = [workload.output_shape] * columns.constants["PACK"]
+    return with_packed(found, packed, itemsize)
 
 
 def chunks(rows, size):
@@ -187,7 +253,7 @@ def expected(counts):
 
 
 def count(lanes_y, lanes_x, row, itemsize):
-    """Of one program, per channel: values, sectors, loads, steps over y.
+    """Of one program, per channel: values, sectors, loads, steps over y, lanes.
 
     Each lane [L, most], -1 for none, has its rows and columns of an array with rows of that length.
     """
@@ -200,7 +266,7 @@ def count(lanes_y, lanes_x, row, itemsize):
     sectors = np.sort(sectors.reshape(lanes // warp, warp, *at.shape[1:]), axis=1)
     new = sectors >= 0
     new[:, 1:] &= sectors[:, 1:] != sectors[:, :-1]
-    return len(np.unique(at[there])), new.sum(), lanes * most_y * most_x, lanes * most_y
+    return len(np.unique(at[there])), new.sum(), lanes * most_y * most_x, lanes * most_y, lanes
 
 
 def bins(y, x, weights, constants):
@@ -250,13 +316,45 @@ def listed(chosen, values):
     return np.where(np.arange(order.shape[1]) < count[:, None], values[order], -1)
 
 
+# what a page shows
+PAGE, SHOWN = ROOT / "docs" / "kernels.md", ("W1", "W4")
+BEGIN, END = "<!-- cost:begin -->", "<!-- cost:end -->"
+COLUMNS = (  # title, by, dtype, layout
+    ("NCHW", "ours", "float32", "nchw"),
+    ("channels_last", "ours", "float32", "nhwc"),
+    ("bfloat16, channels_last", "ours", "bfloat16", "nhwc"),
+    ("general kernels, NCHW", GENERAL, "float32", "nchw"),
+    ("torchvision", PEER, "float32", "nchw"),
+)
+
+
+def page():
+    """The table of PAGE: microseconds, and what takes them."""
+    lines = []
+    for name, operation in product(SHOWN, MAIN):
+        workload, cells = run.WORKLOADS[name], []
+        for _, by, dtype, layout in COLUMNS:
+            if by == PEER and operation == "box_gradient":  # they have none
+                cells.append("-")
+                continue
+            counts = cost(workload, operation, dtype, layout, by=by)
+            seconds, of = expected(counts)
+            cells.append(f"{1e6 * seconds:.0f} {of}")
+        lines.append([f"{name} {OPERATIONS[operation].title.lower()}", *cells])
+    return report.markdown(["us", *(title for title, *_ in COLUMNS)], lines)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser("python -m bench.cost", description=__doc__)
     add = parser.add_argument
     add("workloads", nargs="*", default=list(run.WORKLOADS))
     add("--dtype", default="float32", choices=ROUNDING)
     add("--layout", default="nchw", choices=LAYOUTS)
+    add("--write", action="store_true", help="the table of docs/kernels.md")
     given = parser.parse_args(arguments)
+    if given.write:
+        report.rewrite(PAGE, page(), BEGIN, END)
+        return
     lines = []
     for name, operation in product(given.workloads, MAIN):
         counts = cost(run.WORKLOADS[name], operation, given.dtype, given.layout)

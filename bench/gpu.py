@@ -28,7 +28,8 @@ CASES = tuple(product(DTYPES, ("nchw", "nhwc"), (0, 2), (32, 7)))
 ROIS = 64
 TAPS = tuple(product((0, 1, 2, 3), (96, 97)))
 GENERAL = "general"  # our kernels for any call, where others are usual
-USUAL = {"forward": "by_rows", "adjoint": "by_map_rows"}  # what asks whether they are
+# what asks whether they are
+USUAL = {"forward": "by_rows", "adjoint": "by_map_rows", "box_gradient": "by_box_rows"}
 TUNED = {
     "sorted": ((8, 8), (4, 16), (8, 16), (16, 16), (2**20, 2**20)),  # the last: not sorted
     "lanes": (128, 64, 256),
@@ -171,8 +172,7 @@ def contestants(workload):
             able = operation in peer.operations and (peer.pyramids or not workload.coarser)
             if able and workload.name in (peer.only or [workload.name]):
                 yield name, operation, peer, {}
-        if operation in USUAL:
-            yield GENERAL, operation, peers["ours"], {USUAL[operation]: lambda *_: False}
+        yield GENERAL, operation, peers["ours"], {USUAL[operation]: lambda *_: False}
 
 
 def quick(record, seed):

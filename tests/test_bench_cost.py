@@ -31,7 +31,7 @@ def test_forward_of_one_box():
         "DRAM": 3 * 16 * 16 * 4 + 4 * 16 * 4,  # 3 rows of a line each
         "L2": 9 * 16 * 4 + 4 * 16 + 8 * 8,  # 3x3 pixels, ranges of 4 bins, 8 entries
         "L1": 4 * 2 * 16 * 32,  # 2x2 loads, each of 2 rows
-        "instructions": int(10.6 * 4 * 4 * 16),
+        "instructions": int((10.6 * 4 * 4 + 5.9 * 4 * 2 + 60 * 4) * 16),
         "loads": 4 * 4 * 16,
         "multiply-adds": (4 + 2) * 4 * 16,
         "programs": 2 + 1,
@@ -46,7 +46,7 @@ def test_adjoint_of_one_box():
         "DRAM": 8 * 16 * 15 * 4 + 4 * 15 * 4,
         "L2": 4 * 15 * 4 + 24 + 8 * (8 + 16) + 8 * 4,
         "L1": (4 + 2) * 15 * 32,  # of rows 2 and 3, and of row 4
-        "instructions": int(8.6 * 4 * 128 * 16),
+        "instructions": int((8.6 * 4 + 6.0 * 2 + 15.8) * 128 * 16),
         "loads": 4 * 128 * 16,
         "multiply-adds": (4 + 2) * 128 * 16,
         "programs": 2 + 1 + 1,
@@ -60,16 +60,16 @@ def test_map_rows_of_one_box():
         "DRAM": 8 * 16 * 16 * 4 + 4 * 16 * 4,
         "L2": 8 * 16 * 16 * 4 + 4 * 2 * 16 * 4,
         "L1": 4 * 4 * 16 * 4,
-        "instructions": int((1.2 * 3 + 2.9 * 3 + 8.3 * 4) * 16 * 16),
+        "instructions": int((1.1 * 3 + 3.2 * 3 + 5.7 * 4) * 8 * 16),
         "loads": 4 * 4 * 16,
-        "multiply-adds": 4 * 2 * 16 * 16,
-        "programs": 2 + (2 + 8) + 8,  # axes; axes and tiles; tiles
-        "private": 8 + (8 + 16) * (2 * 4 + 2 * 8) + 6 * 4 + 4 + TABLE + 8 * 8 + 2 * 4 + 4,
+        "multiply-adds": 4 * 2 * 8 * 16,
+        "programs": 2 + (2 + 16) + 16,  # axes; axes and tiles; tiles
+        "private": 8 + (8 + 16) * (2 * 4 + 2 * 8) + 6 * 4 + 4 + TABLE + 8 * 16 + 2 * 4 + 4,
     }
     packed = cost.cost(ONE, "adjoint")
     assert packed["L2"] - packed["DRAM"] == 4 * 2 * 16 * 4 - 4 * 16 * 4
     many = cost.cost(replace(ONE, output_size=(8, 8)), "adjoint", layout="nhwc")
-    assert many["multiply-adds"] == (8 + 8) * 8 * 16 * 16  # 8 bins on the middle pixel
+    assert many["multiply-adds"] == (8 + 8) * 8 * 8 * 16  # 8 bins on the middle pixel
 
 
 def test_box_gradient_and_variants_of_one_box():
@@ -95,6 +95,49 @@ def test_sorted_rows_of_one_box():
     }
     packed = cost.cost(replace(ONE, output_size=(4, 8)), "forward")
     assert packed["private"] == 8 * (12 * 4 + 1 + 4) + 4 * 8 * 16 * 16
+
+
+def test_box_rows_of_one_box():
+    loads = 16 * 16 * 16  # one step: all of its lanes, 4x4 taps and 16 channels
+    assert cost.cost(ONE, "box_gradient", layout="nhwc") == {
+        "DRAM": 3 * 3 * 16 * 4 + 4 * 16 * 4,
+        "L2": 9 * 16 * 4 + 4 * 16 * 4,
+        "L1": 4 * loads,
+        "instructions": int(loads * (2.2 + 2 * 11.6)),  # a block of 16 channels
+        "loads": loads,
+        "multiply-adds": loads,
+        "programs": 1 + 2 + 1 + 1,  # taps, tiles of 8x8, rows, sums
+        "private": 8 * (3 * 4 * 4 + 1 + 2) + 16 * 2,
+    }
+    both = replace(ONE, output_size=(4, 8))  # are packed
+    packed, forward = (cost.cost(both, name) for name in ("box_gradient", "forward"))
+    assert packed["DRAM"] - forward["DRAM"] == 2 * 4 * 32 * 16
+    most = cost.cost(replace(both, sampling=0), "box_gradient", layout="nhwc")
+    assert most["instructions"] == int(loads * (2.7 + 2 * 10.1) * 2 + 16 * 16 * 16 * 2 * 3.8 * 2)
+
+
+def test_peer_of_one_box():
+    forward, adjoint = (cost.cost(ONE, name, by="torchvision") for name in ("forward", "adjoint"))
+    assert forward["instructions"] == int(64 * (274 + 91.5))
+    assert forward["L2"] == 9 * 16 * 4 + 64 * 4
+    assert adjoint["L2"] == 4 * 64 * 32 + 64 * 4
+
+
+def test_general_kernels_of_one_box():
+    usual, general = (cost.cost(ONE, "adjoint", layout="nhwc", by=by) for by in ("ours", "general"))
+    assert general["loads"] == 4 * 128 * 16 > usual["loads"]
+
+
+def test_writes_its_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{cost.BEGIN}\nold\n{cost.END}\nb\n")
+    monkeypatch.setattr(cost, "PAGE", page)
+    monkeypatch.setattr(cost, "SHOWN", ("W6",))
+    cost.main(["--write"])
+    first, begin, titles, _, *rows, end, last = page.read_text().splitlines()
+    assert (first, begin, end, last) == ("a", cost.BEGIN, cost.END, "b")
+    assert titles.count("|") == 2 + len(cost.COLUMNS) and len(rows) == 3
+    assert rows[2].endswith("| - |") and rows[0].startswith("| W6 forward |")
 
 
 def test_what_takes_longest_is_expected():
@@ -142,7 +185,7 @@ def test_lane_by_lane(workload, programs, itemsize):
 
 
 def one_by_one(lanes, row, itemsize):
-    """Values, sectors, loads, steps over y of one program."""
+    """Values, sectors, loads, steps over y and lanes of one program."""
     most_y, most_x = (max(len(lane[axis]) for lane in lanes) for axis in (0, 1))
     values, sectors = set(), 0
     for i, j in product(range(most_y), range(most_x)):
@@ -154,7 +197,7 @@ def one_by_one(lanes, row, itemsize):
             ]
             values.update(at)
             sectors += len({a * itemsize // 32 for a in at})
-    return len(values), sectors, most_y * most_x * len(lanes), most_y * len(lanes)
+    return len(values), sectors, most_y * most_x * len(lanes), most_y * len(lanes), len(lanes)
 
 
 def test_prints_its_table(capsys):

@@ -326,7 +326,7 @@ def test_quick(in_one_process):
     assert all(len(row["samples"]) == (5 if row["workload"] == "W6" else 2) for row in rows)
     found = {(row["by"], row["operation"]) for row in rows}
     peers = {(by, o) for by in (OURS, THEIRS) for o in MAIN} - {(THEIRS, "box_gradient")}
-    general = {("general", operation) for operation in ("forward", "adjoint")}
+    general = {("general", operation) for operation in MAIN}
     assert found == peers | general | {(DETERMINISTIC, "adjoint")}
 
 

@@ -25,7 +25,7 @@ DEVICE, SIZE = GPU.device, (2, 3)
 KERNELS = (
     ["plan", "gather"],
     ["axis_taps", "columns", "scatter"],
-    ["axis_taps", "box_gradient", "sum_blocks"],
+    ["plan", "box_rows", "sum_blocks"],
 )
 
 
@@ -54,7 +54,9 @@ def test_kernels_and_layouts(make_problem, layouts, launched, layout):
     for operation, names in zip(operations(problem), KERNELS, strict=True):
         launched.clear()
         results.append(operation(*given))
-        assert launched == names and results[-1].device == given[0].device
+        assert [name for name in launched if name != "pack"] == names and results[
+            -1
+        ].device == given[0].device
     memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
     assert all(result.is_contiguous(memory_format=memory_format) for result in results[:2])
     GPU.check(problem, g, *GPU.numpy(results))

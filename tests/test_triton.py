@@ -114,7 +114,7 @@ def test_strides(backend, make_problem, layout, channels):
 def test_many(backend, make_problem, monkeypatch):
     """RoIs in several words, bins in several blocks, a map of several tiles."""
     if backend.name == "triton":
-        many = make_problem(shape=(1, 2, 17, 35), count=40, size=(2, 2), sampling=1, inside=True)
+        many = make_problem(shape=(1, 2, 9, 19), count=34, size=(2, 2), sampling=1, inside=True)
         check(backend, many)
         few = replace(many, boxes=many.boxes[:2], index=many.index[:2], size=(9, 8))
     else:
@@ -178,7 +178,10 @@ def test_offsets_beyond_31_bits(backend, make_problem):
     check(backend, problem, laid=far)
 
 
-# The forward by sorted rows of bins: of channels in sixteens
+# Forward and box gradient by sorted rows of bins: of channels in sixteens
+
+FORWARD = [rows.plan, rows.gather]
+BOX_GRADIENT = [rows.plan, rows.box_rows, launch.kernels.sum_blocks]
 
 
 @pytest.fixture
@@ -197,10 +200,20 @@ def ran(monkeypatch):
 
 
 def check_rows(problem, ran, layout="contiguous"):
+    """The forward, and the box gradient where it goes by rows."""
     expected = oracle.forward(problem)
     output = compute("forward", problem, laid=LAYOUTS[layout])
-    assert ran.kernels == [rows.plan, rows.gather]
+    assert ran.kernels == FORWARD
     tolerance.check(output, expected, tolerance.forward(problem, expected))
+    short = problem.features.dtype != np.float32
+    if problem.size[1] > launch.SLOPED or (short and problem.sampling not in (1, 2)):
+        return
+    g = problem.draw_output()
+    expected = oracle.box_gradient(problem, g)
+    d_boxes = compute("box_gradient", problem, g, laid=LAYOUTS[layout])
+    packed = [rows.pack] * (layout != "channels_last")
+    assert ran.kernels == FORWARD + packed + BOX_GRADIENT
+    tolerance.check(d_boxes, expected, tolerance.box_gradient(problem, g, expected))
 
 
 @of_gpus
@@ -230,17 +243,24 @@ def test_blocks_of_sorted_rows(backend, make_problem, ran, monkeypatch, channels
 
 @of_gpus
 def test_what_is_not_by_sorted_rows(backend, make_problem, ran):
-    """Float64, channels not in sixteens, few RoIs for a map to be packed, or many bins."""
+    """Float64, channels not in sixteens, few RoIs for a map to be packed, or many bins.
+
+    Of the box gradient 16 bits with many taps too, and fewer bins.
+    """
     usual = {"shape": (1, 16, 6, 7), "count": 3}
-    for options in (
-        {"dtype": np.float64},
-        {"shape": (1, 15, 6, 7)},
-        {"shape": (1, 16, 60, 70)},
-        {"size": (1, 65), "count": 1},
+    for options, by_rows in (
+        ({"dtype": np.float64}, set()),
+        ({"shape": (1, 15, 6, 7)}, set()),
+        ({"shape": (1, 16, 60, 70)}, set()),
+        ({"size": (1, 65), "count": 1}, set()),
+        ({"size": (1, 17)}, {rows.gather}),
+        ({"dtype": np.float16, "sampling": 0}, {rows.gather}),
     ):
         ran.kernels.clear()
-        compute("forward", make_problem(**usual | options))
-        assert rows.gather not in ran.kernels
+        problem = make_problem(**usual | options)
+        compute("forward", problem)
+        compute("box_gradient", problem, problem.draw_output())
+        assert {rows.gather, rows.box_rows} & set(ran.kernels) == by_rows
 
 
 def order_in(problem, table):
@@ -299,14 +319,23 @@ def test_sorted_rows_of_several_maps(backend, ran, sampling):
     drawn = draw_pyramid(np.float32, sampling=sampling, channels=16, count=21)
     boxes, index, levels = drawn.rois
     index = np.where(np.arange(21) == 5, 7, index)
-    output = TORCH.numpy(drawn.forward(*TORCH.array((*drawn.maps, boxes, index, levels))))
-    assert ran.kernels == [rows.plan, rows.gather] * 2
+    given = TORCH.array((*drawn.maps, boxes, index, levels))
+    g = np.random.default_rng(1).standard_normal((21, 16, *drawn.problems[0].size), np.float32)
+    output = TORCH.numpy(drawn.forward(*given))
+    assert ran.kernels == FORWARD * 2
+    ran.kernels.clear()
+    d_boxes = TORCH.numpy(drawn.box_gradient(TORCH.array(g), *given))
+    assert ran.kernels == [rows.pack] + BOX_GRADIENT * 2
     for level, problem in enumerate(drawn.problems):
         on = (levels == level) & (index < 2)
         problem = replace(problem, boxes=boxes[on], index=index[on], sampling=sampling)
         expected = oracle.forward(problem)
         tolerance.check(output[on], expected, tolerance.forward(problem, expected))
+        expected = oracle.box_gradient(problem, g[on])
+        bound = tolerance.box_gradient(problem, g[on], expected)
+        tolerance.check(d_boxes[on], expected, bound)
     assert not output[(levels < 0) | (index > 1)].any()
+    assert not d_boxes[(levels < 0) | (index > 1)].any()
 
 
 @of_gpus
@@ -314,7 +343,7 @@ def test_sorted_rows_of_several_maps(backend, ran, sampling):
 @pytest.mark.parametrize("sampling", [0, 2])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_pixels_of_sorted_rows(backend, make_problem, ran, dtype, sampling, poison):
-    """What is not finite makes the bins not finite that weigh it, and no others."""
+    """What is not finite makes those not finite that weigh it, and no others."""
     problem = make_problem(shape=(2, 16, 9, 11), count=9, sampling=sampling, dtype=dtype)
     problem.boxes[:4] = (-50, -30, 90, 80), (11, 6, 16, 11), (15, 9, 8, 5), (0, np.nan, 9, 9)
     hot = np.zeros_like(problem.features)
@@ -324,6 +353,32 @@ def test_pixels_of_sorted_rows(backend, make_problem, ran, dtype, sampling, pois
     assert ran.kernels == [rows.plan, rows.gather]
     reached = oracle.forward(replace(problem, features=hot)) != 0
     assert np.array_equal(~np.isfinite(output.astype(np.float32)), reached) and reached.any()
+    ones = np.ones_like(output)
+    d_boxes = compute("box_gradient", problem, ones)
+    sloped = oracle.box_gradient(replace(problem, features=hot), ones, bound=True) != 0
+    assert np.array_equal(~np.isfinite(d_boxes), sloped) and 0 < sloped.sum() < sloped.size
+
+
+@of_gpus
+@pytest.mark.parametrize("dtype", [np.float16, tolerance.BFLOAT16], ids=str)
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_infinite_pixels_of_sorted_rows(backend, make_problem, ran, dtype, sampling):
+    """Infinities of both signs and NaN in the same bins.
+
+    Where the infinite pixels of a bin have one sign, it is infinite; the core may make it NaN.
+    """
+    problem = make_problem(shape=(2, 16, 9, 11), count=9, sampling=sampling, dtype=dtype)
+    random = np.random.default_rng(4)
+    kind = random.choice([0, 1, 2, 3], problem.features.shape, p=[0.94, 0.02, 0.02, 0.02])
+    values = np.array([0, np.inf, -np.inf, np.nan])
+    problem.features[kind > 0] = values[kind[kind > 0]]
+    output = compute("forward", problem).astype(np.float32)
+    plus, minus, nan = (
+        oracle.forward(replace(problem, features=np.float32(kind == k))) != 0 for k in (1, 2, 3)
+    )
+    expected = values[np.where(nan | (plus & minus), 3, plus + 2 * minus)]
+    same([np.where(np.isfinite(output), 0, output)], [expected])
+    assert plus.any() and minus.any() and nan.any() and ran.kernels == FORWARD
 
 
 # The adjoint by rows of the map
@@ -335,6 +390,7 @@ def check_map_rows(problem, ran, layout="contiguous"):
     d_features = compute("adjoint", problem, g, laid=LAYOUTS[layout])
     assert ran.kernels == [launch.kernels.axis_taps, rows.columns, rows.scatter]
     tolerance.check(d_features, expected, tolerance.adjoint(problem, g, expected))
+    return d_features
 
 
 @of_gpus
@@ -363,11 +419,10 @@ def test_map_rows_of_any_convention(backend, make_problem, ran, convention, samp
 def test_blocks_of_map_rows(backend, make_problem, ran, monkeypatch, channels, size):
     """Several blocks of channels, words of RoIs and tiles; the same bits with other tiles."""
     problem = make_problem(shape=(1, channels, 5, 35), count=40, size=size)
-    check_map_rows(problem, ran)
-    g = problem.draw_output()
-    expected = compute("adjoint", problem, g)
+    problem.boxes[4:-4] += 100  # beyond the map
+    expected = check_map_rows(problem, ran)
     monkeypatch.setattr(launch, "TILE_OF_ROW", 32)
-    same([compute("adjoint", problem, g)], [expected])
+    same([compute("adjoint", problem, problem.draw_output())], [expected])
 
 
 @of_gpus

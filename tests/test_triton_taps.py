@@ -19,7 +19,7 @@ import triton
 import triton_interpreter
 from backends import named
 from roialign import _rule
-from roialign._triton import kernels, launch, rows
+from roialign._triton import kernels, launch
 
 TORCH = named("torch")
 TORCH.start(None)
@@ -118,38 +118,37 @@ def entries_of(problem, axis, *, columns, tables=1, call=wide_call):
     return found[order], weights[:, k[order], slot[order]]
 
 
-def sorted_entries_of(problem, axis):
+def sorted_entries_of(problem, axis, slopes=False):
     """The same of `rows.plan`, whose entries are added up where they are of one pixel."""
-    (count, *_, bins_y, bins_x), made = problem.output_shape, []
+    (count, *_, bins_y, bins_x) = problem.output_shape
     bins = bins_y + bins_x
 
     def of_taps(kernel, grid, inputs, outputs, **constants):
-        if kernel is not rows.plan:
-            return outputs
         programs = -(-count * bins // constants["BLOCK"])  # the first ones
-        made.extend([call(kernel, (programs,), inputs, outputs, **constants)[0], constants["TAPS"]])
-        return made[0], outputs[1]
+        return call(kernel, (programs,), inputs, outputs, **constants)[0], outputs[1]
 
     features = tensor(np.repeat(problem.features, 16, 1))
     features = features.to(memory_format=torch.channels_last)
     pooled = torch.empty(problem.output_shape[0], 16, *problem.size, device="meta")
     given = Rois(*tensor(problem.rois))
     job = launch.Job(of_taps, [features], pooled, given, None, problem.scale, rule(problem))
-    launch._gather(job, 0, pooled)
-    table, taps = made
+    plan = launch._plan(job, 0, slopes=slopes)
+    kinds, taps = 3 if slopes else 1, plan.constants["TAPS"]
+    entries = plan.table[: kinds * count * plan.room].view(kinds, -1)
+    rows = plan.table[-2 * count * bins :].view(-1, 2).tolist()
     found = {}
     for k in range(count):
         for b in range(problem.size[axis]):
             bin = k * bins + axis * bins_y + b
-            first, number = (bin * taps, taps) if taps else table[2 * bin - 2 * count * bins :][:2]
+            first, number = (bin * taps, taps) if taps else rows[bin]
             assert taps or not axis or number % 4 == 0
-            for entry in table[first : first + number].tolist():
-                weight = np.int32(entry >> 32).view(np.float32)
-                key = k, b, entry & 0x7FFFFFFF
-                found[key] = found.get(key, 0.0) + float(weight)
-    held = {key: weight for key, weight in sorted(found.items()) if weight}
+            for each in entries[:, first : first + number].T.numpy():
+                weights = (each >> 32).astype(np.int32).view(np.float32).astype(float)
+                (pixel,) = {*(each & 0x7FFFFFFF).tolist()}
+                found[k, b, pixel] = found.get((k, b, pixel), 0.0) + weights
+    held = {key: weights for key, weights in sorted(found.items()) if weights.any()}
     index = np.array(list(held), int).reshape(-1, 3)
-    return index, np.float32(list(held.values()))[None]
+    return index, np.float32(list(held.values())).reshape(-1, kinds).T
 
 
 def check_values(entries, expected):
@@ -212,6 +211,9 @@ def test_any_box(convention, dtype, sampling, axis):
     if dtype == np.float32:
         check_values(by_rows, of_oracle(problem, axis))
         check_values(sorted_entries_of(problem, axis), expected)
+        by_rows = sorted_entries_of(problem, axis, slopes=True)
+        check_values(by_rows, expected)
+        check_slopes(problem, axis, by_rows)
 
 
 def short_side(length):

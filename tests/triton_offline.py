@@ -199,7 +199,8 @@ class Variant:
             layout = "few" if values["TAPS"] else "many"
             if self.kernel == "gather":
                 layout += ", channels last" if values["LAST"] else ", channels first"
-            else:
+            elif self.kernel == "plan":
+                layout += ", slopes" if values["SLOPES"] else ""
                 layout += ", packed" if values["PACK"] else ""
         elif "LAST" in values:
             layout = "channels last" if values["LAST"] else "channels first"
@@ -221,8 +222,8 @@ def problems(dtypes):
             yield Problem(dtype, boxes=dtype, bins=(64, 64), rule=floor)
 
 
-def forwards(dtypes):
-    """The forward's other paths: few RoIs, many bins; adaptive, or of several maps."""
+def others(dtypes):
+    """Other paths of what has sorted rows: few RoIs, many bins; adaptive, or of several maps."""
     for dtype in dtypes:
         yield Problem(dtype, count=20)
         yield Problem(dtype, last=True, bins=(7, 65))
@@ -235,8 +236,9 @@ def compile_all(name, dtypes):
     device = Device(TARGETS[name])
     for problem in problems(dtypes):
         problem.run(device.call)
-    for problem in forwards(dtypes):
+    for problem in others(dtypes):
         problem.launch("forward", device.call)
+        problem.launch("box_gradient", device.call)
     return [_variant(compiled) for compiled in device.compiled.values()]
 
 
@@ -245,7 +247,7 @@ def _variant(compiled):
     kernel, names = source.fn.__name__, source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     constants.pop("REAL", None)  # an object of Triton's; `weights` have that type
-    typed = ["weights"] if kernel == "axis_taps" else ["d_output", "features"]
+    typed = ["weights"] if kernel == "axis_taps" else ["d_output", "features", "source"]
     kinds = [source.signature[name] for name in typed if name in source.signature]
     nvidia = metadata.target.backend == "cuda"
     registers, memory = (_nvidia if nvidia else _amd)(compiled.asm)

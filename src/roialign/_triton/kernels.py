@@ -590,14 +590,17 @@ def box_gradient(
     store_sums(partial + (c_block * count + roi) * 4, x1, y1, x2, y2)
 
 
-@kernel("count", "blocks")
+@kernel("first", "blocks")
 def sum_blocks(
     partial, image_of,
-    count, blocks,
+    first, count, blocks,
     before, d_boxes,
     REAL: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds `partial` (blocks, K, 4) over blocks, in order, as REAL. One program: some RoIs."""
+    """Adds `partial` (blocks, K, 4) over blocks, in order, as REAL. One program: some RoIs.
+
+    `image_of` is an array from the element `first` on.
+    """
     count = whole(count)
     roi = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
     at = roi * 4 + tl.arange(0, 4)[None, :]
@@ -605,5 +608,6 @@ def sum_blocks(
     total = tl.zeros((BLOCK_K, 4), REAL)
     for block in range(blocks):
         total += tl.load(partial + whole(block) * count * 4 + at, known, other=0).to(REAL)
-    written = known & (tl.load(image_of + roi, known, other=0) != OTHER_MAP)
+    image = tl.load(image_of + whole(first) + roi, known, other=0)
+    written = known & (image != OTHER_MAP)
     tl.store(d_boxes + at, total.to(d_boxes.dtype.element_ty), written)

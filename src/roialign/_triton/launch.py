@@ -36,11 +36,13 @@ BOXES = 128  # whose sums one program adds: a lane each
 FEW = 4  # taps of a bin on an axis, of one or two samples
 LANES = 128, 64  # of a step: bins, each with a block of channels; of few taps in float32, others
 SORTED = (8, 8), (16, 16)  # pixels of a tile by which rows are sorted: of few taps, others
+SLOPED = 16  # bins of a step, for the box gradient
+SHARES = 128, 512  # channels of one of its programs at most: of few taps, others
 STEPS, ENOUGH = 8, 400  # of a program at most; programs that keep a GPU busy
 MOST_PLACES = 2**24  # RoIs times tiles: each tile's program looks at each RoI
 # the adjoint by rows of the map
-TILE_OF_ROW = 16  # pixels of a row that one program writes
-MOST_BITS = 2**26  # RoIs times tiles: a bit each
+TILE_OF_ROW = 8  # pixels of a row that one program writes
+MOST_BITS = 2**27  # RoIs times tiles: a bit each
 PACKED = (32, 128)  # channels and pixels that one program packs
 ROIS_PER_WORD = kernels.ROIS_PER_WORD.value
 TURN = 7  # in the vector of csrc/rule.hpp: not 0 where boxes have an angle
@@ -268,14 +270,18 @@ def touched(
 
 
 def sum_blocks(
-    call: Callable, partial: Array, image_of: Array, d_boxes: Array | New, real: tl.dtype
-) -> Array:
-    """Writes the RoIs of this map: their sums over blocks of channels, added up in `real`."""
+    call: Callable, partial: Array, image_of: Array, d_boxes: Array | New, real: tl.dtype,
+    first: int = 0,
+) -> Array:  # fmt: skip
+    """Writes the RoIs of this map: their sums over blocks, added up in `real`.
+
+    `image_of` is an array from the element `first` on.
+    """
     blocks, count, _ = partial.shape
     (d_boxes,) = call(
         kernels.sum_blocks,
         programs(quotient(count, BOXES)),
-        (partial, image_of, count, blocks, before(d_boxes, partial)),
+        (partial, image_of, first, count, blocks, before(d_boxes, partial)),
         (d_boxes,),
         REAL=real,
         BLOCK_K=BOXES,
@@ -325,64 +331,155 @@ def by_rows(job: Job, features: Array) -> bool:
     )
 
 
-def _gather(job: Job, level: int, output: Array | New) -> Array:
-    """The forward from one of the maps, by sorted rows of bins."""
+class Plan(NamedTuple):
+    """What `rows.plan` makes of a map, and what its kernels are told of that."""
+
+    packed: Array
+    table: Array
+    room: int
+    steps: tuple[int, int, int]  # of images, rows and pixels, in sixteenths
+    constants: dict[str, Any]
+
+
+def _plan(job: Job, level: int, *, slopes: bool) -> Plan:
     features = job.maps[level]
     images, channels, *size = features.shape
-    count, _, *bins = output.shape
+    count, _, *bins = job.pooled.shape
     many = not job.has_few_taps
     spread = [number + 3 for number in job.spread(level)]  # entries of x come in fours
     room = sum(side + s * b for side, s, b in zip(size, spread, bins, strict=True))
     room, rest = (room, 2 * sum(bins)) if many else (sum(bins) * FEW, 0)
     n, c, h, w = strides(features)
-    pack, last, levels = c != 1, strides(output)[1] == 1, job.rois.levels is not None
+    pack, levels = c != 1, job.rois.levels is not None
     tile, pixels = SORTED[many], math.prod(size)
     tiles = images * math.prod(map(quotient, size, tile)) * (rows.CLASSES.value if many else 1)
     grid = quotient(count * sum(bins), 128) + tiles + levels
     grid += images * quotient(channels, PACKED[0]) * quotient(pixels, PACKED[1]) if pack else 0
     packed = New((images, *size, channels), dtype_of(features)) if pack else features
+    constants = {"TAPS": 0 if many else FEW, "LEVELS": levels}
     table, packed = job.call(
         rows.plan,
         programs(grid),
         (*job.arrays, features, *job.numbers(level, *spread), channels // 16, n, c),
-        (New((count * (room + 1 + bins[0] + rest),), "int64"), packed),
+        (New((count * ((3 if slopes else 1) * room + 1 + bins[0] + rest),), "int64"), packed),
         RULE=job.rule,
-        LEVELS=levels,
-        TAPS=0 if many else FEW,
+        SLOPES=slopes,
         PACK=pack,
         TILE_Y=tile[0],
         TILE_X=tile[1],
         BLOCK=128,
         BLOCK_C=PACKED[0],
         BLOCK_X=PACKED[1],
+        **constants,
         **OPTIONS,
     )
     if pack:
         n, h, w = pixels * channels, size[1] * channels, channels
-    steps = [step // 16 if last and step != 1 else step for step in strides(output)]
-    short = not many and dtype_of(features) != "float32"
-    lanes, block_b = LANES[many or short], power(bins[1], min(LANES))
+    return Plan(packed, table, room, (n // 16, h // 16, w // 16), constants)
+
+
+def _cut(job: Job, lanes: int, share: int) -> tuple[int, int, int, int]:
+    """Of a kernel that takes so many lanes of bins at once, and a share of the channels.
+
+    How many programs; how often each takes rows, how many, and how long they are.
+    """
+    count, channels, *bins = job.pooled.shape
+    row = power(bins[1], lanes)
+    parts = channels // share
+    turns = max(1, min(STEPS, quotient(count * bins[0], lanes // row) * parts // ENOUGH))
+    return quotient(count * bins[0], lanes // row * turns) * parts, turns, lanes // row, row
+
+
+def _gather(job: Job, level: int, output: Array | New) -> Array:
+    """The forward from one of the maps, by sorted rows of bins."""
+    plan, (count, channels, *bins) = _plan(job, level, slopes=False), output.shape
+    short = job.has_few_taps and dtype_of(output) != "float32"
+    lanes = LANES[short or not job.has_few_taps]
     block_c = math.gcd(channels, 64 if short else 32)
-    blocks = quotient(count * bins[0], lanes // block_b) * (channels // block_c)
-    turns = max(1, min(STEPS, blocks // ENOUGH))
-    chunks = quotient(count * bins[0], lanes // block_b * turns)
+    grid, turns, height, width = _cut(job, lanes, block_c)
+    steps = strides(output)
+    last = steps[1] == 1
     (output,) = job.call(
         rows.gather,
-        programs(chunks * (channels // block_c)),
+        programs(grid),
         (
-            *(packed, table, count, channels // 16, *bins, room, turns),
-            *(n // 16, h // 16, w // 16, *steps, before(output, features)),
+            *(plan.packed, plan.table, count, channels // 16, *bins, plan.room, turns),
+            *(*plan.steps, *(step // 16 if last and step != 1 else step for step in steps)),
+            before(output, plan.packed),
         ),
         (output,),
-        TAPS=0 if many else FEW,
-        LEVELS=levels,
+        **plan.constants,
         LAST=last,
         BLOCK_C=block_c,
-        ROWS=lanes // block_b,
-        BINS=block_b,
+        ROWS=height,
+        BINS=width,
         **OPTIONS | {"num_warps": lanes // 16},
     )
     return output
+
+
+def _innermost(job: Job) -> Array:
+    """The pooled array with its channels innermost: itself, or a copy."""
+    pooled = job.pooled
+    count, channels, *bins = pooled.shape
+    k, c, *_ = strides(pooled)
+    if c == 1:
+        return pooled
+    block_x = power(math.prod(bins), PACKED[1])
+    tiles = quotient(channels, PACKED[0]) * quotient(math.prod(bins), block_x)
+    (packed,) = job.call(
+        rows.pack,
+        programs(count * tiles),
+        (pooled, channels // 16, math.prod(bins), k, c),
+        (New((count, *bins, channels), dtype_of(pooled)),),
+        BLOCK_C=PACKED[0],
+        BLOCK_X=block_x,
+        **OPTIONS,
+    )
+    return packed
+
+
+def by_box_rows(job: Job, features: Array) -> bool:
+    """Whether the box gradient from this map goes by sorted rows of bins, as `by_rows`.
+
+    But a row fits in a step, and 16 bits have few taps: with more, sm_100 spills.
+    """
+    fits = job.pooled.shape[3] <= SLOPED and can_pack(job.pooled)
+    short = dtype_of(features) != "float32"
+    return fits and by_rows(job, features) and not (short and not job.has_few_taps)
+
+
+def _box_rows(job: Job, level: int, d_output: Array, d_boxes: Array | New) -> Array:
+    """The box gradient from one of the maps, by sorted rows of bins of `d_output` (K, P, Q, C)."""
+    plan, (count, channels, *bins) = _plan(job, level, slopes=True), job.pooled.shape
+    k, c, p, q = strides(d_output)
+    if d_output is not job.pooled:  # a copy
+        k, p, q = k, c, p
+    share = math.gcd(channels, SHARES[not job.has_few_taps])
+    grid, turns, height, width = _cut(job, SLOPED, share)
+    (partial,) = job.call(
+        rows.box_rows,
+        programs(grid),
+        (
+            *(d_output, plan.packed, plan.table, count, channels // 16, *bins, plan.room, turns),
+            *(*plan.steps, k // 16, p // 16, q // 16),
+        ),
+        (New((channels // share * bins[0], count, 4), "float32"),),
+        **plan.constants,
+        CHANNELS=share,
+        BLOCK_C=math.gcd(channels, 32),
+        ROWS=height,
+        BINS=width,
+        **OPTIONS,
+    )
+    image_of = 3 * count * plan.room
+    return sum_blocks(job.call, partial, plan.table, d_boxes, tl.float64, image_of)
+
+
+def can_pack(array: Array) -> bool:
+    """Whether it has channels in sixteens and innermost, or can be packed so."""
+    steps = strides(array)
+    return has_sixteens(steps) or steps[2:] == (array.shape[3], 1)
 
 
 def by_map_rows(job: Job, level: int) -> bool:
@@ -390,13 +487,12 @@ def by_map_rows(job: Job, level: int) -> bool:
     d_map = job.maps[level]
     images, channels, height, width = d_map.shape
     count, _, *bins = job.pooled.shape
-    of_map, of_pooled = strides(d_map), strides(job.pooled)
     places = count * images * height * quotient(width, TILE_OF_ROW)
     spread = job.spread(level)
     room = height + width + sum(s * b for s, b in zip(spread, bins, strict=True))
     return (
-        (has_sixteens(of_map) or of_map[2:] == (width, 1))
-        and (has_sixteens(of_pooled) or of_pooled[2:] == (bins[1], 1))
+        can_pack(d_map)
+        and can_pack(job.pooled)
         and not (channels % 16 or job.is_double)
         and job.tangent is None
         and places <= MOST_BITS
@@ -456,7 +552,7 @@ def _scatter(job: Job, level: int) -> Array:
         LAST=last,
         TILE=TILE_OF_ROW,
         BLOCK_C=block_c,
-        **OPTIONS | {"num_warps": max(1, block_c // 64)},
+        **OPTIONS | {"num_warps": max(1, block_c // 128)},
     )
     return d_map
 
@@ -532,7 +628,12 @@ def box_gradient(call, d_output, maps, rois, scales, rule, d_boxes) -> Array:
     if job.is_empty:
         return d_boxes.zero_()
     count, channels, *bins = d_output.shape
+    innermost = None
     for level, features in enumerate(maps):
+        if by_box_rows(job, features):
+            innermost = _innermost(job) if innermost is None else innermost
+            d_boxes = _box_rows(job, level, innermost, d_boxes)
+            continue
         taps = axis_taps(job, level, 3, columns=False)
         block = _blocks((d_output, features), math.prod(bins), 4 if job.is_double else 2)
         blocks = quotient(channels, block.channels)

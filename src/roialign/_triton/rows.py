@@ -1,14 +1,15 @@
-"""The forward by sorted rows of bins, the adjoint by rows of the map: lanes along channels.
+"""Forward and box gradient by sorted rows of bins, the adjoint by rows of the map.
 
-Those are innermost in memory, or what is read is packed so. The forward is two launches. `plan`
-makes what `gather` needs, each part in programs of its own. In one table of int64, one after
-another:
+Lanes go along channels. Those are innermost in memory, or what is read is packed so. The forward is
+two launches. `plan` makes what `gather` needs, each part in programs of its own. In one table of
+int64, one after another:
 
 - `entries`, a tap each, as ``weight << 32 | pixel`` with the bits of a float32. A bin of one or two
   samples on an axis has TAPS of them, 4. With TAPS 0, for any other sampling, they are packed from
   a slot on; those of x come in fours. Where a bin has fewer its last tap is repeated, with its
   weight in halves, quarters and so on: the sum is exact, and no load needs a mask or a pixel
-  without weight.
+  without weight. With SLOPES the same again, whose weights are slopes in the box's start, and in
+  its end; there a tap has a weight or a slope.
 - `image_of` (K,), as of `axis_taps`.
 - `order`: the K * P rows of bins, as ``roi << 32 | p``, sorted by tile of the map, so that programs
   that run together read the same pixels. Nothing else depends on it. Rows on another map are -1, at
@@ -16,6 +17,9 @@ another:
 - `rows` (K, P + Q, 2), with TAPS 0: the first slot of a bin, and how many it has.
 
 And the map (N, C, H, W) as (N, H, W, C), `packed`, unless it is so in memory.
+
+The box gradient is `plan`, `box_rows`, and `sum_blocks` of what that makes; before, `pack` of an
+output gradient whose channels are not innermost.
 
 The adjoint is three: `axis_taps` by columns; `columns`, which makes `bits` as `touched` does, of
 tiles of one row, `d_output` (K, C, P, Q) as (K, P, Q, C) in `packed`, and
@@ -32,7 +36,7 @@ tells a compiler what a hint does not.
 import triton
 import triton.language as tl
 
-from .geometry import exponent, grid_of, inside, limit, position, tap
+from .geometry import exponent, grid_of, inside, limit, position, shares, tap
 from .kernels import (
     OTHER_MAP,
     ROIS_PER_WORD,
@@ -59,12 +63,15 @@ def narrow(number):
 
 
 @triton.jit
-def parts_of(table, count, bins_y, bins_x, room, TAPS: tl.constexpr):
-    """Where `image_of`, `order` and `rows` begin; `room` is of a RoI, with TAPS 0."""
-    each = (bins_y + bins_x) * TAPS if TAPS > 0 else room
-    image_of = table + count * each
+def parts_of(table, count, bins_y, bins_x, room, TAPS: tl.constexpr, SLOPES: tl.constexpr):
+    """How many `entries` there are of one kind, and where `image_of`, `order` and `rows` begin.
+
+    With TAPS 0, `room` is of a RoI.
+    """
+    length = count * ((bins_y + bins_x) * TAPS if TAPS > 0 else room)
+    image_of = table + (3 * length if SLOPES else length)
     order = image_of + count
-    return image_of, order, order + count * bins_y
+    return length, image_of, order, order + count * bins_y
 
 
 @triton.jit
@@ -86,25 +93,38 @@ def image_at(image_index, levels, roi, known, images, map, maps, index_stride, l
 def keep(entries, at, count, last, pixel, sums, mean, known):
     """Writes the entry before, if there is one; this one is now the last, if it has weight."""
     weight = (sums * mean).to(tl.float32)
-    known = known & (weight != 0)
-    tl.store(entries + at + count - 1, last, known & (count > 0))
-    return count + known.to(tl.int32), tl.where(known, entry_of(weight, pixel), last)
+    known = known & (tl.max((weight != 0).to(tl.int32), 1) > 0)
+    tl.store(entries + (at + count - 1)[:, None], last, (known & (count > 0))[:, None])
+    last = tl.where(known[:, None], entry_of(weight, pixel[:, None]), last)
+    return count + known.to(tl.int32), last
 
 
 @triton.jit
 def next_sample(
-    entries, at, count, last, pixel, value, after, p, take, size, mean
+    entries, at, count, last, pixel, value, after, p, take, size, mean, share, kind,
 ):  # fmt: skip
-    """Adds a sample to the two pixels at hand; those that it leaves behind are kept."""
-    lo, fraction, _ = tap(p, size)
-    lo = lo.to(tl.int32)
+    """Adds a sample to the two pixels at hand; those that it leaves behind are kept.
+
+    `value` and `after` [BLOCK, kinds] are their weight, and slopes: the sample's `share`.
+    """
+    lo, fraction, moves = tap(p, size)
+    lo, fraction = lo.to(tl.int32), fraction[:, None]
     count, last = keep(entries, at, count, last, pixel, value, mean, take & (lo > pixel))
     count, last = keep(entries, at, count, last, pixel + 1, after, mean, take & (lo > pixel + 1))
-    before = tl.where(lo == pixel, value, tl.where(lo == pixel + 1, after, 0))
-    rest = tl.where(lo == pixel, after, 0)
-    value = tl.where(take, before + (1 - fraction), value)
-    after = tl.where(take, rest + fraction, after)
+    first, second = (lo == pixel)[:, None], (lo == pixel + 1)[:, None]
+    before = tl.where(first, value, tl.where(second, after, 0))
+    rest = tl.where(first, after, 0)
+    slope = tl.where(moves[:, None], share, 0)
+    value = tl.where(take[:, None], before + tl.where(kind == 0, 1 - fraction, -slope), value)
+    after = tl.where(take[:, None], rest + tl.where(kind == 0, fraction, slope), after)
     return count, last, tl.where(take, lo, pixel), value, after
+
+
+@triton.jit
+def share_of(bin, samples, bins, k, j, clamped, kind):
+    """How far a sample follows the start of its box, of kind 1, and its end."""
+    in_lo, in_hi = shares(bin, samples, bins, k, j, clamped, tl.float64)
+    return tl.where(kind == 1, in_lo[:, None], in_hi[:, None])
 
 
 @triton.jit
@@ -112,10 +132,13 @@ def bin_taps(
     program, boxes, image_index, levels,
     map, maps, count, images, height, width, bins_y, bins_x, spread_y, spread_x, scale_y, scale_x,
     boxes_stride, boxes_step, index_stride, levels_stride,
-    image_of, entries, rows,
-    RULE: tl.constexpr, LEVELS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    image_of, entries, length, rows,
+    RULE: tl.constexpr, LEVELS: tl.constexpr, TAPS: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A lane is a bin of an axis. Its sums are those of `axis_taps`, in the same order."""
+    KINDS: tl.constexpr = 4 if SLOPES else 1  # of weights: three, the last of them twice
+    kind = tl.minimum(tl.arange(0, KINDS), 2)[None, :]
     lane = program * BLOCK + tl.arange(0, BLOCK)
     b, roi = divided(lane, bins_y + bins_x)
     known = roi < count
@@ -126,22 +149,29 @@ def bin_taps(
     k, axis = tl.where(of_x, b - bins_y, b), of_x.to(tl.int64)
     bins, size = tl.where(of_x, bins_x, bins_y), tl.where(of_x, width, height)
     scale = tl.where(of_x, scale_x, scale_y)
-    lo, hi, _ = ends(boxes + roi * boxes_stride, boxes_step, axis, known, tl.float32)
-    start, bin, samples, _ = grid_of(lo, hi, scale.to(tl.float32), bins, RULE)
+    scale = scale.to(tl.float32)
+    lo, hi, finite = ends(boxes + roi * boxes_stride, boxes_step, axis, known, tl.float32)
+    start, bin, samples, clamped = grid_of(lo, hi, scale, bins, RULE)
     samples = tl.where(known & (image >= 0), samples, 0)
-    mean = 1 / tl.maximum(samples, 1).to(tl.float64)
+    mean = (1 / tl.maximum(samples, 1).to(tl.float64))[:, None]
+    if SLOPES:
+        slope_factor = tl.where(finite, scale.to(tl.float64), 0)[:, None]
+        mean = tl.where(kind == 0, mean, mean * slope_factor)
 
-    none = tl.zeros_like(start).to(tl.int32)
-    value = none.to(tl.float64)
-    found, last, pixel, after = none, none.to(tl.int64), none - 2, value
+    found = tl.zeros_like(start).to(tl.int32)
+    value = tl.zeros((BLOCK, KINDS), tl.float64)
+    last, pixel, after, share = value.to(tl.int64), found - 2, value, value
+    to = entries + kind * length
     if TAPS > 0:
         sampling_ratio: tl.constexpr = int(tl.constexpr(RULE).value[0])
         at = lane.to(tl.int64) * TAPS
         for j in tl.static_range(sampling_ratio):
             p = position(start, bin, samples, k, tl.zeros_like(k) + j)
             take = (j < samples) & (p >= -1) & (p <= limit(start, samples, size, True))
+            if SLOPES:
+                share = share_of(bin, samples, bins, k, tl.zeros_like(k) + j, clamped, kind)
             found, last, pixel, value, after = next_sample(
-                entries, at, found, last, pixel, value, after, p, take, size, mean
+                to, at, found, last, pixel, value, after, p, take, size, mean, share, kind
             )
     else:
         low, _ = span_of(start, bin, samples, k, bins, size)
@@ -152,12 +182,14 @@ def bin_taps(
         j, end = inside(start, bin, samples, k, size)
         for _ in range(tl.max(end - j)):
             p = position(start, bin, samples, k, j)
+            if SLOPES:
+                share = share_of(bin, samples, bins, k, j, clamped, kind)
             found, last, pixel, value, after = next_sample(
-                entries, at, found, last, pixel, value, after, p, j < end, size, mean
+                to, at, found, last, pixel, value, after, p, j < end, size, mean, share, kind
             )
             j += 1
-    found, last = keep(entries, at, found, last, pixel, value, mean, known)
-    found, last = keep(entries, at, found, last, pixel + 1, after, mean, known)
+    found, last = keep(to, at, found, last, pixel, value, mean, known)
+    found, last = keep(to, at, found, last, pixel + 1, after, mean, known)
     if TAPS > 0:
         extra = TAPS - found
     else:
@@ -170,9 +202,9 @@ def bin_taps(
     extra = tl.where(found > 0, extra, extra - 1)
     part = weight
     for i in tl.static_range(TAPS if TAPS > 0 else 4):
-        part = tl.where(i < extra, part * 0.5, part)
+        part = tl.where((i < extra)[:, None], part * 0.5, part)
         written = known & (i <= extra) & ((found > 0) | (TAPS > 0))
-        tl.store(entries + at + first + i, entry_of(part, pixel), written)
+        tl.store(to + (at + first + i)[:, None], entry_of(part, pixel), written[:, None])
 
 
 @triton.jit
@@ -273,11 +305,11 @@ def plan(
     boxes_stride, boxes_step, index_stride, levels_stride,
     sixteenths, source_n, source_c,
     table, packed,
-    RULE: tl.constexpr, LEVELS: tl.constexpr, TAPS: tl.constexpr, PACK: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, LEVELS: tl.constexpr, TAPS: tl.constexpr, SLOPES: tl.constexpr,
+    PACK: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """All that `gather` needs, of one map; `sixteenths` are of its channels."""
+    """All that `gather` and `box_rows` need, of one map; `sixteenths` are of its channels."""
     maps, count, images, height, width = (
         whole(maps), whole(count), whole(images), whole(height), whole(width)
     )  # fmt: skip
@@ -285,7 +317,7 @@ def plan(
     scale_y, scale_x = real(scale_y), real(scale_x)
     spread_y, spread_x = whole(spread_y), whole(spread_x)
     room = height + bins_y * spread_y + width + bins_x * spread_x
-    image_of, order, rows = parts_of(table, count, bins_y, bins_x, room, TAPS)
+    length, image_of, order, rows = parts_of(table, count, bins_y, bins_x, room, TAPS, SLOPES)
     tiles = images * tl.cdiv(height, TILE_Y) * tl.cdiv(width, TILE_X)
     if TAPS == 0:
         tiles *= CLASSES
@@ -297,8 +329,8 @@ def plan(
         bin_taps(
             program, boxes, image_index, levels, map, maps, count, images, height, width,
             bins_y, bins_x, spread_y, spread_x, scale_y, scale_x,
-            boxes_stride, boxes_step, index_stride, levels_stride, image_of, table, rows,
-            RULE, LEVELS, TAPS, BLOCK,
+            boxes_stride, boxes_step, index_stride, levels_stride, image_of, table, length, rows,
+            RULE, LEVELS, TAPS, SLOPES, BLOCK,
         )  # fmt: skip
     elif program < of_taps + tiles:
         sorted_rows(
@@ -361,6 +393,17 @@ def plus_four(total, line, w, known, x0, w0, x1, w1, x2, w2, x3, w3):
     return tl.fma(w * w3, widened(v3), total)
 
 
+@triton.jit
+def row_at(order, place, units, LEVELS: tl.constexpr):
+    """The RoI and the row of bins at a place, and whether there is one; if not, another."""
+    unit = tl.load(order + tl.minimum(place, units - 1))
+    exists = place < units
+    if LEVELS:
+        exists &= unit >= 0
+        unit = tl.maximum(unit, 0)
+    return (unit >> 32).to(tl.int32), unit.to(tl.int32), exists
+
+
 @kernel("count", "output_q")
 def gather(
     features, table,
@@ -378,7 +421,9 @@ def gather(
     """
     step_h, step_w = narrow(features_h) * 16, narrow(features_w) * 16
     bins_y, bins_x = narrow(bins_y), narrow(bins_x)
-    image_of, order, rows = parts_of(table, whole(count), bins_y, bins_x, whole(room), TAPS)
+    _, image_of, order, rows = parts_of(
+        table, whole(count), bins_y, bins_x, whole(room), TAPS, False
+    )
     units = narrow(count) * bins_y
     c_block, chunk = divided(tl.program_id(0), narrow(sixteenths) * 16 // BLOCK_C)
     c = c_block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -386,13 +431,8 @@ def gather(
     lane = tl.arange(0, ROWS * BINS)[:, None]
     q = tl.minimum(lane % BINS, bins_x - 1)
     for step in range(steps):
-        place = first + step * ROWS + lane // BINS
-        unit = tl.load(order + tl.minimum(place, units - 1))
-        exists = (place < units) & (lane % BINS < bins_x)
-        if LEVELS:
-            exists &= unit >= 0
-            unit = tl.maximum(unit, 0)
-        roi, p = (unit >> 32).to(tl.int32), unit.to(tl.int32)
+        roi, p, exists = row_at(order, first + step * ROWS + lane // BINS, units, LEVELS)
+        exists &= lane % BINS < bins_x
         of_y = roi * (bins_y + bins_x) + p
         of_x = roi * (bins_y + bins_x) + bins_y + q
         image = tl.maximum(tl.load(image_of + roi), 0)
@@ -423,6 +463,110 @@ def gather(
         else:
             at = output + at + (p * narrow(output_p) + q * narrow(output_q)) + c * narrow(output_c)
         tl.store(at, rounded(total, output.dtype.element_ty), exists)
+
+
+@triton.jit
+def weighed(weights, products):
+    """The sum over pairs of taps; a product that is not finite counts where there is weight."""
+    return tl.sum(tl.where(weights != 0, weights * products, 0), 0)
+
+
+@triton.jit
+def of_rows(sums, ROWS: tl.constexpr):
+    """Those of the bins of a row, added."""
+    return tl.sum(tl.reshape(sums, (ROWS, sums.numel // ROWS)), 1)
+
+
+@triton.jit
+def sloped(table, at, known, step, length):
+    """The offset of a pixel, its weight, and its slopes in the start and in the end of the box."""
+    pixel, weight = entry_at(table, at, known, step)
+    _, in_lo = entry_at(table + length, at, known, step)
+    _, in_hi = entry_at(table + 2 * length, at, known, step)
+    return pixel, weight, in_lo, in_hi
+
+
+@kernel("sixteenths", "source_c")
+def pack(
+    source, sixteenths, pixels, source_n, source_c, packed,
+    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """An array with its channels innermost."""
+    packed_tile(
+        tl.program_id(0), source, whole(sixteenths) * 16, whole(pixels), whole(source_n),
+        whole(source_c), packed, BLOCK_C, BLOCK_X,
+    )  # fmt: skip
+
+
+@kernel("count", "d_output_q")
+def box_rows(
+    d_output, features, table,
+    count, sixteenths, bins_y, bins_x, room, steps,
+    features_n, features_h, features_w,
+    d_output_k, d_output_p, d_output_q,
+    partial,
+    TAPS: tl.constexpr, LEVELS: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """docs/spec.md (7). One program: CHANNELS, of `steps` times ROWS rows that follow in `order`.
+
+    The product of each bin and each pixel is added over the channels first, and then with the
+    weights and slopes of the box: x1, y1, x2, y2 of a row, in `partial` (blocks of channels and
+    rows of bins, K, 4). Steps are sixteenths.
+    """
+    step_h, step_w = narrow(features_h) * 16, narrow(features_w) * 16
+    bins_y, bins_x, count = narrow(bins_y), narrow(bins_x), narrow(count)
+    length, image_of, order, rows = parts_of(
+        table, whole(count), bins_y, bins_x, whole(room), TAPS, True
+    )
+    units = count * bins_y
+    c_block, chunk = divided(tl.program_id(0), narrow(sixteenths) * 16 // CHANNELS)
+    first = chunk.to(tl.int32) * (narrow(steps) * ROWS)
+    first_c = c_block.to(tl.int32) * CHANNELS
+    lane, pair = tl.arange(0, ROWS * BINS)[None, :], tl.arange(0, 16)[:, None]
+    q = tl.minimum(lane % BINS, bins_x - 1)
+    # a thread has four channels of any dtype, in both arrays: nothing waits for other warps
+    lane_c = tl.max_contiguous(tl.arange(0, BLOCK_C)[None, None, :], [1, 1, 4])
+    for step in range(steps):
+        roi, p, exists = row_at(order, first + step * ROWS + lane // BINS, units, LEVELS)
+        exists &= lane % BINS < bins_x
+        of_y = roi * (bins_y + bins_x) + p
+        of_x = roi * (bins_y + bins_x) + bins_y + q
+        image = tl.maximum(tl.load(image_of + roi), 0)
+        plane = features + image * (whole(features_n) * 16)
+        bin = d_output + roi.to(tl.int64) * (whole(d_output_k) * 16)
+        bin = (bin + (p * narrow(d_output_p) + q * narrow(d_output_q)) * 16)[:, :, None]
+        if TAPS > 0:
+            at_y, at_x = of_y * TAPS, of_x * TAPS
+            taps_y, taps_x = tl.full((1, 1), TAPS, tl.int32), tl.full((1, 1), TAPS, tl.int32)
+        else:
+            at_y, taps_y = bin_at(rows, of_y)
+            at_x, taps_x = bin_at(rows, of_x)
+        x1 = tl.zeros((ROWS * BINS,), tl.float32)
+        y1, x2, y2 = x1, x1, x1
+        most_x = tl.max(taps_x)
+        for i in range(0, tl.max(taps_y), 4):
+            for j in range(0, most_x, 4):
+                i_y, j_x = i + pair // 4, j + pair % 4
+                known = exists & (i_y < taps_y) & (j_x < taps_x)
+                y, w_y, lo_y, hi_y = sloped(table, at_y + i_y, known, step_h, length)
+                x, w_x, lo_x, hi_x = sloped(table, at_x + j_x, known, step_w, length)
+                pixel = (plane + (y + x))[:, :, None]
+                products = tl.zeros((16, ROWS * BINS, BLOCK_C), tl.float32)
+                for block in range(first_c, first_c + CHANNELS, BLOCK_C):
+                    c = block + lane_c
+                    g, value = tl.load(bin + c), tl.load(pixel + c)
+                    products = tl.fma(widened(g), widened(value), products)
+                product = tl.sum(products, 2)
+                x1, y1 = x1 + weighed(w_y * lo_x, product), y1 + weighed(lo_y * w_x, product)
+                x2, y2 = x2 + weighed(w_y * hi_x, product), y2 + weighed(hi_y * w_x, product)
+        place = first + step * ROWS + tl.arange(0, ROWS)
+        roi, p, exists = row_at(order, place, units, LEVELS)
+        at = partial + ((c_block * bins_y + p) * whole(count) + roi) * 4
+        tl.store(at, of_rows(x1, ROWS), exists)
+        tl.store(at + 1, of_rows(y1, ROWS), exists)
+        tl.store(at + 2, of_rows(x2, ROWS), exists)
+        tl.store(at + 3, of_rows(y2, ROWS), exists)
 
 
 @triton.jit
@@ -530,6 +674,8 @@ def scatter(
     x = tile_x.to(tl.int32) * TILE + tl.arange(0, TILE)[:, None]
     c = c_block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     at_y, at_x = line * 2, (height + tl.minimum(x, width - 1)) * 2
+    # for sm_80: unrolled it spills in 16 bits, and else in float32
+    UNROLL: tl.constexpr = 2 if d_output.dtype.element_ty == tl.float32 else 1
     total = tl.zeros((TILE, BLOCK_C), tl.float32)
     for word in range(words):
         rest = tl.load(bits + tile * words + word)
@@ -547,7 +693,7 @@ def scatter(
                 if (v0 != 0) | (v1 != 0):
                     x0, w0 = entry_at(of_pairs, at_x, None, step_q)
                     x1, w1 = entry_at(of_pairs, at_x + 1, None, step_q)
-                    for i in range(2):
+                    for i in tl.range(0, 2, loop_unroll_factor=UNROLL):
                         y, w = tl.where(i == 0, y0, y1), tl.where(i == 0, v0, v1)
                         total = plus_two(total, rows + y + c, w, x0, w0, x1, w1)
             else:
