@@ -3,13 +3,14 @@
 import functools
 import json
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 import roialign
 from conftest import CONVENTIONS, golden_cases
-from isolation import python
+from isolation import isolated, python
 
 SEPARATING = "typical_sr2", "typical_adaptive"  # that suffice to tell rules apart
 MAP = np.ones((1, 1, 2, 2))
@@ -279,9 +280,8 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path, content, words):
     assert ran.stderr.startswith("roialign identify: ") and len(ran.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("mode", ["asymmetric", "half_pixel_for_nn", "half_pixel"])
-def test_openvino(mode):
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+def check_openvino(mode):
+    import openvino
     from openvino import opset9
 
     features = opset9.parameter([-1, -1, -1, -1], np.float32)
@@ -297,3 +297,9 @@ def test_openvino(mode):
     found = roialign.identify(function)
     convention = roialign.conventions[f"openvino:{mode}"]
     assert (convention, 2, "mean", 0.25) in rules(found)
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+@pytest.mark.parametrize("mode", ["asymmetric", "half_pixel_for_nn", "half_pixel"])
+def test_openvino(mode):
+    isolated(check_openvino, mode)
