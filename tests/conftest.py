@@ -20,7 +20,7 @@ from oracle import Problem
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported, and Triton
 
 settings.register_profile("local", deadline=None, max_examples=250)
-settings.register_profile("ci", deadline=None, max_examples=250, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
 settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
