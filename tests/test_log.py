@@ -55,6 +55,18 @@ def test_a_call_of_few_samples(operation):
     check_line(line, operation, "all by samples")
 
 
+def largest_of_few_samples(reduction):
+    problem = draw_problem(shape=(1, 3, 40, 50), count=9, size=(1, 1), sampling=1)
+    options = {"reduction": reduction, **problem.options}
+    roialign.roi_align(problem.features, problem.rois, problem.size, **options)
+
+
+@pytest.mark.parametrize("reduction", ["max", "max_corner"])
+def test_largest_of_few_samples(reduction):
+    (line,) = log(largest_of_few_samples, reduction)
+    assert "; all by samples; " in line
+
+
 @pytest.mark.parametrize("value", ["0", ""])
 def test_silence(value):
     assert not log(call_of_two_images, "forward", 0, value=value)

@@ -39,19 +39,28 @@ def by_way():
     _core.force_way(0)
 
 
+@pytest.fixture
+def odd_problem(make_problem):
+    """One with an inverted box and one that is not finite."""
+
+    def make(seed, shape, sampling, convention, dtype):
+        options = {"sampling": sampling, "convention": convention, "dtype": dtype}
+        problem = make_problem(seed, shape=shape, count=6, size=(5, 3), **options)
+        problem.boxes[3] = problem.boxes[3, [2, 3, 0, 1]]
+        problem.boxes[4] = np.inf
+        return problem
+
+    return make
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
 @pytest.mark.parametrize("sampling", [0, 1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
+def test_they_agree(shape, sampling, dtype, odd_problem, layouts, by_way):
     """The forward bit for bit: it adds the same products in the same order. The others are sums in
     another order."""
     for seed, convention in enumerate(CANONICAL):
-        problem = make_problem(
-            seed, shape=shape, count=6, size=(5, 3), sampling=sampling, convention=convention,
-            dtype=dtype,
-        )  # fmt: skip
-        problem.boxes[3] = problem.boxes[3, [2, 3, 0, 1]]  # inverted
-        problem.boxes[4] = np.inf
+        problem = odd_problem(seed, shape, sampling, convention, dtype)
         g, rois, bounds = problem.draw_output(), problem.rois, {}
         for layout in ("contiguous", "channels_last", "transposed", "reversed", "sliced"):
             x, dy = layouts[layout](problem.features), layouts[layout](g)
@@ -77,16 +86,11 @@ def test_they_agree(shape, sampling, dtype, make_problem, layouts, by_way):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
 @pytest.mark.parametrize("reduction", ["max", "max_corner"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_largest_samples_agree(shape, reduction, dtype, make_problem, layouts, by_way):
+def test_largest_samples_agree(shape, reduction, dtype, odd_problem, layouts, by_way):
     """Bit for bit, with zeros of both signs, infinities and NaNs among the pixels."""
     rng = np.random.default_rng(5)
     for seed, (convention, sampling) in enumerate(product(CANONICAL, (1, 2))):
-        problem = make_problem(
-            seed, shape=shape, count=6, size=(5, 3), sampling=sampling, convention=convention,
-            dtype=dtype,
-        )  # fmt: skip
-        problem.boxes[3] = problem.boxes[3, [2, 3, 0, 1]]  # inverted
-        problem.boxes[4] = np.inf
+        problem = odd_problem(seed, shape, sampling, convention, dtype)
         x = problem.features
         if dtype != np.uint8:
             odd = rng.random(x.shape)
