@@ -53,8 +53,8 @@ struct Costs {
   double bin = 8;             // more than packed
   double least_channels = 8;  // with fewer, lanes stay empty
   double most_blocks = 8;     // with as many, this way always costs less
-  // Largest samples, packed for each block of channels, or in place for each channel:
-  double sample_line = 5, sample_single = 5;
+  // Largest samples: packed or in place for each block of channels, or in place for each channel
+  double sample_line = 5, sample_apart = 25, sample_single = 5;
 };
 constexpr Costs kCosts;
 
@@ -495,7 +495,8 @@ class Builder {
     if (forced != Way::any) return forced == Way::packed ? Way::packed : Way::bins;
     constexpr double lanes = kLineBytes / sizeof(Real);
     const double channels = double(map.shape[1]), blocks = std::ceil(channels / lanes);
-    if (!narrow && map.stride[1] == 1 && channels >= lanes) return Way::bins;
+    const bool last = map.stride[1] == 1 && channels >= lanes;  // whole lines
+    if (last && !narrow && operation_ == Operation::forward) return Way::bins;
     double groups = 0, samples = 0;
     for (int64_t i = from; i < end; ++i) {
       const Window<Real>& window = s_.windows[size_t(i)];
@@ -508,10 +509,12 @@ class Builder {
     const double touched = std::min(groups, all);
     const Costs& c = kCosts;
     const double group = touched > kMostGroups ? c.far_group : c.group;
-    const double packed =
-        blocks * (group * touched + c.sample_line * samples + (adjoint_ ? c.unpacked * all : 0));
+    const double cleared = adjoint_ ? channels * c.zero * all * kGroup / lanes : 0;
+    const bool sparse = last && touched * kSparsePixels < all;  // cleared as in place
+    const double packed = blocks * (group * touched + c.sample_line * samples) +
+                          (sparse || !adjoint_ ? cleared : blocks * c.unpacked * all);
     const double in_place =
-        channels * (c.sample_single * samples + (adjoint_ ? c.zero * all * kGroup / lanes : 0));
+        (last ? blocks * c.sample_apart : channels * c.sample_single) * samples + cleared;
     return in_place < packed ? Way::bins : Way::packed;
   }
 
@@ -686,12 +689,8 @@ class Builder {
     int32_t* first = arena.allocate<int32_t>(bins + 1);
     At* at = arena.allocate<At>(count);
     Real *numbers = arena.allocate<Real>(2 * count), *move[] = {numbers, numbers + count};
-    bool *before = arena.allocate<bool>(2 * bins), *after = before + bins;
+    bool *before = arena.allocate<bool>(3 * bins), *after = before + bins, *plain = after + bins;
     std::copy(extremes.first.begin(), extremes.first.end(), first);
-    for (int64_t k = 0; k < bins; ++k) {
-      before[k] = extremes.outside[size_t(k)].before;
-      after[k] = extremes.outside[size_t(k)].after;
-    }
     for (int64_t i = 0; i < count; ++i) {
       const typename Extremes<Real>::Sample& sample = extremes.samples[size_t(i)];
       const double in[] = {sample.moves[0], sample.moves[1]};
@@ -701,7 +700,14 @@ class Builder {
       move[0][i] = !moving ? 0 : Real(along ? in[0] * along[0] + in[1] * along[1] : in[0]);
       move[1][i] = moving ? Real(in[1]) : 0;
     }
-    return {first, at, {move[0], move[1]}, before, after};
+    for (int64_t k = 0; k < bins; ++k) {
+      before[k] = extremes.outside[size_t(k)].before;
+      after[k] = extremes.outside[size_t(k)].after;
+      plain[k] = !before[k] && !after[k] &&
+                 std::all_of(at + first[k], at + first[k + 1],
+                             [](const At& sample) { return is_whole(sample.weight); });
+    }
+    return {first, at, {move[0], move[1]}, before, after, plain};
   }
 
   // The distinct pixels of samples. `numbered`: from now on those count along these.

@@ -20,6 +20,10 @@ constexpr int64_t kGroup = 16;
 // vector of 16 costs about as much as two columns one by one.
 constexpr int64_t kSparse = 8;
 
+// With channels innermost an image of which fewer than one of so many pixels is touched is cleared
+// as a whole.
+constexpr int64_t kSparsePixels = 4;
+
 // By rows channels that follow each other in memory, up to so many, are read together: colours.
 constexpr int64_t kInterleaved = 4;
 
@@ -66,7 +70,15 @@ struct Samples {
   At* at;
   const Real* moves[2];        // with the box's start and end; with a tangent, [0]: along it
   const bool *before, *after;  // of a bin: samples that are not inside come before these, or after
+  const bool* plain;           // of a bin: all samples are inside, and whole
 };
+
+// Whether a sample with such weights in both axes reads all four pixels: no product of what is
+// larger than this is 0.
+template <class Real>
+inline bool is_whole(const Real weight[2]) {
+  return weight[1] > Real(0x1p-60);
+}
 
 // The bins of one window that is turned: those of bin k are the pixels [first[k], first[k + 1]),
 // whose y counts along the window's rows.

@@ -67,6 +67,25 @@ def test_largest_of_few_samples(reduction):
     assert "; all by samples; " in line
 
 
+def largest_channels_last(count, bins):
+    """Adjoint and box gradient, of maps whose channels are innermost."""
+    problem = draw_problem(shape=(1, 64, 60, 80), count=count, size=(bins, bins), sampling=2)
+    last, g = (
+        np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        for x in (problem.features, problem.draw_output())
+    )
+    options = {"reduction": "max", **problem.options}
+    roialign.roi_align_adjoint(g, problem.rois, last.shape, features=last, **options)
+    roialign.roi_align_box_gradient(g, last, problem.rois, **options)
+
+
+@pytest.mark.parametrize("count, bins, packed", [(40, 7, 1), (1, 1, 0)])
+def test_largest_channels_last(count, bins, packed):
+    """Where pixels of a channel are far apart, only a few samples are taken in place."""
+    lines = log(largest_channels_last, count, bins)
+    assert len(lines) == 2 and all(re.search(rf"; {packed} images? packed", x) for x in lines)
+
+
 @pytest.mark.parametrize("value", ["0", ""])
 def test_silence(value):
     assert not log(call_of_two_images, "forward", 0, value=value)

@@ -24,10 +24,10 @@ struct Slices {
   // `target` gets the result. Where its channels are innermost, and every pixel lies alike in its
   // cache lines, the cuts are between those.
   template <class T>
-  static Slices of(const Tensor& map, const Tensor* target, T) {
+  static Slices of(const Tensor& map, const Tensor* target, T, int64_t least = 1) {
     const bool channels_last = map.stride[1] == 1 && map.stride[3] != 1;
     const bool near = map.shape[2] * map.shape[3] <= kNearPixels;
-    int64_t blocks = sizeof(T) < sizeof(Accumulator<T>) ? 2 : 1;
+    int64_t blocks = sizeof(T) < sizeof(Accumulator<T>) ? 2 : least;
     if (channels_last) blocks = near ? 4 : 2;
     Slices slices{map.shape[1], blocks, blocks * kLanes<Accumulator<T>>, 0};
     if (channels_last && target && target->stride[1] == 1 && slices.channels > slices.size) {

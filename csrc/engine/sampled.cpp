@@ -18,17 +18,57 @@ namespace {
 // What bins are: largest samples, or weighted pixels of them; or sums, of boxes that are turned.
 enum class Kind { largest, corner, turned };
 
-// The pixels of one window and block of channels: packed lines,
+// Two vectors are taken as one number, of a line or of two blocks: where a sample is and what it
+// weighs is then found once. Where lines have four, or with sanitizers, compilers would take many
+// minutes.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kPaired = false;
+#else
+constexpr bool kPaired = kVectors <= 2;
+#endif
+
+template <class Real>
+constexpr int64_t kVectorLanes = kVectorBytes / int64_t(sizeof(Real));
+
+template <class E>
+struct Wide {
+  typedef E Part __attribute__((vector_size(kVectorBytes)));
+  Part of[2];
+};
+
+// Where channels are: the second of two vectors is `apart` from the first.
+template <class E>
+struct Place {
+  E* data;
+  int64_t apart;
+};
+
+// Lines of all channels: their blocks are `step` apart.
+template <class Real>
+struct Blocks {
+  Real* data;
+  int64_t step;
+
+  int64_t channel(int64_t c) const { return c / kLanes<Real> * step + c % kLanes<Real>; }
+  int64_t apart() const { return kVectors == 1 ? step : kVectorLanes<Real>; }
+  Blocks from(int64_t block) const { return {data + block * step, step}; }
+  Place<Real> at(int64_t line, int64_t c) const {
+    return {data + line * kLanes<Real> + channel(c), apart()};
+  }
+};
+
+// The pixels of one window: packed lines,
 template <class Real>
 struct PackedPixels {
   using Element = Real;
   static constexpr bool packed = true;
-  Real* data;
+  Blocks<Real> lines;
   const int32_t* rows;  // by the number of a pixel of y
-  static constexpr int64_t channel_step = 1;
 
-  Real* row(int32_t y) const { return data + int64_t(rows[y]) * kLanes<Real>; }
+  Real* row(int32_t y) const { return lines.data + int64_t(rows[y]) * kLanes<Real>; }
   int64_t column(int32_t x) const { return int64_t(x) * kLanes<Real>; }
+  int64_t channel(int64_t c) const { return lines.channel(c); }
+  int64_t apart() const { return lines.apart(); }
 };
 // or a map where it is.
 template <class E>
@@ -41,21 +81,10 @@ struct Pixels {
 
   E* row(int32_t y) const { return data + rows[y] * row_step; }
   int64_t column(int32_t x) const { return x * step; }
+  int64_t channel(int64_t c) const { return c * channel_step; }
+  static constexpr int64_t apart() { return kVectorLanes<E>; }
 };
 
-// Two vectors are taken as one number: where a sample is and what it weighs is then found once. Of
-// four, or with sanitizers, compilers would take many minutes.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kPaired = false;
-#else
-constexpr bool kPaired = kVectors == 2;
-#endif
-
-template <class E>
-struct Wide {
-  typedef E Part __attribute__((vector_size(kVectorBytes)));
-  Part of[kVectors];
-};
 template <class T>
 constexpr bool is_wide = false;
 template <class E>
@@ -73,7 +102,7 @@ ROIALIGN_INLINE auto part_of(const Wide<E>& value, int v) {
 template <class Run, class... T>
 ROIALIGN_INLINE auto each(const Run& run, const T&... values) {
   Wide<decltype(+run(part_of(values, 0)...)[0])> results;
-  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) results.of[v] = run(part_of(values, v)...);
+  ROIALIGN_UNROLL for (int v = 0; v < 2; ++v) results.of[v] = run(part_of(values, v)...);
   return results;
 }
 #define ROIALIGN_EACH_OF(op, A, B)                                                          \
@@ -98,31 +127,33 @@ ROIALIGN_EACH(&)
 #undef ROIALIGN_EACH
 #undef ROIALIGN_EACH_OF
 
-// What kernels run over: a line, a vector or one channel.
-template <class V, class E>
-ROIALIGN_INLINE V load_channels(const E* p) {
-  if constexpr (is_wide<V>) {
-    V value;
-    ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
-      value.of[v] = *reinterpret_cast<const Vector<E>*>(p + v * (kLanes<E> / kVectors));
-    }
-    return value;
-  } else if constexpr (sizeof(V) == kVectorBytes) {
-    return *reinterpret_cast<const Vector<E>*>(p);
-  } else {
-    return widen(*p);
-  }
+// What kernels run over: two vectors, a vector or one channel.
+template <class Real>
+ROIALIGN_INLINE Vector<Real> vector_at(const Real* p) {
+  return *reinterpret_cast<const Vector<Real>*>(p);
 }
 template <class V, class E>
-ROIALIGN_INLINE void store_channels(E* p, V value) {
+ROIALIGN_INLINE V load_channels(Place<E> from) {
+  if constexpr (is_wide<V>)
+    return {{vector_at(from.data), vector_at(from.data + from.apart)}};
+  else if constexpr (sizeof(V) == kVectorBytes)
+    return vector_at(from.data);
+  else
+    return widen(*from.data);
+}
+template <class Real>
+ROIALIGN_INLINE void put_vector(Real* p, Vector<Real> value) {
+  *reinterpret_cast<Vector<Real>*>(p) = value;
+}
+template <class V, class Real>
+ROIALIGN_INLINE void store_channels(Place<Real> to, V value) {
   if constexpr (is_wide<V>) {
-    ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<Vector<E>*>(p + v * (kLanes<E> / kVectors)) = value.of[v];
-    }
+    put_vector<Real>(to.data, value.of[0]);
+    put_vector<Real>(to.data + to.apart, value.of[1]);
   } else if constexpr (sizeof(V) == kVectorBytes) {
-    *reinterpret_cast<Vector<E>*>(p) = value;
+    put_vector<Real>(to.data, value);
   } else {
-    *p = value;
+    *to.data = value;
   }
 }
 template <class Mask, class V>
@@ -135,7 +166,7 @@ ROIALIGN_INLINE V select(const Mask& mask, const V& yes, const V& no) {
 template <class E>
 ROIALIGN_INLINE bool any_of(const Wide<E>& mask) {
   typename Wide<E>::Part any{};
-  ROIALIGN_UNROLL for (int v = 0; v < kVectors; ++v) any |= mask.of[v];
+  ROIALIGN_UNROLL for (int v = 0; v < 2; ++v) any |= mask.of[v];
   return any_of(any);
 }
 template <class E>
@@ -161,17 +192,15 @@ struct IdOf<Wide<E>> {
 template <class V>
 using Id = typename IdOf<V>::type;
 
-// Calls body(V{}, c) for the channels of a block: a pair of vectors, or vectors, and of a map where
-// it is single ones too.
+// Calls body(V{}, c) for channels: pairs of vectors, vectors, and of a map where it is single ones.
 template <class Real, class Body, class... P>
 ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
-  constexpr int64_t lanes = kVectorBytes / int64_t(sizeof(Real));
-  if constexpr ((P::packed && ...)) channels = kLanes<Real>;
+  constexpr int64_t lanes = kVectorLanes<Real>;
   int64_t c = 0;
   if constexpr (((sizeof(typename P::Element) == sizeof(Real)) && ...)) {
-    if (((P::packed || pixels.channel_step == 1) && ...)) {
+    if (((P::packed || pixels.channel(1) == 1) && ...)) {
       if constexpr (kPaired)
-        for (; c + kLanes<Real> <= channels; c += kLanes<Real>) body(Wide<Real>{}, c);
+        for (; c + 2 * lanes <= channels; c += 2 * lanes) body(Wide<Real>{}, c);
       for (; c + lanes <= channels; c += lanes) body(Vector<Real>{}, c);
     }
   }
@@ -191,23 +220,33 @@ ROIALIGN_INLINE Weights<Real> product(const Real y[2], const Real x[2]) {
   return {{y[0] * x[0], y[0] * x[1], y[1] * x[0], y[1] * x[1]}};
 }
 
+// One number in all channels.
+template <class V, class Real>
+ROIALIGN_INLINE auto everywhere(Real number) {
+  if constexpr (std::is_same_v<V, Real>)
+    return number;
+  else
+    return broadcast(number);
+}
+
 // One sample of a bin: its weights in each axis and, among the pixels of an array, where they are.
-template <class E, class Real>
+// Of a plain bin it is whole.
+template <class E, class Real, bool plain>
 struct Sample {
   int32_t i, j;
   E *low, *high;  // rows
-  int64_t left, right;
+  int64_t left, right, apart;
   const Real *y, *x;
 
-  E* at(int k) const { return (k < 2 ? low : high) + (k % 2 ? right : left); }
+  Place<E> at(int k) const { return {(k < 2 ? low : high) + (k % 2 ? right : left), apart}; }
   Weights<Real> values() const { return product(y, x); }
-  // Whether all four pixels are read. No product of what is larger is 0.
-  bool whole() const { return y[1] > Real(0x1p-60) && x[1] > Real(0x1p-60); }
+  bool whole() const { return plain || (is_whole(y) && is_whole(x)); }
   // Its value, if it is whole.
   template <class V>
   V value() const {
-    const Weights<Real> w = values();
-    const auto term = [&](int k) ROIALIGN_LAMBDA { return w.of[k] * load_channels<V>(at(k)); };
+    const auto term = [&](int k) ROIALIGN_LAMBDA {
+      return (everywhere<V>(y[k / 2]) * everywhere<V>(x[k % 2])) * load_channels<V>(at(k));
+    };
     return ((term(0) + term(1)) + term(2)) + term(3);
   }
 };
@@ -227,7 +266,7 @@ ROIALIGN_INLINE V value_of(const S& sample) {
 template <class V, class S, class Real>
 ROIALIGN_INLINE void add(const Weights<Real>& w, bool whole, const V d, const S& sample) {
   const auto add_to = [&](int k) ROIALIGN_LAMBDA {
-    auto* at = sample.at(k);
+    const auto at = sample.at(k);
     store_channels(at, load_channels<V>(at) + w.of[k] * d);
   };
   if (whole) {
@@ -235,6 +274,7 @@ ROIALIGN_INLINE void add(const Weights<Real>& w, bool whole, const V d, const S&
     for (int k = 0; k < 4; ++k) add_to(k);
     return;
   }
+#pragma GCC unroll 4
   for (int k = 0; k < 4; ++k)
     if (w.of[k] != 0) add_to(k);
 }
@@ -267,30 +307,26 @@ struct Bin {
   int64_t p, q;
 };
 
-// Calls body(sample, number) for the samples of a bin among an array's pixels, and
-// outside() where the first of those that are not inside comes. Gives whether there are any.
-template <class Real, class P, class Body, class Outside>
-ROIALIGN_INLINE bool for_samples(const Grid<Real>& grid, Bin bin, const P& pixels, int64_t c,
-                                 const Body& body, const Outside& outside) {
+// Calls body(sample, number) for the samples of a bin among an array's pixels, and, if it is not
+// plain, outside() before so many rows. Gives the number of samples.
+template <bool plain, class Real, class P, class Body, class Outside>
+ROIALIGN_INLINE int32_t for_rows(const Grid<Real>& grid, Bin bin, const P& pixels, int64_t c,
+                                 const Body& body, int32_t outside_at, const Outside& outside) {
   const auto& [y, x] = grid;
-  const auto [p, q] = bin;
-  const int32_t rows = y.first[p + 1] - y.first[p], first = x.first[q], end = x.first[q + 1];
-  int32_t outside_at = -1;  // before so many rows
-  if (y.before[p] || x.before[q])
-    outside_at = 0;
-  else if (x.after[q])
-    outside_at = rows ? 1 : 0;
-  else if (y.after[p])
-    outside_at = rows;
-  Sample<typename P::Element, Real> sample;
+  const int32_t top = y.first[bin.p], rows = y.first[bin.p + 1] - top;
+  const int32_t first = x.first[bin.q], end = x.first[bin.q + 1];
+  Sample<typename P::Element, Real, plain> sample;
+  sample.apart = pixels.apart();
+  const int64_t channel = pixels.channel(c);
   int32_t number = 0;
   for (int32_t k = 0; k < rows; ++k) {
-    if (k == outside_at) outside();
-    sample.i = y.first[p] + k;
+    if constexpr (!plain)
+      if (k == outside_at) outside();
+    sample.i = top + k;
     const auto& in_y = y.at[sample.i];
     sample.y = in_y.weight;
-    sample.low = pixels.row(in_y.low) + c * pixels.channel_step;
-    sample.high = pixels.row(in_y.high) + c * pixels.channel_step;
+    sample.low = pixels.row(in_y.low) + channel;
+    sample.high = pixels.row(in_y.high) + channel;
     for (int32_t j = first; j < end; ++j) {
       const auto& in_x = x.at[j];
       sample.j = j;
@@ -300,6 +336,26 @@ ROIALIGN_INLINE bool for_samples(const Grid<Real>& grid, Bin bin, const P& pixel
       body(sample, number++);
     }
   }
+  return number;
+}
+
+// The same; outside() comes where the first of the samples is that are not inside. Gives whether
+// there are any.
+template <class Real, class P, class Body, class Outside>
+ROIALIGN_INLINE bool for_samples(const Grid<Real>& grid, Bin bin, const P& pixels, int64_t c,
+                                 const Body& body, const Outside& outside) {
+  const auto& [y, x] = grid;
+  const auto [p, q] = bin;
+  if (y.plain[p] && x.plain[q]) return for_rows<true>(grid, bin, pixels, c, body, 0, outside);
+  const int32_t rows = y.first[p + 1] - y.first[p];
+  int32_t outside_at = -1;
+  if (y.before[p] || x.before[q])
+    outside_at = 0;
+  else if (x.after[q])
+    outside_at = rows ? 1 : 0;
+  else if (y.after[p])
+    outside_at = rows;
+  const int32_t number = for_rows<false>(grid, bin, pixels, c, body, outside_at, outside);
   if (outside_at == rows) outside();
   return outside_at >= 0 || number;
 }
@@ -358,8 +414,8 @@ ROIALIGN_INLINE void for_winners(const Grid<Real>& grid, Bin bin, const S& selec
 }
 
 // The weights of how a sample's value changes when it moves.
-template <class E, class Real>
-ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, Real dy, Real dx) {
+template <class S, class Real>
+ROIALIGN_INLINE Weights<Real> slopes_of(const S& sample, Real dy, Real dx) {
   const Real my[] = {-dy, dy}, mx[] = {-dx, dx};
   Weights<Real> weights = product(my, sample.x);
   const Weights<Real> along_x = product(sample.y, mx);
@@ -367,19 +423,21 @@ ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, Real dy, 
   return weights;
 }
 // Along the tangent.
-template <class E, class Real>
-ROIALIGN_INLINE Weights<Real> slopes_of(const Sample<E, Real>& sample, const Grid<Real>& grid) {
+template <class S, class Real>
+ROIALIGN_INLINE Weights<Real> slopes_of(const S& sample, const Grid<Real>& grid) {
   return slopes_of(sample, grid.y.moves[0][sample.i], grid.x.moves[0][sample.j]);
 }
 
-// Calls body(V{}, bin, c, line of the bin) for all bins of a window and the channels of a block.
+// Calls body(V{}, bin, c, where that is in the bin's lines) for all bins of a window.
 template <class Real, class Tile, class Body, class... P>
-ROIALIGN_INLINE void for_bin_lines(const int64_t* bins, int64_t channels, Tile* lines,
+ROIALIGN_INLINE void for_bin_lines(const int64_t* bins, int64_t channels, Blocks<Tile> lines,
                                    const Body& body, const P&... pixels) {
   for (int64_t p = 0; p < bins[0]; ++p) {
-    for (int64_t q = 0; q < bins[1]; ++q, lines += kLanes<Real>) {
+    for (int64_t q = 0; q < bins[1]; ++q) {
       for_channels<Real>(
-          channels, [&](auto v, int64_t c) ROIALIGN_LAMBDA { body(v, Bin{p, q}, c, lines + c); },
+          channels,
+          [&](auto v, int64_t c)
+              ROIALIGN_LAMBDA { body(v, Bin{p, q}, c, lines.at(p * bins[1] + q, c)); },
           pixels...);
     }
   }
@@ -388,10 +446,10 @@ ROIALIGN_INLINE void for_bin_lines(const int64_t* bins, int64_t channels, Tile* 
 // out = the bins of a window.
 template <bool corner, class Real, class P>
 ROIALIGN_NOINLINE void pool(const Grid<Real> grid, const int64_t* bins, int64_t channels,
-                            const P pixels, Real* out) {
+                            const P pixels, const Blocks<Real> out) {
   for_bin_lines<Real>(
       bins, channels, out,
-      [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Place<Real> to) ROIALIGN_LAMBDA {
         store_channels(to, largest_of<corner, false, decltype(v)>(grid, bin, pixels, c).value());
       },
       pixels);
@@ -403,7 +461,7 @@ template <class Real>
 struct ListedSamples {
   int32_t first[kMostSamples + 1], pixels[2 * kMostSamples];
   typename Samples<Real>::At at[kMostSamples];
-  bool before[kMostSamples], after[kMostSamples];
+  bool before[kMostSamples], after[kMostSamples], plain[kMostSamples];
 
   ListedSamples(const SampledRois<Real>& rois, int axis, int64_t r, int64_t bins, int64_t samples,
                 bool numbered) {
@@ -413,9 +471,11 @@ struct ListedSamples {
     for (int64_t k = 0; k < bins; ++k) {
       first[k] = count;
       before[k] = after[k] = false;
+      plain[k] = true;
       for (int64_t i = 0; i < samples; ++i, low += kSampledRois, fraction += kSampledRois) {
         if (*low < 0) {
           (count == first[k] ? before : after)[k] = true;
+          plain[k] = false;
           continue;
         }
         const int32_t both[] = {*low, *low + (*fraction != 0)};
@@ -423,12 +483,13 @@ struct ListedSamples {
         at[count] = {numbered ? 2 * count : both[0],
                      numbered ? 2 * count + 1 : both[1],
                      {1 - *fraction, *fraction}};
+        plain[k] &= is_whole(at[count].weight);
         ++count;
       }
     }
     first[bins] = count;
   }
-  Samples<Real> samples() { return {first, at, {nullptr, nullptr}, before, after}; }
+  Samples<Real> samples() { return {first, at, {nullptr, nullptr}, before, after, plain}; }
 };
 
 // output = the bins of all RoIs, by samples.
@@ -456,7 +517,7 @@ void pool_samples(Maps features, const Rois& rois, const Rule& rule, const Tenso
             [&](auto v, int64_t c) ROIALIGN_LAMBDA {
               using V = decltype(v);
               Real values[sizeof(V) / sizeof(Real)];
-              store_channels(values,
+              store_channels(Place<Real>{values, kVectorLanes<Real>},
                              largest_of<corner, false, V>(grid, Bin{p, q}, pixels, c).value());
               for (Real value : values) narrow(value, to[c++ * out.channel_stride]);
             },
@@ -473,10 +534,10 @@ void pool_samples(Maps features, const Rois& rois, const Rule& rule, const Tenso
 // The same of the samples that `selectors` choose, or their derivative along the tangent.
 template <bool corner, bool moved, class Real, class P>
 ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
-                                     const P pixels, const P selectors, Real* out) {
+                                     const P pixels, const P selectors, const Blocks<Real> out) {
   for_bin_lines<Real>(
       bins, channels, out,
-      [&](auto v, Bin bin, int64_t c, Real* to) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Place<Real> to) ROIALIGN_LAMBDA {
         using V = decltype(v);
         V result{};
         for_winners<corner, V>(
@@ -494,10 +555,11 @@ ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins,
 // the tangent.
 template <bool corner, bool moved, class Real, class S, class P>
 ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
-                                       const Real* d_out, const S selectors, const P sums) {
+                                       const Blocks<const Real> d_out, const S selectors,
+                                       const P sums) {
   for_bin_lines<Real>(
       bins, channels, d_out,
-      [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Place<const Real> from) ROIALIGN_LAMBDA {
         using V = decltype(v);
         const V d = load_channels<V>(from);
         for_winners<corner, V>(grid, bin, selectors, sums, c,
@@ -516,11 +578,11 @@ ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bin
 // lanes[e][c] += the derivatives in the numbers of the box, x1, y1, x2, y2.
 template <class Real, class P>
 ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
-                                    const Real* d_out, const P pixels, const P selectors,
-                                    Real (*lanes)[kLanes<Real>]) {
+                                    const Blocks<const Real> d_out, const P pixels,
+                                    const P selectors, Real (*lanes)[kLanes<Real>]) {
   for_bin_lines<Real>(
       bins, channels, d_out,
-      [&](auto v, Bin bin, int64_t c, const Real* from) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Place<const Real> from) ROIALIGN_LAMBDA {
         using V = decltype(v);
         const V d = load_channels<V>(from);
         for_winners<false, V>(
@@ -531,10 +593,9 @@ ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, 
                 const int32_t k = axis == 0 ? sample.i : sample.j;
                 if (moves[0][k] == 0 && moves[1][k] == 0) continue;
                 const V slope =
-                    d * dot<V>(slopes_of<typename P::Element, Real>(sample, axis == 0, axis == 1),
-                               sample);
+                    d * dot<V>(slopes_of(sample, Real(axis == 0), Real(axis == 1)), sample);
                 for (int e = 0; e < 2; ++e) {
-                  Real* lane = lanes[2 * e + 1 - axis] + c;
+                  const Place<Real> lane{lanes[2 * e + 1 - axis] + c, kVectorLanes<Real>};
                   const V before = load_channels<V>(lane);
                   store_channels(lane, select(wins, before + moves[e][k] * slope, before));
                 }
@@ -560,15 +621,16 @@ ROIALIGN_INLINE void for_patches(const Patches<Real>& patches, int64_t bins, int
 
 // Where pixel i of a patch is, in channel c.
 template <class P, class Real>
-ROIALIGN_INLINE auto pixel_at(const P& pixels, const Patches<Real>& patches, int64_t i, int64_t c) {
-  return pixels.row(patches.pixel[i].y) + pixels.column(patches.pixel[i].x) +
-         c * pixels.channel_step;
+ROIALIGN_INLINE Place<typename P::Element> pixel_at(const P& pixels, const Patches<Real>& patches,
+                                                    int64_t i, int64_t c) {
+  return {pixels.row(patches.pixel[i].y) + pixels.column(patches.pixel[i].x) + pixels.channel(c),
+          pixels.apart()};
 }
 
 // out = the bins.
 template <class Real, class P>
 ROIALIGN_NOINLINE void pool_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
-                                    const P pixels, Real* out) {
+                                    const P pixels, const Blocks<Real> out) {
   for_patches(
       patches, bins, channels,
       [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
@@ -582,7 +644,7 @@ ROIALIGN_NOINLINE void pool_patches(const Patches<Real> patches, int64_t bins, i
           for (int64_t i = 0; i < 4; ++i) sums[i] = sums[i] + term(at + i);
         }
         for (; at < end; ++at) sums[0] = sums[0] + term(at);
-        store_channels(out + k * kLanes<Real> + c, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+        store_channels(out.at(k, c), (sums[0] + sums[1]) + (sums[2] + sums[3]));
       },
       pixels);
 }
@@ -590,14 +652,14 @@ ROIALIGN_NOINLINE void pool_patches(const Patches<Real> patches, int64_t bins, i
 // sums += d_out.
 template <class Real, class P>
 ROIALIGN_NOINLINE void spread_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
-                                      const Real* d_out, const P sums) {
+                                      const Blocks<const Real> d_out, const P sums) {
   for_patches(
       patches, bins, channels,
       [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
         using V = decltype(v);
-        const V d = load_channels<V>(d_out + k * kLanes<Real> + c);
+        const V d = load_channels<V>(d_out.at(k, c));
         for (; at < end; ++at) {
-          auto* to = pixel_at(sums, patches, at, c);
+          const auto to = pixel_at(sums, patches, at, c);
           store_channels(to, load_channels<V>(to) + patches.weight[at] * d);
         }
       },
@@ -607,17 +669,20 @@ ROIALIGN_NOINLINE void spread_patches(const Patches<Real> patches, int64_t bins,
 // lanes[e][c] += the derivatives in the numbers of the box.
 template <class Real, class P>
 ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, int64_t channels,
-                                   const Real* d_out, const P pixels, Real (*lanes)[kLanes<Real>]) {
+                                   const Blocks<const Real> d_out, const P pixels,
+                                   Real (*lanes)[kLanes<Real>]) {
   constexpr int numbers = kTurnedNumbers;
+  const auto sum_at = [&](int e, int64_t c)
+                          ROIALIGN_LAMBDA { return Place<Real>{lanes[e] + c, kVectorLanes<Real>}; };
   for_patches(
       patches, bins, channels,
       [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
         using V = decltype(v);
         if (at == end) return;
-        const V d = load_channels<V>(d_out + k * kLanes<Real> + c);
+        const V d = load_channels<V>(d_out.at(k, c));
         V sums[numbers];
 #pragma GCC unroll 5
-        for (int e = 0; e < numbers; ++e) sums[e] = load_channels<V>(lanes[e] + c);
+        for (int e = 0; e < numbers; ++e) sums[e] = load_channels<V>(sum_at(e, c));
         for (; at < end; ++at) {
           const V product = d * load_channels<V>(pixel_at(pixels, patches, at, c));
 #pragma GCC unroll 5
@@ -625,27 +690,21 @@ ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, in
             sums[e] = sums[e] + patches.slopes[at * numbers + e] * product;
         }
 #pragma GCC unroll 5
-        for (int e = 0; e < numbers; ++e) store_channels(lanes[e] + c, sums[e]);
+        for (int e = 0; e < numbers; ++e) store_channels(sum_at(e, c), sums[e]);
       },
       pixels);
 }
 
-// The pixels of block b of a window: packed in `lines`, whose blocks are `step` apart,
+// The pixels of a window: packed,
 template <class Real>
-PackedPixels<Real> pixels_of(Real* lines, int64_t step, const Window<Real>& window, int64_t b) {
-  return {lines + b * step, window.term->rows};
+PackedPixels<Real> pixels_of(const Blocks<Real>& lines, const Window<Real>& window) {
+  return {lines, window.term->rows};
 }
-// or where the map is.
+// or where the map is, from channel c on.
 template <class T, class Real>
-Pixels<T> pixels_of(const Plane<T>& plane, const Window<Real>& window, int64_t b) {
-  return {plane.data + b * kLanes<Real> * plane.channel_stride, window.term->y.pixels,
-          plane.row_stride, plane.pixel_stride, plane.channel_stride};
-}
-
-// How many channels block b has.
-template <class Real>
-int64_t channels_of(int64_t all, int64_t b) {
-  return least_of<int64_t>(kLanes<Real>, all - b * kLanes<Real>);
+Pixels<T> pixels_of(const Plane<T>& plane, const Window<Real>& window, int64_t c = 0) {
+  return {plane.data + c * plane.channel_stride, window.term->y.pixels, plane.row_stride,
+          plane.pixel_stride, plane.channel_stride};
 }
 
 // The slices of a map's channels; all in one where it is pooled in place by vectors.
@@ -653,7 +712,7 @@ template <class T>
 Slices slices_of_map(const Tensor& map, const Tensor* target, bool whole) {
   if (whole && map.stride[1] == 1 && sizeof(T) == sizeof(Accumulator<T>))
     return Slices::all<T>(map);
-  return Slices::of(map, target, Pooled<T>{});
+  return Slices::of(map, target, Pooled<T>{}, kPaired && kVectors == 1 ? 2 : 1);
 }
 
 // What the bins of a window are made of, if it is on a map.
@@ -690,18 +749,18 @@ void forward(Maps features, Maps selectors, const Rois& rois, const void* tangen
     const int64_t blocks = plane.blocks();
     const bool apart = selectors.count && visit.way == Way::packed;
     const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
     const auto enter = [&](const Band<Real>& band) {
-      pack(plane, band.first, work.map, work.map_step);
-      if (apart) pack(chosen, band.first, second, work.map_step);
+      pack(plane, band.first, map.data, map.step);
+      if (apart) pack(chosen, band.first, decides.data, map.step);
     };
     Copy leaving;
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (!window.term_count)
         std::memset(work.tile, 0, size_t(blocks * work.tile_step) * sizeof(Real));
-      const auto parts = parts_of<kind>(window);
-      const auto fill = [&](int64_t b, int64_t channels, const auto& pixels, const auto& deciding) {
-        Real* out = work.tile + b * work.tile_step;
+      const auto fill = [&](int64_t channels, const auto& pixels, const auto& deciding) {
+        const auto parts = parts_of<kind>(window);
+        const Blocks<Real> out{work.tile, work.tile_step};
         if constexpr (kind == Kind::turned)
           pool_patches(parts, bins[0] * bins[1], channels, pixels, out);
         else if (moved)
@@ -712,14 +771,10 @@ void forward(Maps features, Maps selectors, const Rois& rois, const void* tangen
           pool<kind == Kind::corner>(parts, bins, channels, pixels, out);
       };
       leaving.finish();
-      for (int64_t b = 0; window.term_count && b < blocks; ++b) {
-        if (visit.way == Way::packed)
-          fill(b, kLanes<Real>, pixels_of(work.map, work.map_step, window, b),
-               pixels_of(second, work.map_step, window, b));
-        else
-          fill(b, channels_of<Real>(plane.channels, b), pixels_of(plane, window, b),
-               pixels_of(chosen, window, b));
-      }
+      if (window.term_count && visit.way == Way::packed)
+        fill(blocks * kLanes<Real>, pixels_of(map, window), pixels_of(decides, window));
+      else if (window.term_count)
+        fill(plane.channels, pixels_of(plane, window), pixels_of(chosen, window));
       leaving = store_lines(plane_of<Pooled<T>>(output, window.roi, task.channels), 0,
                             bins[0] * bins[1], work.tile, work.tile_step, work.stage, streamed);
     });
@@ -749,11 +804,11 @@ void adjoint(const Tensor& d_output, Maps selectors, const Rois& rois, const voi
     const int64_t blocks = plane.blocks();
     const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
     const Workspace<T, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
     const Sums<T, Real> sums{plane, work, streamed};
     const auto enter = [&](const Band<Real>& band) {
       sums.enter(band);
-      if (apart) pack(chosen, band.first, second, work.map_step);
+      if (apart) pack(chosen, band.first, decides.data, map.step);
     };
     const auto leave = [&](const Band<Real>& band) { sums.unpack(band.last, kLanes<Real>); };
     if (!packed) clear(plane);
@@ -761,26 +816,20 @@ void adjoint(const Tensor& d_output, Maps selectors, const Rois& rois, const voi
       if (!window.term_count) return;
       load_tile(d_output, window, task.channels, work);
       const auto parts = parts_of<kind>(window);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const Real* d_out = work.tile + b * work.tile_step;
-        const auto spread = [&](int64_t channels, const auto& deciding, const auto& into) {
-          if constexpr (kind == Kind::turned)
-            spread_patches(parts, bins[0] * bins[1], channels, d_out, into);
-          else if (moved)
-            spread_selected<kind == Kind::corner, true>(parts, bins, channels, d_out, deciding,
-                                                        into);
-          else
-            spread_selected<kind == Kind::corner, false>(parts, bins, channels, d_out, deciding,
-                                                         into);
-        };
-        if (packed) {
-          spread(kLanes<Real>, pixels_of(second, work.map_step, window, b),
-                 pixels_of(work.map, work.map_step, window, b));
-        } else if constexpr (sizeof(T) == sizeof(Real)) {
-          spread(channels_of<Real>(plane.channels, b), pixels_of(chosen, window, b),
-                 pixels_of(plane, window, b));
-        }
-      }
+      const Blocks<const Real> d_out{work.tile, work.tile_step};
+      const auto spread = [&](int64_t channels, const auto& deciding, const auto& into) {
+        if constexpr (kind == Kind::turned)
+          spread_patches(parts, bins[0] * bins[1], channels, d_out, into);
+        else if (moved)
+          spread_selected<kind == Kind::corner, true>(parts, bins, channels, d_out, deciding, into);
+        else
+          spread_selected<kind == Kind::corner, false>(parts, bins, channels, d_out, deciding,
+                                                       into);
+      };
+      if (packed)
+        spread(blocks * kLanes<Real>, pixels_of(decides, window), pixels_of(map, window));
+      else if constexpr (sizeof(T) == sizeof(Real))
+        spread(plane.channels, pixels_of(chosen, window), pixels_of(plane, window));
     };
     for_windows(visit, enter, body, leave);
     if (packed && !is_sparse(visit, task.map)) sums.clear_untouched(visit);
@@ -808,17 +857,17 @@ void box_gradient(const Tensor& d_output, Maps features, Maps selectors, const R
     const int64_t blocks = plane.blocks();
     const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
     const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    Real* second = work.map + (apart ? blocks * work.map_step : 0);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
     const auto enter = [&](const Band<Real>& band) {
-      pack(plane, band.first, work.map, work.map_step);
-      if (apart) pack(chosen, band.first, second, work.map_step);
+      pack(plane, band.first, map.data, map.step);
+      if (apart) pack(chosen, band.first, decides.data, map.step);
     };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (window.term_count) load_tile(d_output, window, task.channels, work);
       const auto parts = parts_of<kind>(window);
       for (int64_t b = 0; b < blocks; ++b) {
         Real lanes[numbers][kLanes<Real>] = {};
-        const Real* d_out = work.tile + b * work.tile_step;
+        const Blocks<const Real> d_out{work.tile + b * work.tile_step, work.tile_step};
         const auto dot = [&](int64_t channels, const auto& pixels, const auto& deciding) {
           if constexpr (kind == Kind::turned)
             dot_patches(parts, bins[0] * bins[1], channels, d_out, pixels, lanes);
@@ -826,11 +875,11 @@ void box_gradient(const Tensor& d_output, Maps features, Maps selectors, const R
             dot_selected(parts, bins, channels, d_out, pixels, deciding, lanes);
         };
         if (window.term_count && packed) {
-          dot(kLanes<Real>, pixels_of(work.map, work.map_step, window, b),
-              pixels_of(second, work.map_step, window, b));
+          dot(kLanes<Real>, pixels_of(map.from(b), window), pixels_of(decides.from(b), window));
         } else if (window.term_count) {
-          dot(channels_of<Real>(plane.channels, b), pixels_of(plane, window, b),
-              pixels_of(chosen, window, b));
+          const int64_t first = b * kLanes<Real>;
+          dot(least_of<int64_t>(kLanes<Real>, plane.channels - first),
+              pixels_of(plane, window, first), pixels_of(chosen, window, first));
         }
         Real* d_box = partial.of(task.first_block + b, window.roi);
         for (int e = 0; e < numbers; ++e) d_box[e] = sum_of(load(lanes[e]));

@@ -13,7 +13,6 @@ namespace {
 constexpr int64_t kAhead = 12;    // groups of pixels asked for ahead, while memory takes to answer
 constexpr int64_t kUnpacked = 8;  // groups of pixels that leave together: 8 cache lines a channel
 constexpr int64_t kStreamBytes = int64_t{2} << 20;  // larger results would drive out a second cache
-constexpr int64_t kSparsePixels = 4;                // of so many pixels fewer than one is touched
 constexpr int64_t kSerialWork = int64_t{1} << 17;   // fewer line operations, some 50 us: one thread
 
 // What a task works in, cut from the thread's scratch. Every array starts on a line.
