@@ -143,12 +143,12 @@ def tuned(**values):
     try:
         for name, value in values.items():
             setattr(launch, name, value)
-        compiled.steps.cache_clear()
+        compiled.operation_of.cache_clear()
         yield
     finally:
         for name, value in before.items():
             setattr(launch, name, value)
-        compiled.steps.cache_clear()
+        compiled.operation_of.cache_clear()
 
 
 def time(record, device, row, problem, samples, number=1):

@@ -249,16 +249,17 @@ def test_a_flush_leaves_the_buffer_written():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 def test_what_is_measured_are_the_kernels_of_the_gpu(measured, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
+    from roialign._triton import compiled
     from roialign.torch import kernels
 
-    names, launch = set(), kernels.launch
+    names, by_jit = set(), compiled.by_jit
 
-    def spy(kernel, *arguments, **constants):
+    def spy(kernel, *given):
         names.add(kernel.fn.__name__)
-        return launch(kernel, *arguments, **constants)
+        return by_jit(kernel, *given)
 
     monkeypatch.setattr(kernels, "home", lambda tensor: "_triton")
-    monkeypatch.setattr(kernels, "launch", spy)
+    monkeypatch.setattr(compiled, "by_jit", spy)
     small = replace(TINY, shape=(1, 2, 8, 8), per_image=1, output_size=(2, 1), sampling=1)
     monkeypatch.setitem(run.EVERY, "tiny", small)
     record = measured("--peers", "--slice", "0", "--rounds", "1", *PLAIN, *MAIN)

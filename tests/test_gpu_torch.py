@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the PyTorch adapter's tests need to
 pytest.importorskip("triton", reason="the kernels of the GPU need Triton")
 import roialign.torch.kernels as kernels_of_torch  # noqa: E402
 import test_torch  # noqa: E402
-from roialign._triton import kernels  # noqa: E402
+from roialign._triton import compiled, kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*deprecated:FutureWarning"
@@ -32,14 +32,15 @@ KERNELS = (
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """The names of the kernels that ran."""
-    names, launch = [], kernels_of_torch.launch
+    names, by_jit = [], compiled.by_jit
 
-    def spy(kernel, grid, inputs, outputs, **constants):
+    def spy(kernel, *given):
         names.append(kernel.fn.__name__)
-        return launch(kernel, grid, inputs, outputs, **constants)
+        return by_jit(kernel, *given)
 
     GPU.start(monkeypatch)
-    monkeypatch.setattr(kernels_of_torch, "launch", spy)
+    compiled.operation_of.cache_clear()  # on a GPU the first call of a kind goes through the JIT
+    monkeypatch.setattr(compiled, "by_jit", spy)
     yield names
     GPU.stop()
 

@@ -40,7 +40,7 @@ TORCH.start(None)
 
 def compute(operation, problem, g=None, tangent=None, laid=LAYOUTS["contiguous"]):
     """By the kernels whose backend is started; all arrays are so laid out."""
-    compiled.steps.cache_clear()  # tests change the sizes of blocks
+    compiled.operation_of.cache_clear()  # tests change the sizes of blocks
     features, (boxes, index) = problem.features, TORCH.array(problem.rois)
     rule, size = _rule.vector(problem.convention, problem.sampling), features.shape[2:]
     call = Call(operation, problem.size, len(features), (size,), problem.scale, rule)
@@ -146,19 +146,19 @@ def test_least(backend, make_problem):
 def test_the_same_bits(backend, make_problem, monkeypatch):
     """In every run, and however the work is cut."""
     problem = make_problem(shape=(1, 3, 8, 18), count=2, inside=True)
-    g, launch_one = problem.draw_output(), kernels_of_torch.launch
+    g, by_jit = problem.draw_output(), compiled.by_jit
     expected = results(problem, g)
 
-    def smaller(kernel, grid, inputs, outputs, **constants):
+    def smaller(kernel, grid, arguments, constants):
         if kernel is launch.kernels.axis_taps:
-            grid, constants["BLOCK_K"] = (2 * len(inputs[0]),), 1
+            grid, constants = (2 * len(arguments[0]),), constants | {"BLOCK_K": 1}
         if kernel is launch.kernels.forward:
             channels, bins = problem.output_shape[1], np.prod(problem.size)
-            constants |= {"BLOCK_C": 1, "BLOCK_B": 4}
+            constants = constants | {"BLOCK_C": 1, "BLOCK_B": 4}
             grid = (len(problem.boxes) * channels * -(-int(bins) // 4),)
-        return launch_one(kernel, grid, inputs, outputs, **constants)
+        return by_jit(kernel, grid, arguments, constants)
 
-    monkeypatch.setattr(kernels_of_torch, "launch", smaller)
+    monkeypatch.setattr(compiled, "by_jit", smaller)
     monkeypatch.setattr(launch, "TILE", (4, 8))
     same(results(problem, g), expected)
 
@@ -186,16 +186,16 @@ BOX_GRADIENT = [rows.plan, rows.box_rows, launch.kernels.sum_blocks]
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The kernels that ran, and what they made; what is called with each kernel and that."""
-    launch_one, found = kernels_of_torch.launch, SimpleNamespace(kernels=[], then=lambda *_: None)
+    """The kernels that ran; what is called with each of them and its arrays and numbers."""
+    by_jit, found = compiled.by_jit, SimpleNamespace(kernels=[], then=lambda *_: None)
 
-    def spy(kernel, grid, inputs, outputs, **constants):
-        results = launch_one(kernel, grid, inputs, outputs, **constants)
+    def spy(kernel, grid, arguments, constants):
+        made = by_jit(kernel, grid, arguments, constants)
         found.kernels.append(kernel)
-        found.then(kernel, results)
-        return results
+        found.then(kernel, arguments)
+        return made
 
-    monkeypatch.setattr(kernels_of_torch, "launch", spy)
+    monkeypatch.setattr(compiled, "by_jit", spy)
     return found
 
 
@@ -278,9 +278,9 @@ def test_no_bit_depends_on_the_order(backend, make_problem, ran, sampling):
     shuffle = np.random.default_rng(0).permutation
     for change in (np.sort, lambda order: np.sort(order)[::-1], shuffle):
 
-        def reorder(kernel, results, change=change):
+        def reorder(kernel, given, change=change):
             if kernel is rows.plan:
-                order = order_in(problem, results[0])
+                order = order_in(problem, given[-2])
                 seen.append(order.numpy().copy())
                 order[:] = torch.from_numpy(change(seen[-1]).copy())
 
@@ -300,7 +300,7 @@ def test_rows_are_sorted_by_tile(backend, make_problem, ran, sampling):
     shuffled = np.random.default_rng(2).permutation(8)
     problem = replace(problem, boxes=boxes[shuffled], index=index[shuffled], sampling=sampling)
     found = []
-    ran.then = lambda kernel, results: found.append(results[0]) if kernel is rows.plan else None
+    ran.then = lambda kernel, given: found.append(given[-2]) if kernel is rows.plan else None
     compute("forward", problem, laid=LAYOUTS["channels_last"])
     order = order_in(problem, found[0]).numpy()
     x, y, *_ = problem.boxes[order >> 32].T
@@ -401,9 +401,9 @@ def test_map_rows(backend, make_problem, ran, layout, dtype, sampling):
     """Of boxes of which some have at most two bins on each pixel, and some more."""
     problem = make_problem(shape=(2, 16, 9, 21), dtype=dtype, sampling=sampling, size=(3, 5))
     found = []
-    ran.then = lambda kernel, made: found.append(made) if kernel is rows.columns else None
+    ran.then = lambda kernel, given: found.append(given[-2]) if kernel is rows.columns else None
     check_map_rows(problem, ran, layout)
-    _, _, most, _ = found[0]
+    most = found[0]
     assert {False, True} == set((most.amax(1) > 2).tolist())
 
 

@@ -1,7 +1,6 @@
 """The Triton kernels compiled for GPUs that are not there."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -184,68 +183,104 @@ def test_strides_beyond_32_bits_compile_a_kernel_once(device):
 # What is kept
 
 
+class Kept:
+    """Calls of an operation: what they launch, how often by Triton's JIT, and what they make."""
+
+    def __init__(self, operation, problem, monkeypatch):
+        self.launches, self.jits, self.made = [], 0, []
+        compiled_of_triton.operation_of.cache_clear()
+        self.operation, arrays = problem.kept(operation)
+        self.arrays = [
+            x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            for x in arrays
+        ]
+
+        def launcher(device, source, metadata):
+            return lambda *given: self.launches.append(given)
+
+        def count(kernel, *given, jit=JITFunction.run, **options):
+            self.jits += 1
+            return jit(kernel, *given, **options)
+
+        monkeypatch.setattr(Device, "launcher_cls", launcher)
+        monkeypatch.setattr(JITFunction, "run", count)
+        driver.set_active(Device(TARGETS["sm_80"]))
+
+    def make(self, shape, dtype):
+        self.made.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+        return self.made[-1]
+
+    def call(self):
+        """The launches of another call."""
+        self.launches.clear()
+        self.made.clear()
+        compiled_of_triton.run(self.operation, [*self.arrays], self.make)
+        return [*self.launches]
+
+
 @pytest.fixture
-def launched(device, monkeypatch):
-    """Calls of `start`, for each kernel; what they launch; how often by Triton's JIT."""
-    found = SimpleNamespace(calls=[], launches=[], jits=0)
-
-    def call(kernel, grid, inputs, outputs, **constants):
-        arrays = offline.arrays_of(outputs)
-        found.calls.append((kernel, grid, [*inputs, *arrays], constants))
-        return arrays
-
-    def launcher(self, source, metadata):
-        return lambda *given: found.launches.append(given)
-
-    def count(self, *given, jit=JITFunction.run, **options):
-        found.jits += 1
-        return jit(self, *given, **options)
-
-    Problem().run(call)
-    driver.set_active(device)
-    monkeypatch.setattr(Device, "launcher_cls", launcher)
-    monkeypatch.setattr(JITFunction, "run", count)
-    monkeypatch.setattr(compiled_of_triton, "_compiled", {})
-    return found
+def kept(monkeypatch):
+    return lambda operation="forward", **problem: Kept(operation, Problem(**problem), monkeypatch)
 
 
-def test_kept_launches_are_those_of_the_jit(launched):
-    for each in launched.calls:
-        compiled_of_triton.start(*each)
-        before = launched.jits
-        compiled_of_triton.start(*each)
-        assert launched.jits == before
-        pairs = list(zip(*launched.launches[-2:], strict=True))
-        _, second = pairs.pop(6)  # what profilers are told
-        assert second is None and all(a is b or a == b for a, b in pairs)
-    assert len(launched.launches) == 2 * len(launched.calls) > launched.jits
+@pytest.mark.parametrize("operation", offline.OPERATIONS)
+def test_kept_launches_are_those_of_the_jit(kept, operation):
+    """On the same arrays and numbers, and on what is made at its place in one buffer."""
+    calls = kept(operation, maps=2)
+    steps, offsets, *_ = calls.operation
+    by_jit = calls.call()
+    assert calls.jits == len(by_jit) == len(steps) and len(calls.made) == len(offsets)
+    found = calls.call()
+    (buffer,) = calls.made
+    assert calls.jits == len(found) and buffer.nbytes == calls.operation.size
+    addresses = [x if x is None else x.data_ptr() for x in calls.arrays]
+    addresses += [buffer.data_ptr() + offset for offset in offsets]
+    for step, one, two in zip(steps, by_jit, found, strict=True):
+        assert (*one[:6], None, None, None) == two[:9]  # without what profilers are told
+        one, two = list(one[9:]), list(two[9:])
+        for position, place in step.arrays:
+            assert two[position] == addresses[place]
+            one[position] = two[position]
+        assert one == two
 
 
-def test_without_the_interface_the_jit_launches(launched, monkeypatch):
+def test_without_the_interface_the_jit_launches(kept, monkeypatch):
     monkeypatch.setattr(compiled_of_triton, "INTERFACE", ("run", "not_there"))
-    for each in launched.calls * 2:
-        compiled_of_triton.start(*each)
-    assert launched.jits == len(launched.launches) == 2 * len(launched.calls)
+    calls = kept()
+    assert len(calls.call()) == len(calls.call()) == calls.jits / 2
 
 
-def test_a_profiler_is_told_of_each_launch(launched, monkeypatch):
-    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None])
-    compiled_of_triton.start(*launched.calls[0])
-    compiled_of_triton.start(*launched.calls[0])
-    assert launched.jits == 2
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_is_told_of_each_launch(kept, monkeypatch, hook):
+    calls = kept()
+    monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [lambda metadata: None])
+    assert len(calls.call()) == len(calls.call()) == calls.jits / 2
 
 
-def test_what_is_specialised_is_another_launch(launched):
-    """An array that is not aligned, or of another dtype, and a number of more than 32 bits."""
-    kernel, grid, arguments, constants = launched.calls[0]
-    compiled_of_triton.start(kernel, grid, arguments, constants)
-    number = max(i for i, x in enumerate(arguments) if isinstance(x, int))
-    for place, other in (
-        (0, torch.empty(81)[1:].view(20, 4)),  # 4 bytes off
-        (0, torch.empty(20, 4, dtype=torch.float64, device="meta")),
-        (number, 2**31),
-    ):
-        before = launched.jits
-        changed = [*arguments[:place], other, *arguments[place + 1 :]]
-        compiled_of_triton.start(kernel, grid, changed, constants)
-        assert launched.jits == before + 1
+def test_what_is_specialised_is_another_launch(kept):
+    """An array that is not aligned, and another device: what a kind does not tell."""
+    calls = kept()
+    for again in (False, True):
+        before = calls.jits
+        calls.call()
+        assert (calls.jits == before) == again
+    boxes = calls.arrays[1]
+    calls.arrays[1] = torch.empty(1 + boxes.numel())[1:].view_as(boxes)  # 4 bytes off
+    before = calls.jits
+    calls.call()
+    assert calls.jits > before
+    driver.set_active(Device(TARGETS["sm_90"]))
+    before = calls.jits
+    calls.call()
+    assert calls.jits > before
+
+
+def test_the_benchmark_of_the_host(capsys, monkeypatch):
+    pytest.importorskip("bench", reason="the benchmark is in the repository, not in the package")
+    from bench import host
+
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
+    host.main(["--workloads", "W6", "--calls", "1"])
+    _, *rows = capsys.readouterr().out.splitlines()
+    expected = [f"W6 {operation}" for operation in offline.OPERATIONS]
+    assert [row.partition(":")[0] for row in rows] == expected

@@ -14,9 +14,11 @@ pytest.importorskip("torch", reason="the launched arrays are torch tensors")
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 import torch
+import triton.language as tl
 
+import triton_offline as offline
 from roialign._triton import compiled, geometry, launch
-from triton_offline import OPERATIONS, Problem, arrays_of, memory
+from triton_offline import OPERATIONS, Problem, memory
 
 CONVENTION = roialign.conventions["half_pixel"]
 SCALES = 0.25, 0.5
@@ -162,26 +164,49 @@ def test_spread(size, double):
     assert spread(2**20, 4096, True) == min(size, 3)
 
 
-def test_what_is_made_is_dropped_after_its_last_use():
+@each_operation
+def test_what_is_kept_of_a_kind(operation):
+    first, second = (Problem().kept(operation)[0] for _ in range(2))
+    assert first is second
+    assert Problem(count=51).kept(operation)[0] is not first
+
+
+def test_what_is_made_is_dropped_after_its_last_use(monkeypatch):
     """So several maps take no more memory than one."""
-    problem = Problem(maps=2)
-    features, output, rois, _ = problem.arrays()
-    arrays = [None, *rois, None, output, features, features]
-    kinds = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in arrays)
-    given = 1, kinds, problem.scales * 2, problem.rule
-    kept = compiled.steps(launch, "forward", *given)
-    assert compiled.steps(launch, "forward", *given) is kept
-    alive = []
+    of_two_maps, arrays = Problem(maps=2).kept("forward")
+    given, alive = len(arrays), []
 
-    def call(kernel, grid, inputs, outputs, **constants):
-        made = arrays_of(outputs)
+    def by_jit(kernel, grid, arguments, constants):
         alive.append(sum(x is not None for x in arrays))
-        assert all(x is not None for x in (*inputs, *made))
-        return made
+        assert not any(x is None for x in arguments)
 
-    compiled.run(kept, arrays, call)
-    assert len(kept) == 4 and alive[0] == alive[2]
-    assert len(arrays) == 12 and not any(x is not None for x in arrays[8:])
+    monkeypatch.setattr(compiled, "by_jit", by_jit)
+    monkeypatch.setattr(compiled.kernels, "INTERPRETED", tl.constexpr(True))
+    compiled.run(of_two_maps, arrays, offline.empty)
+    assert len(alive) == 4 and alive[0] == alive[2]
+    assert not any(x is not None for x in arrays[given:])
+
+
+@each_operation
+@pytest.mark.parametrize("maps", [1, 3])
+def test_room_in_one_buffer(operation, maps):
+    """What is alive at the same time does not overlap, and the end of the buffer is used."""
+    of_maps, arrays = Problem(maps=maps).kept(operation)
+    place, used, ends = len(arrays), {}, [0]
+    for step in of_maps.steps:
+        for new in step.made:
+            begin = of_maps.offsets[place - len(arrays)]
+            end = begin + offline.empty(*new).nbytes
+            assert begin % 16 == 0
+            assert all(end <= low or begin >= high for low, high in used.values())
+            used[place] = begin, end
+            ends.append(end)
+            place += 1
+        used = {key: value for key, value in used.items() if key not in step.last}
+    assert place - len(arrays) == len(of_maps.offsets) and not used
+    assert 0 <= of_maps.size - max(ends) < compiled.APART
+    if operation == "forward":
+        assert of_maps.size == Problem(maps=1).kept(operation)[0].size
 
 
 # What does not fit

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from roialign._rois import Rois
-from roialign._triton import launch
+from roialign._triton import compiled, launch
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 GATED = {
@@ -167,6 +167,18 @@ class Problem:
             self.launch(operation, call)
         return found
 
+    def kept(self, operation):
+        """What `compiled` keeps of an operation, and the arrays of a call, in their order."""
+        features, output, rois, d_boxes = self.arrays()
+        maps = [features] * self.maps
+        d_output, results = (None, [output]) if operation == "forward" else (output, [d_boxes])
+        if operation == "adjoint":
+            results, maps = maps, []
+        arrays = [d_output, *rois, None, *results, *maps]
+        kinds = tuple([x if x is None else (x.shape, x.stride(), x.dtype) for x in arrays])
+        numbers = len(results), kinds, self.scales * self.maps, self.rule
+        return compiled.operation_of(launch, operation, *numbers), arrays
+
 
 def memory(launches):
     """Bytes of the arrays that a call makes."""
@@ -287,8 +299,8 @@ def pool():
 def table(variants):
     """Lines of Markdown: target -> its variants, the most that those of a row need."""
     needs = {}
-    for target, compiled in variants.items():
-        for variant in compiled:
+    for target, found in variants.items():
+        for variant in found:
             most = needs.setdefault(variant.row, {}).get(target, (0, 0))
             needs[variant.row][target] = (
                 max(most[0], variant.registers),

@@ -208,9 +208,10 @@ def _on_device(like: Tensor, call: Call, tensors: Tensors, out: Result, maps: Te
     launches, compiled = _launches(folder)
     kinds = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in arrays])
     with _device_of(like):
-        kept = compiled.steps(launches, operation, len(results), kinds, call.scales, call.rule)
-        compiled.run(kept, arrays, launch)
-        if not kept:
+        given = len(results), kinds, call.scales, call.rule
+        kept = compiled.operation_of(launches, operation, *given)
+        compiled.run(kept, arrays, functools.partial(_made, like.device))
+        if not kept.steps:
             for result in results:
                 result.zero_()
 
@@ -235,14 +236,5 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
-def launch(kernel, grid, inputs, outputs, **constants) -> list[Tensor]:
-    """One kernel on the current stream of the device: the `call` of `_triton.launch`."""
-    results = [
-        output
-        if isinstance(output, Tensor)
-        else torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=inputs[0].device)
-        for output in outputs
-    ]
-    _, compiled = _launches("_triton")
-    compiled.start(kernel, grid, [*inputs, *results], constants)
-    return results
+def _made(device: torch.device, shape: tuple[int, ...], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
