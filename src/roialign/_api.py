@@ -305,12 +305,13 @@ def roi_align_adjoint(
              [0.25, 0.25, 0.  ]]]], dtype=float32)
     """
     adapter = _adapter("d_output", d_output, rois, features)
-    d_output, features = own(adapter, (d_output, features))
-    _checks.features(adapter, "d_output", d_output)
-    if features is not None:
-        _checks.features(adapter, "features", features, f"{_checks.FLOATS} to have a gradient")
-        _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
-    rois = _own_rois(adapter, rois, d_output)
+    if features is not None or not adapter.takes_rows(d_output, rois):
+        d_output, features = own(adapter, (d_output, features))
+        _checks.features(adapter, "d_output", d_output)
+        if features is not None:
+            _checks.features(adapter, "features", features, f"{_checks.FLOATS} to have a gradient")
+            _checks.same_dtype("features", features.dtype, "d_output", d_output.dtype)
+        rois = _own_rois(adapter, rois, d_output)
     _checks.sequence("feature_shape", "(N, C, H, W)", feature_shape)
     shape = _checks.integers("feature_shape", feature_shape)
     if out is not None:
@@ -355,10 +356,11 @@ def _adjoint(
     shapes = tuple([_checks.feature_shape(s, name, layout) for name, s in feature_shapes.items()])
     parsed, counts = _parsed(adapter, names, shapes, rois, levels, scales, layout, numbers)
     _checks.d_output(d_output.shape, counts, shapes[0][1], layout)
-    taken = [d_output, *selectors, *_rois.arrays(rois, levels)]
-    for (name, array), shape in zip(outs.items(), given):
-        adapter.check_out_values(name, array, shape, taken)
-        taken.append(array)
+    if outs:
+        taken = [d_output, *selectors, *_rois.arrays(rois, levels)]
+        for (name, array), shape in zip(outs.items(), given):
+            adapter.check_out_values(name, array, shape, taken)
+            taken.append(array)
     into = _moved(adapter, _layout.channels_first, tuple(outs.values()), layout) or None
     flat = _flat(adapter, d_output, layout)
     options: dict[str, Any] = {"layout": layout, "out": into}
