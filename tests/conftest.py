@@ -176,18 +176,23 @@ def pytest_generate_tests(metafunc):
 
 
 def offered(chosen, config):
-    """Parameters: a backend that is there; for a family that is not, one that is skipped."""
+    """Parameters: the backends that are there, with --backend those of it alone; and one that is
+    skipped, for the others.
+    """
     only, missing = config.getoption("backend"), {}
     for backend in chosen:
+        if only and backend.family != only:
+            continue
         reason = backend.missing()
-        if only and reason and backend.family == only:
+        if only and reason:
             raise pytest.UsageError(f"--backend {only}: {backend.name} {reason}")
         if reason:
             missing[backend.family] = reason
         else:
             yield pytest.param(backend, id=backend.name)
-    for family, reason in missing.items():
-        yield pytest.param(None, id=family, marks=pytest.mark.skip(reason=reason))
+    if missing:
+        reasons = ", ".join(dict.fromkeys(missing.values()))
+        yield pytest.param(None, id="others", marks=pytest.mark.skip(reason=reasons))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -226,11 +226,12 @@ def test_forms(backend):
 
     for form, rois in ((array, [rows]), (per_image, images)):
         output, d_rois = backend.run(operations_of(form), features, g, *rois)
-        np.testing.assert_array_equal(output, expected)
+        bound = 0 if "exact" in backend.traits else 1e-5
+        tolerance.close(output, expected, bound)
         if form is array:
             assert not d_rois[:, 0].any()
             d_rois = d_rois[:, 1:]
-        np.testing.assert_array_equal(np.concatenate([*d_rois]).reshape(-1, 5), d_boxes)
+        tolerance.close(np.concatenate([*d_rois]).reshape(-1, 5), d_boxes, bound)
     none = roialign.roi_align_rotated(features[:0], [], 2)
     assert none.shape == (0, 5, 2, 2)
     out = np.empty_like(expected)

@@ -38,7 +38,7 @@ struct Wide {
 
 // Where channels are: the second of two vectors is `apart` from the first.
 template <class E>
-struct Place {
+struct Channels {
   E* data;
   int64_t apart;
 };
@@ -52,7 +52,7 @@ struct Blocks {
   int64_t channel(int64_t c) const { return c / kLanes<Real> * step + c % kLanes<Real>; }
   int64_t apart() const { return kVectors == 1 ? step : kVectorLanes<Real>; }
   Blocks from(int64_t block) const { return {data + block * step, step}; }
-  Place<Real> at(int64_t line, int64_t c) const {
+  Channels<Real> at(int64_t line, int64_t c) const {
     return {data + line * kLanes<Real> + channel(c), apart()};
   }
 };
@@ -133,7 +133,7 @@ ROIALIGN_INLINE Vector<Real> vector_at(const Real* p) {
   return *reinterpret_cast<const Vector<Real>*>(p);
 }
 template <class V, class E>
-ROIALIGN_INLINE V load_channels(Place<E> from) {
+ROIALIGN_INLINE V load_channels(Channels<E> from) {
   if constexpr (is_wide<V>)
     return {{vector_at(from.data), vector_at(from.data + from.apart)}};
   else if constexpr (sizeof(V) == kVectorBytes)
@@ -146,7 +146,7 @@ ROIALIGN_INLINE void put_vector(Real* p, Vector<Real> value) {
   *reinterpret_cast<Vector<Real>*>(p) = value;
 }
 template <class V, class Real>
-ROIALIGN_INLINE void store_channels(Place<Real> to, V value) {
+ROIALIGN_INLINE void store_channels(Channels<Real> to, V value) {
   if constexpr (is_wide<V>) {
     put_vector<Real>(to.data, value.of[0]);
     put_vector<Real>(to.data + to.apart, value.of[1]);
@@ -238,7 +238,7 @@ struct Sample {
   int64_t left, right, apart;
   const Real *y, *x;
 
-  Place<E> at(int k) const { return {(k < 2 ? low : high) + (k % 2 ? right : left), apart}; }
+  Channels<E> at(int k) const { return {(k < 2 ? low : high) + (k % 2 ? right : left), apart}; }
   Weights<Real> values() const { return product(y, x); }
   bool whole() const { return plain || (is_whole(y) && is_whole(x)); }
   // Its value, if it is whole.
@@ -449,7 +449,7 @@ ROIALIGN_NOINLINE void pool(const Grid<Real> grid, const int64_t* bins, int64_t 
                             const P pixels, const Blocks<Real> out) {
   for_bin_lines<Real>(
       bins, channels, out,
-      [&](auto v, Bin bin, int64_t c, Place<Real> to) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Channels<Real> to) ROIALIGN_LAMBDA {
         store_channels(to, largest_of<corner, false, decltype(v)>(grid, bin, pixels, c).value());
       },
       pixels);
@@ -517,7 +517,7 @@ void pool_samples(Maps features, const Rois& rois, const Rule& rule, const Tenso
             [&](auto v, int64_t c) ROIALIGN_LAMBDA {
               using V = decltype(v);
               Real values[sizeof(V) / sizeof(Real)];
-              store_channels(Place<Real>{values, kVectorLanes<Real>},
+              store_channels(Channels<Real>{values, kVectorLanes<Real>},
                              largest_of<corner, false, V>(grid, Bin{p, q}, pixels, c).value());
               for (Real value : values) narrow(value, to[c++ * out.channel_stride]);
             },
@@ -537,7 +537,7 @@ ROIALIGN_NOINLINE void pool_selected(const Grid<Real> grid, const int64_t* bins,
                                      const P pixels, const P selectors, const Blocks<Real> out) {
   for_bin_lines<Real>(
       bins, channels, out,
-      [&](auto v, Bin bin, int64_t c, Place<Real> to) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Channels<Real> to) ROIALIGN_LAMBDA {
         using V = decltype(v);
         V result{};
         for_winners<corner, V>(
@@ -559,7 +559,7 @@ ROIALIGN_NOINLINE void spread_selected(const Grid<Real> grid, const int64_t* bin
                                        const P sums) {
   for_bin_lines<Real>(
       bins, channels, d_out,
-      [&](auto v, Bin bin, int64_t c, Place<const Real> from) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Channels<const Real> from) ROIALIGN_LAMBDA {
         using V = decltype(v);
         const V d = load_channels<V>(from);
         for_winners<corner, V>(grid, bin, selectors, sums, c,
@@ -582,7 +582,7 @@ ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, 
                                     const P selectors, Real (*lanes)[kLanes<Real>]) {
   for_bin_lines<Real>(
       bins, channels, d_out,
-      [&](auto v, Bin bin, int64_t c, Place<const Real> from) ROIALIGN_LAMBDA {
+      [&](auto v, Bin bin, int64_t c, Channels<const Real> from) ROIALIGN_LAMBDA {
         using V = decltype(v);
         const V d = load_channels<V>(from);
         for_winners<false, V>(
@@ -595,7 +595,7 @@ ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, 
                 const V slope =
                     d * dot<V>(slopes_of(sample, Real(axis == 0), Real(axis == 1)), sample);
                 for (int e = 0; e < 2; ++e) {
-                  const Place<Real> lane{lanes[2 * e + 1 - axis] + c, kVectorLanes<Real>};
+                  const Channels<Real> lane{lanes[2 * e + 1 - axis] + c, kVectorLanes<Real>};
                   const V before = load_channels<V>(lane);
                   store_channels(lane, select(wins, before + moves[e][k] * slope, before));
                 }
@@ -621,8 +621,9 @@ ROIALIGN_INLINE void for_patches(const Patches<Real>& patches, int64_t bins, int
 
 // Where pixel i of a patch is, in channel c.
 template <class P, class Real>
-ROIALIGN_INLINE Place<typename P::Element> pixel_at(const P& pixels, const Patches<Real>& patches,
-                                                    int64_t i, int64_t c) {
+ROIALIGN_INLINE Channels<typename P::Element> pixel_at(const P& pixels,
+                                                       const Patches<Real>& patches, int64_t i,
+                                                       int64_t c) {
   return {pixels.row(patches.pixel[i].y) + pixels.column(patches.pixel[i].x) + pixels.channel(c),
           pixels.apart()};
 }
@@ -672,8 +673,9 @@ ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, in
                                    const Blocks<const Real> d_out, const P pixels,
                                    Real (*lanes)[kLanes<Real>]) {
   constexpr int numbers = kTurnedNumbers;
-  const auto sum_at = [&](int e, int64_t c)
-                          ROIALIGN_LAMBDA { return Place<Real>{lanes[e] + c, kVectorLanes<Real>}; };
+  const auto sum_at = [&](int e, int64_t c) ROIALIGN_LAMBDA {
+    return Channels<Real>{lanes[e] + c, kVectorLanes<Real>};
+  };
   for_patches(
       patches, bins, channels,
       [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
@@ -747,12 +749,12 @@ void forward(Maps features, Maps selectors, const Rois& rois, const void* tangen
     const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
     const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
     const int64_t blocks = plane.blocks();
-    const bool apart = selectors.count && visit.way == Way::packed;
-    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
+    const bool separate = selectors.count && visit.way == Way::packed;
+    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, separate ? 2 : 1);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(separate ? blocks : 0);
     const auto enter = [&](const Band<Real>& band) {
       pack(plane, band.first, map.data, map.step);
-      if (apart) pack(chosen, band.first, decides.data, map.step);
+      if (separate) pack(chosen, band.first, decides.data, map.step);
     };
     Copy leaving;
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
@@ -802,13 +804,13 @@ void adjoint(const Tensor& d_output, Maps selectors, const Rois& rois, const voi
     const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
     const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
     const int64_t blocks = plane.blocks();
-    const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
-    const Workspace<T, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
+    const bool packed = visit.way == Way::packed, separate = packed && selectors.count;
+    const Workspace<T, Real> work(visit, 0, bins, blocks, 1, separate ? 2 : 1);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(separate ? blocks : 0);
     const Sums<T, Real> sums{plane, work, streamed};
     const auto enter = [&](const Band<Real>& band) {
       sums.enter(band);
-      if (apart) pack(chosen, band.first, decides.data, map.step);
+      if (separate) pack(chosen, band.first, decides.data, map.step);
     };
     const auto leave = [&](const Band<Real>& band) { sums.unpack(band.last, kLanes<Real>); };
     if (!packed) clear(plane);
@@ -855,12 +857,12 @@ void box_gradient(const Tensor& d_output, Maps features, Maps selectors, const R
     const Tensor& selector = selectors.count ? selectors[task.map_number].array : task.map;
     const auto chosen = plane_of<const T>(selector, visit.image, task.channels);
     const int64_t blocks = plane.blocks();
-    const bool packed = visit.way == Way::packed, apart = packed && selectors.count;
-    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, apart ? 2 : 1);
-    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(apart ? blocks : 0);
+    const bool packed = visit.way == Way::packed, separate = packed && selectors.count;
+    const Workspace<Pooled<T>, Real> work(visit, 0, bins, blocks, 1, separate ? 2 : 1);
+    const Blocks<Real> map{work.map, work.map_step}, decides = map.from(separate ? blocks : 0);
     const auto enter = [&](const Band<Real>& band) {
       pack(plane, band.first, map.data, map.step);
-      if (apart) pack(chosen, band.first, decides.data, map.step);
+      if (separate) pack(chosen, band.first, decides.data, map.step);
     };
     for_windows(visit, enter, [&](const Window<Real>& window, const Window<Real>*) {
       if (window.term_count) load_tile(d_output, window, task.channels, work);
