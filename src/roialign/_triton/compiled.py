@@ -22,6 +22,7 @@ from roialign._rois import Rois
 from . import kernels, launch, sampled, turned
 
 INTERFACE = "run", "function", "packed_metadata"  # of what is compiled: Triton's JIT uses it so
+STREAM = 3  # where it is among the arguments of `run`
 KINDS = 1024  # of calls, whose launches are kept
 APART = 512  # bytes, of what is made in one buffer: all of it is aligned
 RUNTIME = getattr(getattr(triton, "knobs", None), "runtime", None)  # Triton before 3.4 has none
@@ -172,11 +173,12 @@ def run(operation: Operation, arrays: list, make: Callable[[tuple[int, ...], str
         begin = buffer.data_ptr()
         addresses += [begin + offset for offset in operation.offsets]
     stream = active.get_current_stream(device)
-    for start, grid, function, metadata, arguments, places in operation.compiled[key]:
+    for start, arguments, places in operation.compiled[key]:
         given = arguments.copy()
+        given[STREAM] = stream
         for position, place in places:
             given[position] = addresses[place]
-        start(*grid, 1, 1, stream, function, metadata, None, None, None, *given)
+        start(*given)
 
 
 def _has_hooks() -> bool:
@@ -202,8 +204,10 @@ def by_jit(kernel: Any, grid: tuple[int, ...], arguments: list, constants: dict[
 
 
 def _launch_of(step: Step, compiled: Any) -> tuple:
-    """A step without the JIT: what starts it, and with what."""
+    """A step without the JIT: what starts it, with what, and where arrays belong in that."""
     names = step.kernel.arg_names[len(step.arguments) :]
-    arguments = [*step.arguments, *[step.constants[name] for name in names]]
-    metadata = compiled.packed_metadata
-    return compiled.run, step.grid, compiled.function, metadata, arguments, step.arrays
+    of_kernel = *step.arguments, *[step.constants[name] for name in names]
+    hooks = None, None, None  # what they are told, before and after
+    given = [*step.grid, 1, 1, None, compiled.function, compiled.packed_metadata, *hooks]
+    places = [(len(given) + position, place) for position, place in step.arrays]
+    return compiled.run, [*given, *of_kernel], places

@@ -94,8 +94,7 @@ def laid_out(like: Tensor, shape: tuple[int, ...], empty: Callable) -> Tensor:
 
 
 def empty(like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    if like.is_cpu and size >= _LARGE:
+    if like.is_cpu and (size := math.prod(shape) * dtype.itemsize) >= _LARGE:
         _checks.size("output", shape)
         return torch.from_numpy(_core.allocate(size)).view(dtype).view(shape)
     return like.new_empty(shape, dtype=dtype)
