@@ -352,16 +352,16 @@ def _adjoint(
     numbers: int = 4,
 ) -> tuple[Any, ...]:
     """The values that all adjoints check alike, and the call."""
-    names, given = tuple(feature_shapes), list(feature_shapes.values())
+    names, into = tuple(feature_shapes), None
     shapes = tuple([_checks.feature_shape(s, name, layout) for name, s in feature_shapes.items()])
     parsed, counts = _parsed(adapter, names, shapes, rois, levels, scales, layout, numbers)
     _checks.d_output(d_output.shape, counts, shapes[0][1], layout)
     if outs:
         taken = [d_output, *selectors, *_rois.arrays(rois, levels)]
-        for (name, array), shape in zip(outs.items(), given):
+        for (name, array), shape in zip(outs.items(), feature_shapes.values()):
             adapter.check_out_values(name, array, shape, taken)
             taken.append(array)
-    into = _moved(adapter, _layout.channels_first, tuple(outs.values()), layout) or None
+        into = _moved(adapter, _layout.channels_first, tuple(outs.values()), layout)
     flat = _flat(adapter, d_output, layout)
     options: dict[str, Any] = {"layout": layout, "out": into}
     if selectors:
