@@ -26,6 +26,7 @@ constexpr bool kPaired = false;
 #else
 constexpr bool kPaired = kVectors <= 2;
 #endif
+constexpr bool kPairedInLine = kPaired && kVectors == 2;  // of one block alone
 
 template <class Real>
 constexpr int64_t kVectorLanes = kVectorBytes / int64_t(sizeof(Real));
@@ -193,13 +194,13 @@ template <class V>
 using Id = typename IdOf<V>::type;
 
 // Calls body(V{}, c) for channels: pairs of vectors, vectors, and of a map where it is single ones.
-template <class Real, class Body, class... P>
+template <class Real, bool paired = kPaired, class Body, class... P>
 ROIALIGN_INLINE void for_channels(int64_t channels, const Body& body, const P&... pixels) {
   constexpr int64_t lanes = kVectorLanes<Real>;
   int64_t c = 0;
   if constexpr (((sizeof(typename P::Element) == sizeof(Real)) && ...)) {
     if (((P::packed || pixels.channel(1) == 1) && ...)) {
-      if constexpr (kPaired)
+      if constexpr (paired)
         for (; c + 2 * lanes <= channels; c += 2 * lanes) body(Wide<Real>{}, c);
       for (; c + lanes <= channels; c += lanes) body(Vector<Real>{}, c);
     }
@@ -392,7 +393,7 @@ template <bool corner, class V, class Real, class S, class P, class Body>
 ROIALIGN_INLINE void for_winners(const Grid<Real>& grid, Bin bin, const S& selectors,
                                  const P& pixels, int64_t c, const Body& body) {
   const Id<V> winner = largest_of<corner, true, V>(grid, bin, selectors, c).id;
-  for_samples(
+  for_rows<false>(
       grid, bin, pixels, c,
       [&](const auto& sample, int32_t number) ROIALIGN_LAMBDA {
         if constexpr (!corner) {
@@ -410,7 +411,7 @@ ROIALIGN_INLINE void for_winners(const Grid<Real>& grid, Bin bin, const S& selec
           }
         }
       },
-      []() ROIALIGN_LAMBDA {});
+      -1, []() ROIALIGN_LAMBDA {});
 }
 
 // The weights of how a sample's value changes when it moves.
@@ -429,12 +430,12 @@ ROIALIGN_INLINE Weights<Real> slopes_of(const S& sample, const Grid<Real>& grid)
 }
 
 // Calls body(V{}, bin, c, where that is in the bin's lines) for all bins of a window.
-template <class Real, class Tile, class Body, class... P>
+template <class Real, bool paired = kPaired, class Tile, class Body, class... P>
 ROIALIGN_INLINE void for_bin_lines(const int64_t* bins, int64_t channels, Blocks<Tile> lines,
                                    const Body& body, const P&... pixels) {
   for (int64_t p = 0; p < bins[0]; ++p) {
     for (int64_t q = 0; q < bins[1]; ++q) {
-      for_channels<Real>(
+      for_channels<Real, paired>(
           channels,
           [&](auto v, int64_t c)
               ROIALIGN_LAMBDA { body(v, Bin{p, q}, c, lines.at(p * bins[1] + q, c)); },
@@ -580,7 +581,7 @@ template <class Real, class P>
 ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, int64_t channels,
                                     const Blocks<const Real> d_out, const P pixels,
                                     const P selectors, Real (*lanes)[kLanes<Real>]) {
-  for_bin_lines<Real>(
+  for_bin_lines<Real, kPairedInLine>(
       bins, channels, d_out,
       [&](auto v, Bin bin, int64_t c, Channels<const Real> from) ROIALIGN_LAMBDA {
         using V = decltype(v);
@@ -607,11 +608,11 @@ ROIALIGN_NOINLINE void dot_selected(const Grid<Real> grid, const int64_t* bins, 
 
 // Calls body(V{}, c, bin, its pixels and weights from `at` to `end` on) for all bins of a window
 // that is turned.
-template <class Real, class Body, class... P>
+template <class Real, bool paired = kPaired, class Body, class... P>
 ROIALIGN_INLINE void for_patches(const Patches<Real>& patches, int64_t bins, int64_t channels,
                                  const Body& body, const P&... pixels) {
   for (int64_t k = 0; k < bins; ++k) {
-    for_channels<Real>(
+    for_channels<Real, paired>(
         channels,
         [&](auto v, int64_t c)
             ROIALIGN_LAMBDA { body(v, c, k, patches.first[k], patches.first[k + 1]); },
@@ -676,7 +677,7 @@ ROIALIGN_NOINLINE void dot_patches(const Patches<Real> patches, int64_t bins, in
   const auto sum_at = [&](int e, int64_t c) ROIALIGN_LAMBDA {
     return Channels<Real>{lanes[e] + c, kVectorLanes<Real>};
   };
-  for_patches(
+  for_patches<Real, kPairedInLine>(
       patches, bins, channels,
       [&](auto v, int64_t c, int64_t k, int64_t at, int64_t end) ROIALIGN_LAMBDA {
         using V = decltype(v);

@@ -80,7 +80,9 @@ class Adapter(Protocol):
         """Whether a compiler reads the Python code of the public functions."""
 
     def takes_rows(self, features: object, rois: object) -> bool:
-        """Whether `forward_rows` takes these as they are: no check of types and shapes can fail."""
+        """Whether no check of the types and shapes of either can fail: of features, or a gradient in
+        the output, and rows (K, 5). `forward_rows` takes them as they are.
+        """
 
     def forward_rows(
         self, features: Any, rows: Any, output_size: Size, scales: Numbers, rule: Numbers, out: Any
