@@ -221,15 +221,6 @@ ROIALIGN_INLINE Weights<Real> product(const Real y[2], const Real x[2]) {
   return {{y[0] * x[0], y[0] * x[1], y[1] * x[0], y[1] * x[1]}};
 }
 
-// One number in all channels.
-template <class V, class Real>
-ROIALIGN_INLINE auto everywhere(Real number) {
-  if constexpr (std::is_same_v<V, Real>)
-    return number;
-  else
-    return broadcast(number);
-}
-
 // One sample of a bin: its weights in each axis and, among the pixels of an array, where they are.
 // Of a plain bin it is whole.
 template <class E, class Real, bool plain>
@@ -245,9 +236,8 @@ struct Sample {
   // Its value, if it is whole.
   template <class V>
   V value() const {
-    const auto term = [&](int k) ROIALIGN_LAMBDA {
-      return (everywhere<V>(y[k / 2]) * everywhere<V>(x[k % 2])) * load_channels<V>(at(k));
-    };
+    const Weights<Real> w = values();
+    const auto term = [&](int k) ROIALIGN_LAMBDA { return w.of[k] * load_channels<V>(at(k)); };
     return ((term(0) + term(1)) + term(2)) + term(3);
   }
 };

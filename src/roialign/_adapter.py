@@ -80,8 +80,8 @@ class Adapter(Protocol):
         """Whether a compiler reads the Python code of the public functions."""
 
     def takes_rows(self, features: object, rois: object) -> bool:
-        """Whether no check of the types and shapes of either can fail: of features, or a gradient in
-        the output, and rows (K, 5). `forward_rows` takes them as they are.
+        """Whether no check of the type and the shape of either can fail: of features, or a gradient
+        in the output, and of rows (K, 5). `forward_rows` takes them as they are.
         """
 
     def forward_rows(
