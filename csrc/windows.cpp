@@ -495,8 +495,8 @@ class Builder {
     if (forced != Way::any) return forced == Way::packed ? Way::packed : Way::bins;
     constexpr double lanes = kLineBytes / sizeof(Real);
     const double channels = double(map.shape[1]), blocks = std::ceil(channels / lanes);
-    const bool last = map.stride[1] == 1 && channels >= lanes;  // whole lines
-    if (last && !narrow && operation_ == Operation::forward) return Way::bins;
+    const bool in_lines = !narrow && map.stride[1] == 1 && channels >= lanes;
+    if (in_lines && operation_ == Operation::forward) return Way::bins;
     double groups = 0, samples = 0;
     for (int64_t i = from; i < end; ++i) {
       const Window<Real>& window = s_.windows[size_t(i)];
@@ -510,11 +510,11 @@ class Builder {
     const Costs& c = kCosts;
     const double group = touched > kMostGroups ? c.far_group : c.group;
     const double cleared = adjoint_ ? channels * c.zero * all * kGroup / lanes : 0;
-    const bool sparse = last && touched * kSparsePixels < all;  // cleared as in place
+    const bool sparse = in_lines && touched * kSparsePixels < all;  // cleared as in place
     const double packed = blocks * (group * touched + c.sample_line * samples) +
                           (sparse || !adjoint_ ? cleared : blocks * c.unpacked * all);
     const double in_place =
-        (last ? blocks * c.sample_apart : channels * c.sample_single) * samples + cleared;
+        (in_lines ? blocks * c.sample_apart : channels * c.sample_single) * samples + cleared;
     return in_place < packed ? Way::bins : Way::packed;
   }
 

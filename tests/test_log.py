@@ -67,9 +67,10 @@ def test_largest_of_few_samples(reduction):
     assert "; all by samples; " in line
 
 
-def largest_channels_last(count, bins):
+def largest_channels_last(count, bins, dtype):
     """Adjoint and box gradient, of maps whose channels are innermost."""
-    problem = draw_problem(shape=(1, 64, 60, 80), count=count, size=(bins, bins), sampling=2)
+    shape, size = (1, 64, 60, 80), (bins, bins)
+    problem = draw_problem(shape=shape, count=count, size=size, sampling=2, dtype=dtype)
     last, g = (
         np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         for x in (problem.features, problem.draw_output())
@@ -79,10 +80,15 @@ def largest_channels_last(count, bins):
     roialign.roi_align_box_gradient(g, last, problem.rois, **options)
 
 
-@pytest.mark.parametrize("count, bins, packed", [(40, 7, 1), (1, 1, 0)])
-def test_largest_channels_last(count, bins, packed):
-    """Where pixels of a channel are far apart, only a few samples are taken in place."""
-    lines = log(largest_channels_last, count, bins)
+@pytest.mark.parametrize(
+    "count, bins, dtype, packed",
+    [(40, 7, "float32", 1), (1, 1, "float32", 0), (1, 1, "float16", 1)],
+)
+def test_largest_channels_last(count, bins, dtype, packed):
+    """Where pixels of a channel are far apart, only a few samples are taken in place, of no 16-bit
+    maps: there each channel would be one by one.
+    """
+    lines = log(largest_channels_last, count, bins, dtype)
     assert len(lines) == 2 and all(re.search(rf"; {packed} images? packed", x) for x in lines)
 
 
